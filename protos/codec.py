@@ -1,0 +1,170 @@
+"""Between the dataclasses of types.py and the messages of engine.proto, both ways. Raises InvalidRequest on bad messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import engine_pb2 as pb
+from .errors import InvalidRequest
+from .status import EngineStatus
+from .types import (
+    DecodeOrder,
+    EngineId,
+    EngineRef,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    PoolCounts,
+    PrefillOrder,
+    Role,
+    SamplingParams,
+    StageTimes,
+    TransferKey,
+)
+
+
+def ref_to_pb(ref: EngineRef) -> pb.EngineRef:
+    return pb.EngineRef(engine_id=ref.engine_id, epoch=ref.epoch, target=ref.target)
+
+
+def ref_from_pb(msg: pb.EngineRef) -> EngineRef:
+    return EngineRef(EngineId(msg.engine_id), msg.epoch, msg.target)
+
+
+def _sampling_to_pb(sampling: SamplingParams) -> pb.Sampling:
+    return pb.Sampling(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed & 0xFFFF_FFFF_FFFF_FFFF,
+        stop_token_ids=sorted(sampling.stop_token_ids),
+    )
+
+
+def _sampling_from_pb(msg: pb.Sampling) -> SamplingParams:
+    if msg.max_tokens < 1:
+        raise InvalidRequest("max_tokens must be at least 1", "max_tokens")
+    return SamplingParams(
+        max_tokens=msg.max_tokens,
+        temperature=msg.temperature,
+        top_p=msg.top_p,
+        top_k=msg.top_k,
+        seed=msg.seed,
+        stop_token_ids=frozenset(msg.stop_token_ids),
+    )
+
+
+def submit_to_pb(handle: int, order: PrefillOrder | DecodeOrder, now: float) -> pb.Submit:
+    """`now` is the sender's monotonic clock: deadlines travel as time left."""
+    request = order.request
+    msg = pb.Submit(
+        handle=handle,
+        transfer_id=request.key.transfer_id,
+        attempt=request.key.attempt,
+        prompt=request.prompt,
+        sampling=_sampling_to_pb(request.sampling),
+        salt=request.salt,
+        timeout_s=0.0 if request.deadline is None else max(request.deadline - now, 1e-3),
+        traceparent=request.traceparent,
+    )
+    if isinstance(order, PrefillOrder):
+        msg.phase = pb.PHASE_PREFILL
+        msg.peer.CopyFrom(ref_to_pb(order.decode))
+    else:
+        msg.phase = pb.PHASE_DECODE
+        msg.allow_local_prefill = order.allow_local_prefill
+        if order.prefill is not None:
+            msg.peer.CopyFrom(ref_to_pb(order.prefill))
+    return msg
+
+
+def key_from_pb(msg: pb.Submit | pb.Cancel) -> TransferKey:
+    if len(msg.transfer_id) != 16:
+        raise InvalidRequest("transfer_id must be 16 bytes", "transfer_id")
+    return TransferKey(msg.transfer_id, msg.attempt)
+
+
+def order_from_pb(msg: pb.Submit, now: float) -> PrefillOrder | DecodeOrder:
+    """`now` is the receiver's monotonic clock."""
+    if not msg.prompt:
+        raise InvalidRequest("the prompt has no tokens", "prompt")
+    request = GenerateRequest(
+        key=key_from_pb(msg),
+        prompt=tuple(msg.prompt),
+        sampling=_sampling_from_pb(msg.sampling),
+        salt=msg.salt,
+        deadline=now + msg.timeout_s if msg.timeout_s > 0 else None,
+        traceparent=msg.traceparent,
+    )
+    peer = ref_from_pb(msg.peer) if msg.HasField("peer") else None
+    if msg.phase == pb.PHASE_PREFILL:
+        if peer is None:
+            raise InvalidRequest("a prefill order names no decode engine", "peer")
+        return PrefillOrder(request=request, decode=peer)
+    if msg.phase == pb.PHASE_DECODE:
+        return DecodeOrder(request=request, prefill=peer, allow_local_prefill=msg.allow_local_prefill)
+    raise InvalidRequest(f"unknown phase {msg.phase}", "phase")
+
+
+def finish_to_pb(handle: int, finish: Finish) -> pb.Finish:
+    msg = pb.Finish(
+        handle=handle,
+        reason=finish.reason.value,
+        num_tokens=finish.num_tokens,
+        cached_tokens=finish.cached_tokens,
+        transfer_bytes=finish.transfer_bytes,
+        transport=finish.transport,
+        times=pb.StageTimes(
+            queue=finish.times.queue,
+            prefill=finish.times.prefill,
+            transfer=finish.times.transfer,
+            decode=finish.times.decode,
+        ),
+    )
+    if finish.error_code:
+        msg.error.code = finish.error_code
+        msg.error.message = finish.error_message
+    return msg
+
+
+def finish_from_pb(msg: pb.Finish, key_of: Callable[[int], TransferKey], role: Role) -> Finish:
+    return Finish(
+        key=key_of(msg.handle),
+        role=role,
+        reason=FinishReason(msg.reason),
+        num_tokens=msg.num_tokens,
+        cached_tokens=msg.cached_tokens,
+        error_code=msg.error.code,
+        error_message=msg.error.message,
+        times=StageTimes(msg.times.queue, msg.times.prefill, msg.times.transfer, msg.times.decode),
+        transfer_bytes=msg.transfer_bytes,
+        transport=msg.transport,
+    )
+
+
+def status_to_pb(status: EngineStatus) -> pb.Status:
+    return pb.Status(
+        running=status.running,
+        waiting=status.waiting,
+        blocks_total=status.blocks.total,
+        blocks_free=status.blocks.free,
+        blocks_cached=status.blocks.cached,
+        blocks_used=status.blocks.used,
+        transfers=status.transfers,
+        ring_slots_busy=status.ring_slots_busy,
+        counters=dict(status.counters),
+        steps=status.steps,
+    )
+
+
+def status_from_pb(msg: pb.Status) -> EngineStatus:
+    return EngineStatus(
+        running=msg.running,
+        waiting=msg.waiting,
+        blocks=PoolCounts(total=msg.blocks_total, free=msg.blocks_free, cached=msg.blocks_cached, used=msg.blocks_used),
+        transfers=msg.transfers,
+        ring_slots_busy=msg.ring_slots_busy,
+        steps=msg.steps,
+        counters=dict(msg.counters),
+    )

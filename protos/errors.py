@@ -1,0 +1,206 @@
+"""The one exception tree. Every floor raises from it; the API turns it into a status and a body.
+
+DiptychError
+|-- RequestError            the client must change the request
+|   |-- InvalidRequest      400, names the field
+|   |-- ContextTooLong      400
+|   |-- UnknownModel        404
+|   `-- RequestTooLarge     413
+|-- CapacityError           try again later
+|   |-- Overloaded          429 or 503 with retry-after
+|   `-- NoBlocks            503
+|-- DeadlineExceeded        504
+|-- Cancelled               499, nobody reads it
+|-- TransferError           the hinge; never reaches a client when a fallback exists
+|   |-- LayoutMismatch
+|   |-- PeerLost
+|   |-- ChecksumMismatch
+|   `-- TransferTimeout
+|-- EngineError
+|   |-- EngineLost          503
+|   |-- EngineFault         500, the step raised
+|   `-- Fenced              503, another life of the engine was meant
+`-- StartupError            serve ends with this sentence and exit code 1
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DiptychError(Exception):
+    """Root. `str(error)` is the message for the client; `detail` is for the log only.
+
+    Errors cross processes by pickle and by (code, message): all arguments reach `super().__init__`.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    http_status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+    kind: ClassVar[str] = "server_error"  # the `type` of OpenAI's error body
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message, detail)
+        self.message = message
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class RequestError(DiptychError):
+    """The request itself is wrong. `param` names the field in dotted form where there is one."""
+
+    code = "invalid_request"
+    http_status = 400
+    kind = "invalid_request_error"
+
+    def __init__(self, message: str, param: str | None = None, detail: str = "") -> None:
+        DiptychError.__init__(self, message, detail)
+        self.args = (message, param, detail)
+        self.param = param
+
+
+class InvalidRequest(RequestError):
+    """A field has a wrong type or value, or is not known."""
+
+
+class ContextTooLong(RequestError):
+    """Prompt and wanted output do not fit into the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class UnknownModel(RequestError):
+    """No model of that name is served."""
+
+    code = "model_not_found"
+    http_status = 404
+
+
+class RequestTooLarge(RequestError):
+    """The body is larger than the limit."""
+
+    code = "request_too_large"
+    http_status = 413
+
+
+class CapacityError(DiptychError):
+    """There is no room now. `retry_after_s` is an honest estimate in seconds."""
+
+    code = "overloaded"
+    http_status = 503
+    retryable = True
+    kind = "overloaded_error"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0, detail: str = "") -> None:
+        DiptychError.__init__(self, message, detail)
+        self.args = (message, retry_after_s, detail)
+        self.retry_after_s = retry_after_s
+
+
+class Overloaded(CapacityError):
+    """A bounded queue is full."""
+
+
+class NoBlocks(CapacityError):
+    """The KV pool cannot hold the request now."""
+
+    code = "no_kv_blocks"
+
+
+class DeadlineExceeded(DiptychError):
+    """The request's deadline passed; its work was stopped."""
+
+    code = "deadline_exceeded"
+    http_status = 504
+    kind = "timeout_error"
+
+
+class Cancelled(DiptychError):
+    """The client went away or asked to stop."""
+
+    code = "cancelled"
+    http_status = 499
+
+
+class TransferError(DiptychError):
+    """KV did not cross the hinge. The decode engine may compute the prompt itself instead."""
+
+    code = "transfer_failed"
+    http_status = 503
+    retryable = True
+
+
+class LayoutMismatch(TransferError):
+    """Two engines do not agree on the KV layout or the model; the pair is never formed."""
+
+    code = "layout_mismatch"
+    retryable = False
+
+
+class PeerLost(TransferError):
+    """The other engine of the pair is gone or unreachable."""
+
+    code = "peer_lost"
+
+
+class ChecksumMismatch(TransferError):
+    """A chunk arrived altered, twice."""
+
+    code = "kv_checksum"
+
+
+class TransferTimeout(TransferError):
+    """The other engine stopped making progress."""
+
+    code = "transfer_timeout"
+
+
+class EngineError(DiptychError):
+    """An engine cannot go on with this request."""
+
+    code = "engine_error"
+
+
+class EngineLost(EngineError):
+    """The engine's process is gone."""
+
+    code = "engine_lost"
+    http_status = 503
+    retryable = True
+
+
+class EngineFault(EngineError):
+    """A step raised; the requests in it end, the engine goes on."""
+
+    code = "engine_fault"
+
+
+class Fenced(EngineError):
+    """A message named another life of this engine than the present one."""
+
+    code = "fenced"
+    http_status = 503
+    retryable = True
+
+
+class StartupError(DiptychError):
+    """`diptych serve` cannot start; the message says what to do."""
+
+    code = "startup_failed"
+
+
+def _tree(root: type[DiptychError]) -> dict[str, type[DiptychError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found |= {code: cls for code, cls in _tree(child).items() if code not in found}
+    return found
+
+
+_BY_CODE = _tree(DiptychError)
+
+
+def error_from_code(code: str, message: str) -> DiptychError:
+    """The exception that a peer process named by (code, message); an unknown code gives EngineError."""
+    return _BY_CODE.get(code, EngineError)(message)

@@ -1,0 +1,158 @@
+"""Protocols between floors, and the events that travel along them.
+
+Threads of an engine: the step thread owns workers, schedulers and the block pool; the transfer thread owns the transfer
+state machines, the ring and the copies; the asyncio thread owns gRPC. They meet in queues only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .errors import DiptychError
+from .step import StepPlan, StepResult
+from .types import DecodeOrder, EngineRef, PrefillOrder, Role, StepOutput, TransferKey
+
+
+class Clock(Protocol):
+    """Monotonic seconds; tests pass a fake."""
+
+    def __call__(self) -> float: ...
+
+
+class Runner(Protocol):
+    """The device: batch in, tokens out. At most two steps are outstanding."""
+
+    max_slots: int
+    max_step_tokens: int
+
+    def launch(self, plan: StepPlan) -> None:
+        """Start a step. Does not wait for the device where it can avoid it."""
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step launched and not yet collected. Raises what the step raised."""
+
+
+# ---- prefill side: step thread -> transfer thread -> step thread ------------------------------
+
+
+class SendPort(Protocol):
+    """The step thread's end of the sender. Calls never block and never raise; a transfer ends in one `Released`."""
+
+    def open(self, key: TransferKey, peer: EngineRef, num_tokens: int) -> None:
+        """A transfer of the KV of prompt positions 0 .. num_tokens - 1 begins."""
+
+    def computed(self, key: TransferKey, upto: int, blocks: Sequence[int]) -> None:
+        """KV of positions 0 .. upto - 1 is final in `blocks` (in order) and stays untouched until `Released`."""
+
+    def finish(self, key: TransferKey, first_token: int, *, final: bool) -> None:
+        """Token 0 is sampled. `final`: it ended the request, so nothing needs to cross."""
+
+    def abort(self, key: TransferKey, error: DiptychError) -> None:
+        """Stop; unknown keys are ignored. `Released` follows when nothing reads the blocks any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The sender no longer reads the blocks. `error` is None when the peer owns a verified copy (or needed none)."""
+
+    key: TransferKey
+    error: DiptychError | None
+    size_bytes: int = 0
+    seconds: float = 0.0
+    transport: str = ""
+
+
+# ---- decode side ------------------------------------------------------------------------------
+
+
+class ReceivePort(Protocol):
+    """The step thread's end of the receiver. Each `expect` ends in exactly one of Committed, Failed, Closed."""
+
+    def expect(self, key: TransferKey, peer: EngineRef, num_tokens: int, have_tokens: int) -> None:
+        """KV of prompt positions have_tokens .. num_tokens - 1 will come from `peer`; the rest is cached here."""
+
+    def grant(self, key: TransferKey, blocks: Sequence[int]) -> None:
+        """Answer to `WantBlocks`: the blocks of positions 0 .. num_tokens - 1, in order, owned by this request."""
+
+    def abort(self, key: TransferKey, error: DiptychError) -> None:
+        """Stop; unknown or ended keys are ignored. `Closed` follows when nothing writes into the blocks any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class WantBlocks:
+    """The first chunk is announced: grant all blocks of the prompt, at once or later."""
+
+    key: TransferKey
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """All chunks are in the granted blocks, checked. Generation goes on after `first_token`.
+
+    `final`: token 0 ended the request; no blocks were asked for.
+    """
+
+    key: TransferKey
+    first_token: int
+    final: bool
+    size_bytes: int = 0
+    seconds: float = 0.0
+    transport: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The transfer ended without a usable copy; the granted blocks hold nothing of worth and nobody writes to them."""
+
+    key: TransferKey
+    error: DiptychError
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The abort that the step thread asked for is complete."""
+
+    key: TransferKey
+
+
+SendEvent = Released
+ReceiveEvent = WantBlocks | Committed | Failed | Closed
+Emit = Callable[[StepOutput], None]  # from the step thread to the sessions; never blocks
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What a worker has in hand."""
+
+    running: int
+    waiting: int
+
+
+class Worker(Protocol):
+    """One role's work in an engine, driven by the engine's step loop; all calls come from the step thread.
+
+    Every order ends in exactly one `Finish` with that worker's role, through `Emit`; until then it may hold blocks and a
+    slot, afterwards it holds none. Errors end requests, never the worker.
+    """
+
+    role: Role
+
+    def submit(self, order: PrefillOrder | DecodeOrder) -> None:
+        """Take an order of this worker's role. A full queue or an impossible request ends it at once with a `Finish`."""
+
+    def cancel(self, key: TransferKey) -> None:
+        """End a request; unknown and ended keys are ignored."""
+
+    def on_transfer(self, event: SendEvent | ReceiveEvent) -> None:
+        """An event of this worker's end of the hinge."""
+
+    def step(self) -> bool:
+        """Plan, launch, collect and emit at most one engine step. False: there was nothing to run."""
+
+    def next_wake(self) -> float | None:
+        """Clock time at which `step` should be called again though no event came (deadlines), or None."""
+
+    def load(self) -> WorkerLoad:
+        """Requests running and waiting."""

@@ -1,0 +1,62 @@
+"""Settings that cross floors: each class is the one place of its defaults. `diptych.yaml` embeds them unchanged."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Bytes = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PrefillSettings(Settings):
+    """The prefill pool of a model."""
+
+    engines: int = Field(1, ge=1, description="engines in the pool")
+    step_tokens: int = Field(
+        512, ge=1, description="prompt tokens computed per step, over all requests; also the chunk size"
+    )
+    max_running: int = Field(16, ge=1, description="requests in computation or with KV on its way at once")
+    max_waiting: int = Field(256, ge=0, description="requests waiting; one more is refused")
+    threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: all cores")
+
+
+class DecodeSettings(Settings):
+    """The decode pool of a model."""
+
+    engines: int = Field(1, ge=1, description="engines in the pool")
+    max_running: int = Field(64, ge=1, description="sequences in one step")
+    step_tokens: int = Field(
+        512, ge=1, description="tokens per step, prompts that this engine computes itself included"
+    )
+    max_waiting: int = Field(256, ge=0, description="requests waiting, those whose KV is on its way included")
+    threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: all cores")
+
+
+class KvSettings(Settings):
+    """The KV arena of each engine of a model."""
+
+    block_tokens: int = Field(16, ge=1, le=256, description="tokens per block")
+    memory_mib: int = Field(512, ge=1, description="size of each engine's arena")
+    prefix_cache: bool = Field(True, description="reuse blocks of equal prefixes")
+
+
+class TransferSettings(Settings):
+    """The hinge between the two pools."""
+
+    transport: Literal["auto", "shm", "grpc"] = Field("auto", description="auto: shm on one host, else grpc")
+    slot_kib: int = Field(4096, ge=64, description="size of a staging slot")
+    slots: int = Field(16, ge=2, description="staging slots of a prefill engine")
+    pair_min_slots: int = Field(2, ge=1, description="slots that every decode engine is sure of")
+    lease_s: Seconds = Field(30.0, description="a prefill engine keeps staged KV this long without a heartbeat")
+    heartbeat_s: Seconds = Field(5.0, description="how often a decode engine renews its leases")
+    stall_s: Seconds = Field(10.0, description="no progress for this long ends a transfer")
+    abort_ack_s: Seconds = Field(2.0, description="wait for the other side to confirm an abort")
+    dial_timeout_s: Seconds = Field(5.0, description="time to reach a prefill engine and agree on a pair")

@@ -1,0 +1,48 @@
+"""What engines are and tell about themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .types import EngineRef, PoolCounts, Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """A member of the cluster, as the PoolManager knows it."""
+
+    ref: EngineRef
+    roles: frozenset[Role]
+    model: str
+    pid: int
+    host: str
+    block_tokens: int
+    num_blocks: int
+    max_context_tokens: int
+    dtype: str
+    degraded: tuple[str, ...] = ()  # choices that cost speed, in words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """A reading of one engine; `counters` by metric name since the engine's start."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks: PoolCounts = PoolCounts(total=0, free=0, cached=0, used=0)
+    transfers: int = 0
+    ring_slots_busy: int = 0
+    steps: int = 0
+    counters: Mapping[str, float] = field(default_factory=dict)
+
+
+class EngineDirectory(Protocol):
+    """Where a router learns which engines live. Versions only grow."""
+
+    async def engines(self) -> tuple[int, list[EngineInfo]]:
+        """The present membership and its version."""
+
+    async def wait_change(self, version: int) -> tuple[int, list[EngineInfo]]:
+        """Returns when the membership is newer than `version`, or after some seconds with the present one."""

@@ -1,0 +1,149 @@
+"""Request and token types that cross floors. Plain frozen dataclasses: no pydantic on the hot path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+EngineId = NewType("EngineId", str)
+BlockId = NewType("BlockId", int)
+BlockHash = NewType("BlockHash", bytes)  # 32 bytes, names a block's content and everything before it
+
+
+class Role(StrEnum):
+    """What an engine does for a request. An engine has a set of them."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class FinishReason(StrEnum):
+    """Why a phase of a request ended. Exactly one terminal message carries it."""
+
+    STOP = "stop"  # an end token (the engine) or a stop string (the router)
+    LENGTH = "length"  # max_tokens
+    HANDOFF = "handoff"  # prefill only: the decode engine owns the KV now
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TransferKey:
+    """One attempt at one request. `transfer_id` is 16 random bytes minted by the router, never the client's id."""
+
+    transfer_id: bytes
+    attempt: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.transfer_id.hex()[:12]}/{self.attempt}"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRef:
+    """One life of one engine and where its gRPC server listens."""
+
+    engine_id: EngineId
+    epoch: int
+    target: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen. Validated by the API; `temperature` 0 is greedy, `top_k` 0 keeps every token.
+
+    The random number for generated token i of a prompt of P tokens depends on (seed, P + i) only.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_token_ids: frozenset[int] = frozenset()  # the model's end tokens included, unless ignore_eos
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """What both engines of a placement are told about a request."""
+
+    key: TransferKey
+    prompt: tuple[int, ...]  # token ids, at least one
+    sampling: SamplingParams
+    salt: bytes = b""  # hashed into the first block name: tenants do not share KV
+    deadline: float | None = None  # on the receiving process's monotonic clock, seconds
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillOrder:
+    """Compute the prompt, sample token 0, stage the KV for `decode`."""
+
+    request: GenerateRequest
+    decode: EngineRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeOrder:
+    """Fetch the prompt's KV from `prefill` and generate from token 1; without `prefill`, compute the prompt here."""
+
+    request: GenerateRequest
+    prefill: EngineRef | None
+    allow_local_prefill: bool = True  # when the transfer fails, compute the prompt here instead of failing
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Seconds a request spent in each stage of one engine."""
+
+    queue: float = 0.0
+    prefill: float = 0.0
+    transfer: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """The one terminal event of (key, role)."""
+
+    key: TransferKey
+    role: Role
+    reason: FinishReason
+    num_tokens: int = 0  # generated in all, token 0 included
+    cached_tokens: int = 0  # of the prompt, found in this engine's prefix cache
+    error_code: str = ""
+    error_message: str = ""
+    times: StageTimes = StageTimes()
+    transfer_bytes: int = 0
+    transport: str = ""
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What one engine step has for the routers: columns of equal length, and terminal events.
+
+    keys[i] got tokens[i] as its generated token number indexes[i]; 0 is the first token after the prompt.
+    """
+
+    keys: list[TransferKey] = field(default_factory=list)
+    indexes: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    finishes: list[Finish] = field(default_factory=list)
+
+    def add(self, key: TransferKey, index: int, token: int) -> None:
+        self.keys.append(key)
+        self.indexes.append(index)
+        self.tokens.append(token)
+
+    def __bool__(self) -> bool:
+        return bool(self.keys or self.finishes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolCounts:
+    """Blocks of one pool by state; free + cached + used = total. `cached` blocks hold a reusable prefix and no request."""
+
+    total: int
+    free: int
+    cached: int
+    used: int
