@@ -1,4 +1,7 @@
-"""Between the dataclasses of types.py and the messages of engine.proto, both ways. Raises InvalidRequest on bad messages."""
+"""Between the dataclasses of types.py and the messages of engine.proto, both ways.
+
+A message that makes no sense raises InvalidRequest; nothing else does.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,12 @@ from .types import (
 
 
 def ref_to_pb(ref: EngineRef) -> pb.EngineRef:
+    """One life of an engine, as a message."""
     return pb.EngineRef(engine_id=ref.engine_id, epoch=ref.epoch, target=ref.target)
 
 
 def ref_from_pb(msg: pb.EngineRef) -> EngineRef:
+    """The inverse of ref_to_pb."""
     return EngineRef(EngineId(msg.engine_id), msg.epoch, msg.target)
 
 
@@ -80,6 +85,7 @@ def submit_to_pb(handle: int, order: PrefillOrder | DecodeOrder, now: float) -> 
 
 
 def key_from_pb(msg: pb.Submit | pb.Cancel) -> TransferKey:
+    """The key that the message names; raises InvalidRequest unless the id has 16 bytes."""
     if len(msg.transfer_id) != 16:
         raise InvalidRequest("transfer_id must be 16 bytes", "transfer_id")
     return TransferKey(msg.transfer_id, msg.attempt)
@@ -108,6 +114,7 @@ def order_from_pb(msg: pb.Submit, now: float) -> PrefillOrder | DecodeOrder:
 
 
 def finish_to_pb(handle: int, finish: Finish) -> pb.Finish:
+    """`handle` is the session's name for finish.key."""
     msg = pb.Finish(
         handle=handle,
         reason=finish.reason.value,
@@ -129,6 +136,7 @@ def finish_to_pb(handle: int, finish: Finish) -> pb.Finish:
 
 
 def finish_from_pb(msg: pb.Finish, key_of: Callable[[int], TransferKey], role: Role) -> Finish:
+    """`key_of` gives the key behind a handle; an unknown reason raises ValueError."""
     return Finish(
         key=key_of(msg.handle),
         role=role,
@@ -144,6 +152,7 @@ def finish_from_pb(msg: pb.Finish, key_of: Callable[[int], TransferKey], role: R
 
 
 def status_to_pb(status: EngineStatus) -> pb.Status:
+    """A reading of an engine, as a message."""
     return pb.Status(
         running=status.running,
         waiting=status.waiting,
@@ -159,6 +168,7 @@ def status_to_pb(status: EngineStatus) -> pb.Status:
 
 
 def status_from_pb(msg: pb.Status) -> EngineStatus:
+    """The inverse of status_to_pb."""
     return EngineStatus(
         running=msg.running,
         waiting=msg.waiting,

@@ -18,7 +18,8 @@ from .types import DecodeOrder, EngineRef, PrefillOrder, Role, StepOutput, Trans
 class Clock(Protocol):
     """Monotonic seconds; tests pass a fake."""
 
-    def __call__(self) -> float: ...
+    def __call__(self) -> float:
+        """Seconds since some fixed moment."""
 
 
 class Runner(Protocol):
@@ -133,14 +134,14 @@ class WorkerLoad:
 class Worker(Protocol):
     """One role's work in an engine, driven by the engine's step loop; all calls come from the step thread.
 
-    Every order ends in exactly one `Finish` with that worker's role, through `Emit`; until then it may hold blocks and a
-    slot, afterwards it holds none. Errors end requests, never the worker.
+    Every order ends in exactly one `Finish` with that worker's role, through `Emit`; it gives back its blocks and slot
+    then, or as soon as no transfer touches them. Errors end requests, never the worker.
     """
 
     role: Role
 
     def submit(self, order: PrefillOrder | DecodeOrder) -> None:
-        """Take an order of this worker's role. A full queue or an impossible request ends it at once with a `Finish`."""
+        """Take an order of this worker's role. A full queue or an impossible request ends at once in a `Finish`."""
 
     def cancel(self, key: TransferKey) -> None:
         """End a request; unknown and ended keys are ignored."""

@@ -20,9 +20,7 @@ class PrefillSettings(Settings):
     """The prefill pool of a model."""
 
     engines: int = Field(1, ge=1, description="engines in the pool")
-    step_tokens: int = Field(
-        512, ge=1, description="prompt tokens computed per step, over all requests; also the chunk size"
-    )
+    step_tokens: int = Field(512, ge=1, description="prompt tokens computed per step, over all requests")
     max_running: int = Field(16, ge=1, description="requests in computation or with KV on its way at once")
     max_waiting: int = Field(256, ge=0, description="requests waiting; one more is refused")
     threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: all cores")
@@ -33,9 +31,7 @@ class DecodeSettings(Settings):
 
     engines: int = Field(1, ge=1, description="engines in the pool")
     max_running: int = Field(64, ge=1, description="sequences in one step")
-    step_tokens: int = Field(
-        512, ge=1, description="tokens per step, prompts that this engine computes itself included"
-    )
+    step_tokens: int = Field(512, ge=1, description="tokens per step, prompts computed here included")
     max_waiting: int = Field(256, ge=0, description="requests waiting, those whose KV is on its way included")
     threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: all cores")
 

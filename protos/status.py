@@ -25,13 +25,16 @@ class EngineInfo:
     degraded: tuple[str, ...] = ()  # choices that cost speed, in words
 
 
+NO_BLOCKS_COUNTED = PoolCounts(total=0, free=0, cached=0, used=0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
     """A reading of one engine; `counters` by metric name since the engine's start."""
 
     running: int = 0
     waiting: int = 0
-    blocks: PoolCounts = PoolCounts(total=0, free=0, cached=0, used=0)
+    blocks: PoolCounts = NO_BLOCKS_COUNTED
     transfers: int = 0
     ring_slots_busy: int = 0
     steps: int = 0

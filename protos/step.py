@@ -25,8 +25,8 @@ class SampleSpec:
 class StepRow:
     """One sequence's share of a step.
 
-    `tokens` holds the ids of positions start .. start + num_tokens - 1. It is None when num_tokens is 1 and the id is the
-    token that the runner sampled last for `slot`: a step may be launched before the host has read the last one.
+    `tokens` holds the ids of positions start .. start + num_tokens - 1. It is None when num_tokens is 1 and the id is
+    the token that the runner sampled last for `slot`: a step may be launched before the host has read the last one.
     """
 
     slot: int  # the sequence's place in the runner's state, 0 .. max_slots - 1, stable while the sequence runs
@@ -48,6 +48,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
+        """Over all rows."""
         return sum(row.num_tokens for row in self.rows)
 
 
@@ -72,9 +73,11 @@ class SlotPool:
 
     def give(self, slot: int) -> None:
         """Return a slot that try_take gave."""
-        assert slot not in self._free and 0 <= slot < self.max_slots
+        assert slot not in self._free
+        assert 0 <= slot < self.max_slots
         self._free.append(slot)
 
     @property
     def num_free(self) -> int:
+        """Slots that nobody holds."""
         return len(self._free)

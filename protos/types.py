@@ -131,6 +131,7 @@ class StepOutput:
     finishes: list[Finish] = field(default_factory=list)
 
     def add(self, key: TransferKey, index: int, token: int) -> None:
+        """One more row of the columns."""
         self.keys.append(key)
         self.indexes.append(index)
         self.tokens.append(token)
@@ -141,7 +142,10 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolCounts:
-    """Blocks of one pool by state; free + cached + used = total. `cached` blocks hold a reusable prefix and no request."""
+    """Blocks of one pool by state; free + cached + used = total.
+
+    `cached` blocks hold a reusable prefix and belong to no request.
+    """
 
     total: int
     free: int
