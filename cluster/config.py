@@ -1,0 +1,244 @@
+"""The tree of `diptych.yaml`: one file, one default per key, unknown keys refused, errors name the key path.
+
+Read by `diptych serve` alone; every component receives its own branch, never the root. No torch, no ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from diptych.protos.errors import StartupError
+from diptych.protos.settings import (
+    Bytes,
+    DecodeSettings,
+    KvSettings,
+    PrefillSettings,
+    Seconds,
+    Settings,
+    TransferSettings,
+)
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+# A unix socket path holds 107 bytes; Ray's longest one takes 68 below its temporary folder's parent.
+RUN_DIR_MAX_CHARS = 36
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/diptych`, or `~/.cache/diptych`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych"
+
+
+def default_run_dir() -> Path:
+    """A short private folder for sockets, state and Ray's session; Ray's own sockets leave little room for its name."""
+    return Path(tempfile.gettempdir()) / f"diptych-{os.getuid()}"
+
+
+class LimitSettings(Settings):
+    """What one client may ask of a router replica; beyond it the answer is a 4xx or 503, at once."""
+
+    body_bytes: Bytes = Field(4 << 20, description="largest request body")
+    header_bytes: Bytes = Field(32 << 10, description="request line and headers together")
+    header_timeout_s: Seconds = Field(10.0, description="time to send the headers")
+    body_timeout_s: Seconds = Field(30.0, description="time to send the body")
+    idle_timeout_s: Seconds = Field(75.0, description="a kept-alive connection without a request is closed")
+    write_timeout_s: Seconds = Field(30.0, description="a client that reads nothing for this long is dropped")
+    request_timeout_s: Seconds = Field(600.0, description="deadline of a request, unless it asks for a shorter one")
+    max_connections: int = Field(1024, ge=1, description="open connections; one more is refused")
+    max_running: int = Field(512, ge=1, description="requests in work; one more gets 503 with retry-after")
+
+
+class RouterSettings(Settings):
+    """The router deployment and its own HTTP listener."""
+
+    host: str = Field("127.0.0.1", description="address of the listener; loopback only in this version")
+    port: Port = Field(8000, description="port of the listener; 0: a free port")
+    serve_port: Port = Field(0, description="port of Ray Serve's HTTP proxy; 0: a free port")
+    replicas: int = Field(1, ge=1, le=1, description="router replicas; one in this version")
+    limits: LimitSettings = LimitSettings()
+    connect_timeout_s: Seconds = Field(5.0, description="time to reach an engine and be welcomed")
+    drain_grace_s: Seconds = Field(30.0, description="running requests may take this long to finish at shutdown")
+    default_max_tokens: int = Field(1024, ge=1, description="tokens generated when a chat request names no maximum")
+    max_attempts: int = Field(3, ge=1, description="placements tried for a request before it fails")
+
+    @field_validator("host")
+    @classmethod
+    def _loopback(cls, host: str) -> str:
+        try:
+            is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            raise ValueError(f"{host!r} is not an IP address") from None
+        if not is_loopback:
+            raise ValueError(
+                f"{host!r} is reachable from other machines, and this version has no authentication yet; "
+                "use 127.0.0.1 and put an authenticating proxy in front"
+            )
+        return host
+
+
+class ModelSettings(Settings):
+    """One served model and its two pools."""
+
+    source: str = Field(DEFAULT_MODEL, min_length=1, description="name of a built-in model, or a folder")
+    runner: Literal["model", "echo"] = Field(
+        "model", description="echo: engines answer with the prompt's own tokens and compute nothing (for measurements)"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has it")
+    max_context_tokens: int | None = Field(None, ge=2, description="prompt and output; null: what the model allows")
+    seed: int | None = Field(None, ge=0, description="of requests that name none; null: a fresh one each time")
+    kv: KvSettings = KvSettings()
+    prefill: PrefillSettings = PrefillSettings()
+    decode: DecodeSettings = DecodeSettings()
+
+
+class RaySettings(Settings):
+    """Which Ray cluster to use."""
+
+    address: str | None = Field(None, min_length=1, description="host:port of a cluster to join; null: start our own")
+    start_timeout_s: Seconds = Field(60.0, description="time for our own Ray to come up")
+    engine_timeout_s: Seconds = Field(300.0, description="time for an engine to load its model and be ready")
+    object_store_mib: int = Field(96, ge=76, description="Ray's object store; Diptych moves no data through it")
+
+
+class TelemetrySettings(Settings):
+    """Traces."""
+
+    trace_file: Path | None = Field(None, description="spans as JSON lines; every process adds its name to the file's")
+
+
+class DiptychConfig(Settings):
+    """The root of `diptych.yaml`."""
+
+    models: dict[str, ModelSettings] = Field(default={DEFAULT_MODEL: ModelSettings()}, min_length=1, max_length=1)
+    transfer: TransferSettings = TransferSettings()
+    router: RouterSettings = RouterSettings()
+    ray: RaySettings = RaySettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    cache_dir: Path = Field(default_factory=default_cache_dir, description="converted models")
+    run_dir: Path = Field(default_factory=default_run_dir, description="sockets, state and logs of running clusters")
+
+    @field_validator("models")
+    @classmethod
+    def _names(cls, models: dict[str, ModelSettings]) -> dict[str, ModelSettings]:
+        for name in models:
+            if not MODEL_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a model name: use letters, digits, '.', '_', '/' and '-'")
+        return models
+
+    @field_validator("cache_dir", "run_dir")
+    @classmethod
+    def _absolute(cls, folder: Path) -> Path:
+        return Path(os.path.abspath(folder.expanduser()))
+
+    @field_validator("run_dir")
+    @classmethod
+    def _short(cls, folder: Path) -> Path:
+        if len(str(folder)) > RUN_DIR_MAX_CHARS:
+            raise ValueError(
+                f"{str(folder)!r} has {len(str(folder))} characters, and the sockets below it leave room for "
+                f"{RUN_DIR_MAX_CHARS}; choose a shorter folder"
+            )
+        return folder
+
+
+def load_config(file: Path | None = None, overrides: Sequence[str] = (), model: str | None = None) -> DiptychConfig:
+    """The configuration from a YAML file, then `a.b=c` overrides, then `model` (a configured name, a built-in
+    name or a folder), which becomes the only one served. Raises StartupError with a sentence per mistake.
+    """
+    tree: dict[str, Any] = {} if file is None else _read_file(file)
+    if not tree.get("models"):
+        tree["models"] = {DEFAULT_MODEL: {}}
+    if model is not None:
+        tree["models"] = _only(tree["models"], model)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return DiptychConfig.model_validate(tree)
+    except ValidationError as exc:
+        origin = str(file) if file is not None else "configuration"
+        raise StartupError(f"{origin}: " + "; ".join(_sentence(error) for error in exc.errors())) from exc
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise StartupError(f"cannot read the configuration {file}: {exc}") from exc
+    except yaml.YAMLError as exc:
+        raise StartupError(f"{file} is not valid YAML: {' '.join(str(exc).split())}") from exc
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise StartupError(f"{file}: the top level must be a mapping of keys such as models and router")
+    return tree
+
+
+def _only(models: Any, model: str) -> dict[str, Any]:
+    if isinstance(models, dict) and model in models:
+        return {model: models[model]}
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._").lower() or "model"
+        return {name: {"source": str(folder.resolve())}}
+    return {model: {"source": model}}
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = [quoted or plain for quoted, plain in re.findall(r'"([^"]+)"|([^."]+)', path)]
+    if not equals or not keys:
+        raise StartupError(f"--set {override}: write a key path, '=' and a value, such as router.port=8001")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as exc:
+        raise StartupError(f"--set {path}: {text!r} is not a YAML value") from exc
+    node = tree
+    for depth, key in enumerate(keys[:-1], 1):
+        child = node.get(key)
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict):
+            raise StartupError(f"--set {path}: {'.'.join(keys[:depth])} is a value, not a group of keys")
+        node = child
+    node[keys[-1]] = value
+
+
+def _sentence(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    where = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"{where} is not a known key ({hint})"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "value_error" or error["type"] == "missing":
+        return f"{where}: {message}"
+    return f"{where}: {message[0].lower()}{message[1:]}, not {error['input']!r}"
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    """The keys of the group at `path`, read off the classes."""
+    cls: type[BaseModel] = DiptychConfig
+    parts = list(path)
+    while parts:
+        part = parts.pop(0)
+        annotation = cls.model_fields[part].annotation
+        if part == "models":
+            parts = parts[1:]
+            annotation = get_args(annotation)[1]
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        cls = annotation
+    return sorted(cls.model_fields)
