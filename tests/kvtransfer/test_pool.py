@@ -1,0 +1,175 @@
+"""The pool against a model that remembers what every block holds."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from diptych.kvtransfer.pool import BlockPool, BlockTable
+from diptych.kvtransfer.prefix import block_name, root_name
+
+SIZE = 3
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Few token values and salts, so that prefixes meet often; few blocks, so that eviction is constant."""
+
+    tables: Bundle[tuple[BlockTable, bytes, list[int]]] = Bundle("tables")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(num_blocks=9, block_tokens=SIZE, root=b"model")
+        # block -> (salt, all tokens up to and with it) as of its last commit; what a forward pass would have written
+        self.content: dict[int, tuple[bytes, tuple[int, ...]]] = {}
+        self.open_tables: list[BlockTable] = []
+
+    @rule(
+        target=tables,
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14),
+        salt=st.sampled_from([b"", b"x"]),
+        limit=st.integers(0, 14),
+    )
+    def open(self, tokens: list[int], salt: bytes, limit: int) -> tuple[BlockTable, bytes, list[int]]:
+        table = self.pool.open(tokens, salt, max_cached_tokens=limit)
+        assert table.cached_tokens == len(table.blocks) * SIZE <= min(limit, len(tokens))
+        for at, block in enumerate(table.blocks):
+            assert self.content[block] == (salt, tuple(tokens[: (at + 1) * SIZE])), "a hit held other content"
+        self.open_tables.append(table)
+        return table, salt, tokens
+
+    @rule(entry=tables, num_tokens=st.integers(1, 30))
+    def grow(self, entry: tuple[BlockTable, bytes, list[int]], num_tokens: int) -> None:
+        table = entry[0]
+        if table not in self.open_tables:
+            return
+        before, counts = list(table.blocks), self.pool.counts()
+        needed = -(-num_tokens // SIZE) - len(before)
+        grown = table.try_grow(num_tokens)
+        assert grown == (needed <= counts.free + counts.cached)
+        assert table.blocks[: len(before)] == before
+        if not grown:
+            assert table.blocks == before
+            assert self.pool.counts() == counts
+        for block in table.blocks[len(before) :]:
+            self.content.pop(block, None)  # overwritten from now on
+
+    @rule(entry=tables, share=st.floats(0, 1))
+    def commit(self, entry: tuple[BlockTable, bytes, list[int]], share: float) -> None:
+        table, salt, tokens = entry
+        if table not in self.open_tables:
+            return
+        num_tokens = int(share * min(len(tokens), len(table.blocks) * SIZE))
+        for at in range(num_tokens // SIZE):
+            self.content[table.blocks[at]] = (salt, tuple(tokens[: (at + 1) * SIZE]))
+        table.commit(tokens, num_tokens)
+
+    @rule(entry=consumes(tables))
+    def close(self, entry: tuple[BlockTable, bytes, list[int]]) -> None:
+        table = entry[0]
+        table.close()
+        table.close()
+        self.open_tables.remove(table)
+        assert table.blocks == []
+
+    @rule()
+    def drop(self) -> None:
+        self.pool.drop_cache()
+        assert self.pool.counts().cached == 0
+
+    @invariant()
+    def sums_hold(self) -> None:
+        self.pool.check_integrity()
+
+    def teardown(self) -> None:
+        for table in self.open_tables:
+            table.close()
+        self.pool.check_integrity()
+        assert self.pool.counts().used == 0
+
+
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPool = PoolMachine.TestCase
+
+
+def filled(pool: BlockPool, tokens: list[int], salt: bytes = b"") -> BlockTable:
+    table = pool.open(tokens, salt, max_cached_tokens=len(tokens))
+    assert table.try_grow(len(tokens))
+    table.commit(tokens, len(tokens))
+    return table
+
+
+def test_a_block_is_found_only_after_its_commit() -> None:
+    pool = BlockPool(num_blocks=8, block_tokens=2)
+    first = pool.open([1, 2, 3, 4], b"", max_cached_tokens=4)
+    assert first.try_grow(4)
+    assert pool.open([1, 2, 3, 4], b"", max_cached_tokens=4).cached_tokens == 0
+    first.commit([1, 2, 3, 4], 3)
+    assert pool.open([1, 2, 3, 4], b"", max_cached_tokens=4).cached_tokens == 2
+
+
+def test_equal_content_committed_twice_keeps_two_blocks_and_one_name() -> None:
+    pool = BlockPool(num_blocks=8, block_tokens=2)
+    one, two = (pool.open([1, 2], b"", max_cached_tokens=2) for _ in range(2))
+    assert one.try_grow(2)
+    assert two.try_grow(2)
+    one.commit([1, 2], 2)
+    two.commit([1, 2], 2)
+    assert one.blocks != two.blocks
+    hit = pool.open([1, 2], b"", max_cached_tokens=2)
+    assert hit.blocks == one.blocks
+    for table in (one, two, hit):
+        table.close()
+    pool.check_integrity()
+    assert pool.counts().cached == 1
+    assert pool.counts().free == 7
+
+
+def test_another_salt_finds_nothing() -> None:
+    pool = BlockPool(num_blocks=8, block_tokens=2)
+    filled(pool, [1, 2, 3, 4], b"tenant a").close()
+    assert pool.open([1, 2, 3, 4], b"tenant b", max_cached_tokens=4).cached_tokens == 0
+    assert pool.open([1, 2, 3, 4], b"tenant a", max_cached_tokens=4).cached_tokens == 4
+
+
+def test_eviction_takes_the_least_recently_used_chain_from_its_end() -> None:
+    pool = BlockPool(num_blocks=6, block_tokens=1)
+    filled(pool, [1, 2, 3]).close()
+    filled(pool, [7, 8, 9]).close()
+    pool.open([1, 2, 3], b"", max_cached_tokens=3).close()  # the first chain is the younger one now
+    table = pool.open([5], b"", max_cached_tokens=0)
+    assert table.try_grow(2)
+    assert pool.open([1, 2, 3], b"", max_cached_tokens=3).cached_tokens == 3
+    assert pool.open([7, 8, 9], b"", max_cached_tokens=3).cached_tokens == 1
+
+
+def test_growth_that_does_not_fit_evicts_nothing() -> None:
+    pool = BlockPool(num_blocks=3, block_tokens=1)
+    filled(pool, [1, 2]).close()
+    table = pool.open([9], b"", max_cached_tokens=0)
+    assert not table.try_grow(4)
+    assert pool.counts().cached == 2
+    assert table.blocks == []
+    assert pool.can_hold(3)
+    assert not pool.can_hold(4)
+
+
+def test_a_switched_off_cache_keeps_nothing() -> None:
+    pool = BlockPool(num_blocks=3, block_tokens=1, prefix_cache=False)
+    filled(pool, [1, 2]).close()
+    assert pool.counts().free == 3
+    assert pool.open([1, 2], b"", max_cached_tokens=2).cached_tokens == 0
+
+
+def test_names_differ_by_every_ingredient() -> None:
+    roots = {root_name(b"a", b""), root_name(b"", b"a"), root_name(b"a", b"b"), root_name(b"ab", b"")}
+    assert len(roots) == 4
+    root = root_name(b"", b"")
+    names = {block_name(root, [1, 2]), block_name(root, [2, 1]), block_name(root, [1], b"\x02\0\0\0")}
+    assert len(names | {block_name(next(iter(names)), [1, 2])}) == 4
+
+
+def test_nonsense_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        BlockPool(num_blocks=0, block_tokens=4)
