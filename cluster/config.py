@@ -33,6 +33,22 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 # A unix socket path holds 107 bytes; Ray's longest one takes 68 below its temporary folder's parent.
 RUN_DIR_MAX_CHARS = 36
 
+# pydantic's words where they say too much or speak of Python
+_WORDING = {
+    "int_parsing": "should be a whole number",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_parsing": "should be a number",
+    "float_type": "should be a number",
+    "bool_parsing": "should be true or false",
+    "bool_type": "should be true or false",
+    "string_type": "should be a text",
+    "path_type": "should be a path",
+    "model_type": "should be a group of keys",
+    "dict_type": "should be a group of keys",
+    "too_short": "should have at least {min_length} entry",
+}
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -121,7 +137,7 @@ class TelemetrySettings(Settings):
 class DiptychConfig(Settings):
     """The root of `diptych.yaml`."""
 
-    models: dict[str, ModelSettings] = Field(default={DEFAULT_MODEL: ModelSettings()}, min_length=1, max_length=1)
+    models: dict[str, ModelSettings] = Field(default={DEFAULT_MODEL: ModelSettings()}, min_length=1)
     transfer: TransferSettings = TransferSettings()
     router: RouterSettings = RouterSettings()
     ray: RaySettings = RaySettings()
@@ -224,9 +240,10 @@ def _sentence(error: Any) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{where} is not a known key ({hint})"
     message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "value_error" or error["type"] == "missing":
+    if error["type"] == "value_error":
         return f"{where}: {message}"
-    return f"{where}: {message[0].lower()}{message[1:]}, not {error['input']!r}"
+    message = _WORDING.get(error["type"], message.removeprefix("Input ")).format(**error.get("ctx", {}))
+    return f"{where}: {message}, not {error['input']!r}"
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:
@@ -239,6 +256,7 @@ def _known_keys(path: Sequence[str]) -> list[str]:
         if part == "models":
             parts = parts[1:]
             annotation = get_args(annotation)[1]
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
         cls = annotation
     return sorted(cls.model_fields)
