@@ -15,6 +15,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 export PIP_REQUIRE_VIRTUALENV := 1
 
+# Debian's python3 comes without the venv module: virtualenv does the same and installs with pip alone.
+define make-venv
+rm -rf $(VENV); $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
+  PIP_REQUIRE_VIRTUALENV= $(PYTHON) -m pip install --quiet --disable-pip-version-check --target build/virtualenv virtualenv 2>/dev/null \
+  && PYTHONPATH=build/virtualenv $(PYTHON) -m virtualenv --quiet $(VENV); } || { rm -rf $(VENV); \
+  echo "$(PYTHON) can make no virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv python3-pip)" >&2; exit 1; }
+endef
+
 .PHONY: help serve test test-slow check format setup protos clean
 
 help:            ## list the targets
@@ -43,10 +51,7 @@ setup: $(STAMP)  ## make .venv with everything in it
 $(STAMP): pyproject.toml setup.py constraints.txt | links
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "diptych needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 ..." >&2; exit 1; }
-	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || { \
-	  echo "making $(VENV)"; rm -rf $(VENV); \
-	  $(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m virtualenv --quiet $(VENV) 2>/dev/null; } || { \
-	  rm -rf $(VENV); echo "$(PYTHON) can make no virtual environment. Install its venv module (Debian, Ubuntu: apt install python3-venv) or: $(PYTHON) -m pip install virtualenv" >&2; exit 1; }; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making $(VENV)"; $(make-venv); }
 	@echo "installing torch"
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
 	@echo "installing diptych and what it uses"
