@@ -51,7 +51,9 @@ def test_torch_and_ray_are_imported_only_where_they_belong(path: Path) -> None:
         if path.parts[0] == "cluster" and not name.startswith(ENGINE):
             assert not module.startswith(TORCH_MODULES), f"{name}:{line}: {module} brings in torch"
         if path.parts[0] == "protos" and top not in {"diptych", *PROTOS_THIRD_PARTY}:
-            assert top in sys.stdlib_module_names, f"{name}:{line}: protos/ uses the standard library, pydantic, protobuf"
+            assert top in sys.stdlib_module_names, (
+                f"{name}:{line}: protos/ uses the standard library, pydantic, protobuf"
+            )
 
 
 @pytest.mark.parametrize("path", python_files(*ALL_FOLDERS), ids=str)

@@ -1,0 +1,93 @@
+"""What the cluster's greedy tokens must equal: transformers' own `generate` on the same folder, in float32.
+
+Tie rule: token lists are equal, or at the first difference the reference's two best logits lie within 1e-4.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+TIE = 1e-4
+WORDS = tuple(
+    """river stone market yellow engine garden winter paper signal bridge doctor silver kitchen mountain letter ocean
+    village window music copper teacher forest machine harbor bread planet carpet island simple story number""".split()
+)
+SENTENCES = (
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Once upon a time, in a small village by the sea,",
+    "1, 2, 3, 4, 5,",
+    "Water boils at",
+    "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+@dataclass
+class Reference:
+    """The reference model; `ties` counts the differences that the tie rule excused."""
+
+    folder: Path
+    model: Any = field(init=False)
+    tokenizer: Tokenizer = field(init=False)
+    ties: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(str(self.folder), dtype=torch.float32).eval()
+        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+
+    def prompts(self, count: int, longest: int) -> list[list[int]]:
+        """Token ids of `count` prompts from 1 to about `longest` tokens; a third of them share a prefix."""
+        rng = random.Random(17)
+        head = " ".join(rng.choice(WORDS) for _ in range(70))
+        texts = list(SENTENCES[:count])
+        while len(texts) < count:
+            size = rng.choice([1, 2, 7, 20, 60, longest])
+            body = " ".join(rng.choice(WORDS) for _ in range(size))
+            texts.append(f"{head} {body}" if len(texts) % 3 == 0 else body)
+        encoded = [self.tokenizer.encode(text, add_special_tokens=False).ids[:longest] for text in texts]
+        # lengths on both sides of a block's edge
+        for i, length in enumerate((1, 15, 16, 17, 32, 33)):
+            if len(encoded) > 12 + i:
+                encoded[12 + i] = (encoded[12 + i] * longest)[:length]
+        return encoded
+
+    @torch.no_grad()
+    def generate(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """`num_tokens` greedy tokens; end tokens do not stop it."""
+        ids = torch.tensor([prompt])
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return [int(t) for t in out[0, len(prompt) :]]
+
+    @torch.no_grad()
+    def check(self, prompt: list[int], expected: list[int], got: list[int]) -> None:
+        """Raise unless `got` equals `expected` up to a tie."""
+        assert len(got) == len(expected), (len(got), len(expected))
+        differing = [i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b]
+        if not differing:
+            return
+        first = differing[0]
+        logits = self.model(torch.tensor([prompt + expected[:first]])).logits[0, -1]
+        best = torch.topk(logits, 2)
+        gap = float(best.values[0] - best.values[1])
+        where = (
+            f"prompt of {len(prompt)} tokens, output token {first}: {expected[first]} and {got[first]}, gap {gap:.2e}"
+        )
+        assert gap <= TIE, f"wrong token: {where}"
+        assert got[first] in best.indices.tolist(), f"wrong token at a tie: {where}"
+        self.ties.append(where)
