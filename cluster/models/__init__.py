@@ -1,0 +1,6 @@
+"""Models on disk: what a model source means, a folder of safetensors and its facts. No torch, transformers or ray."""
+
+from .facts import ModelFacts, ModelFolder
+from .source import resolve
+
+__all__ = ["ModelFacts", "ModelFolder", "resolve"]
