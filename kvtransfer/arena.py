@@ -1,0 +1,59 @@
+"""The memory behind the blocks of one engine. The runner computes in it; the transfer thread packs from it and into it.
+
+One tensor [layers, 2, num_blocks, kv_heads, block_tokens, head_dim]: a block is one strided copy, whatever the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diptych.kernels.ops.kv_pack import kv_pack, kv_unpack
+
+from .layout import KvLayout
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class KvArena:
+    """KV memory of `num_blocks` blocks.
+
+    `layers[i]` is layer i's (K, V), each [num_blocks, kv_heads, block_tokens, head_dim].
+    """
+
+    def __init__(self, layout: KvLayout, num_blocks: int, device: str = "cpu") -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        shape = (layout.layers, 2, num_blocks, layout.kv_heads, layout.block_tokens, layout.head_dim)
+        # Zeros, not empty: masked positions are multiplied by 0, and 0 * NaN is NaN.
+        self.storage = torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=device)
+        self.layers: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self.storage]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the arena."""
+        return self.num_blocks * self.layout.bytes_per_block
+
+    def pack(self, blocks: Sequence[int], tok_from: int, tok_to: int, out: memoryview) -> None:
+        """Write positions tok_from .. tok_to - 1 of the sequence in `blocks` to `out` in wire form.
+
+        `out` is writable and has exactly (tok_to - tok_from) * bytes_per_token bytes.
+        """
+        if tok_to > tok_from:
+            kv_pack(self.storage, blocks, tok_from, self._wire(out, tok_to - tok_from))
+
+    def unpack(self, blocks: Sequence[int], tok_from: int, tok_to: int, data: memoryview) -> None:
+        """Read what `pack` wrote into positions tok_from .. tok_to - 1 of the sequence in `blocks`. `data` is writable
+        memory, for torch's sake, and is not changed.
+        """
+        if tok_to > tok_from:
+            kv_unpack(self.storage, blocks, tok_from, self._wire(data, tok_to - tok_from))
+
+    def _wire(self, buffer: memoryview, num_tokens: int) -> Tensor:
+        layout = self.layout
+        if buffer.nbytes != num_tokens * layout.bytes_per_token:
+            raise ValueError(f"{buffer.nbytes} bytes for {num_tokens} tokens of {layout.bytes_per_token} bytes")
+        flat = torch.frombuffer(buffer, dtype=_DTYPES[layout.dtype])
+        return flat.view(layout.layers, 2, layout.kv_heads, num_tokens, layout.head_dim)
