@@ -1,0 +1,182 @@
+"""A model folder (config.json and safetensors) as a module that computes one ragged row with our attention function.
+
+transformers' model code, built on the meta device; nothing in the folder is executed or unpickled. What a model does
+that cannot be computed rightly is found here, by trying it out, and refused with a reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diptych.protos.errors import StartupError
+
+from . import attention
+from .attention import AttentionStep, run_module
+from .layers.merged import merge_linears
+from .ops.ragged import RaggedBatch
+from .probe import Probe, compute_alone, compute_ragged, differs, find_layers
+from .weights import load_weights, weights_digest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KvLayers = Mapping[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadedModel:
+    """A model ready to run. KV layer i of an arena belongs to `layer_ids[i]`, the model's own number of that layer."""
+
+    module: nn.Module
+    layers: int  # that keep KV
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context_tokens: int
+    dtype: str
+    device: torch.device
+    weights_digest: bytes  # sha256, see weights.weights_digest
+    layer_ids: tuple[int, ...]
+    architecture: str
+    weights_bytes: int
+    degraded: tuple[str, ...]  # every slower choice that was made, for people
+
+    def forward(self, ids_T: Tensor, batch: RaggedBatch, kv: KvLayers, sampled_N: Tensor) -> Tensor:
+        """Logits [N, V] after the row indices `sampled_N`; the KV of all tokens is stored on the way. N may be 0."""
+        step = AttentionStep(batch, kv)
+        return run_module(self.module, ids_T, step, sampled_N)
+
+
+def load_model(folder: Path, *, dtype: str, device: str = "cpu") -> LoadedModel:
+    """Build and fill the model in `folder`, in "float32" or "bfloat16". StartupError says why a model is refused."""
+    if dtype not in DTYPES:
+        raise StartupError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}.")
+    place = torch.device(device)
+    config = _read_config(folder)
+    module = _build(config, DTYPES[dtype])
+    with torch.inference_mode():
+        load_weights(
+            module,
+            folder,
+            device=place,
+            prefix=getattr(module, "base_model_prefix", "model"),
+            ignorable=[*(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"],
+        )
+        _fill_computed_buffers(module, place)
+        text = config.get_text_config()
+        shapes = find_layers(module, text, place)
+        kv_heads, head_dim = _one_geometry(shapes)
+        probe = Probe(DTYPES[dtype], place)
+        expected = compute_alone(module, text.vocab_size, shapes, probe)
+        degraded = _swap_modules(module)
+        if differs(compute_alone(module, text.vocab_size, shapes, probe), expected, probe.dtype):
+            raise StartupError(f"{type(module).__name__} is refused: merging its linears changes what it computes.")
+        if differs(compute_ragged(module, text.vocab_size, shapes, probe), expected, probe.dtype):
+            raise StartupError(
+                f"{type(module).__name__} is refused: something other than attention mixes the tokens of a step."
+            )
+    return LoadedModel(
+        module=module,
+        layers=len(shapes),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=text.vocab_size,
+        max_context_tokens=text.max_position_embeddings,
+        dtype=dtype,
+        device=place,
+        weights_digest=weights_digest(folder),
+        layer_ids=tuple(sorted(shapes)),
+        architecture=type(module).__name__,
+        weights_bytes=_weights_bytes(module),
+        degraded=tuple(degraded),
+    )
+
+
+def _swap_modules(module: nn.Module) -> list[str]:
+    """Put faster modules in place of the model's own; gives what had to stay."""
+    unmerged = merge_linears(module)
+    return [f"{len(unmerged)} groups of linears are not merged, the first is {unmerged[0]}"] if unmerged else []
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise StartupError(f"{folder} has no config.json.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise StartupError(f"{path} is not valid JSON: {exc}") from exc
+    for key, reason in (
+        ("auto_map", "it asks for Python code from the model's folder, which is never executed"),
+        ("quantization_config", "quantised weights are not supported"),
+    ):
+        if raw.get(key):
+            raise StartupError(f"The model in {folder} is refused: {key} in config.json, {reason}.")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as exc:
+        raise StartupError(f"transformers cannot read {path}: {exc}") from exc
+
+
+def _build(config: Any, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    try:
+        with torch.device("meta"):
+            build: Any = AutoModelForCausalLM.from_config
+            module: nn.Module = build(
+                config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION, trust_remote_code=False
+            )
+    except (ValueError, KeyError) as exc:
+        raise StartupError(f"transformers cannot build a causal model of type {config.model_type}: {exc}") from exc
+    if "logits_to_keep" not in inspect.signature(module.forward).parameters:
+        raise StartupError(f"{type(module).__name__} cannot limit its logits to given positions.")
+    return module.eval()
+
+
+def _fill_computed_buffers(module: nn.Module, device: torch.device) -> None:
+    """Buffers that no file holds (rotary frequencies and the like) come from the model's own initialisation.
+
+    They are NaN before, so that a buffer which the initialisation forgets is found here and not in the answers.
+    """
+    computed = []
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            owner_name, _, leaf = name.rpartition(".")
+            fresh = torch.empty_like(buffer, device=device)
+            if fresh.is_floating_point():
+                fresh.fill_(float("nan"))
+                computed.append(name)
+            module.get_submodule(owner_name)._buffers[leaf] = fresh
+    module.initialize_weights()  # type: ignore[operator]
+    buffers = dict(module.named_buffers())
+    bad = [name for name in computed if bool(buffers[name].isnan().any())]
+    bad += [name for name, tensor in (*buffers.items(), *module.named_parameters()) if tensor.is_meta]
+    if bad:
+        raise StartupError(f"{type(module).__name__} does not initialise {', '.join(bad[:8])}.")
+
+
+def _one_geometry(shapes: Mapping[int, attention.LayerShape]) -> tuple[int, int]:
+    geometries = {(shape.kv_heads, shape.head_dim) for shape in shapes.values()}
+    if len(geometries) != 1:
+        raise StartupError(
+            f"The layers differ in KV heads and head size, which is not supported: {sorted(geometries)}."
+        )
+    return geometries.pop()
+
+
+def _weights_bytes(module: nn.Module) -> int:
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*module.parameters(), *module.buffers())
+    }
+    return sum(storages.values())

@@ -1,0 +1,1 @@
+"""Storing the keys and values of a ragged row into their blocks."""

@@ -1,0 +1,1 @@
+"""Attention of a ragged row of new tokens over keys and values that lie in blocks."""
