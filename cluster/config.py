@@ -73,7 +73,8 @@ class LimitSettings(Settings):
     write_timeout_s: Seconds = Field(30.0, description="a client that reads nothing for this long is dropped")
     request_timeout_s: Seconds = Field(600.0, description="deadline of a request, unless it asks for a shorter one")
     max_connections: int = Field(1024, ge=1, description="open connections; one more is refused")
-    max_running: int = Field(512, ge=1, description="requests in work; one more gets 503 with retry-after")
+    max_running: int = Field(512, ge=1, description="requests in work; more of them wait")
+    max_waiting: int = Field(256, ge=0, description="requests waiting for a place; one more gets 503 with retry-after")
 
 
 class RouterSettings(Settings):
@@ -109,7 +110,7 @@ class ModelSettings(Settings):
 
     source: str = Field(DEFAULT_MODEL, min_length=1, description="name of a built-in model, or a folder")
     runner: Literal["model", "echo"] = Field(
-        "model", description="echo: engines answer with the prompt's own tokens and compute nothing (for measurements)"
+        "model", description="echo: load no model; tokens are hashes of what lies in the KV (to measure all the rest)"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has it")
     max_context_tokens: int | None = Field(None, ge=2, description="prompt and output; null: what the model allows")

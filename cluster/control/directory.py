@@ -1,0 +1,41 @@
+"""protos.status.EngineDirectory over the PoolManager actor, for a router replica. Needs a process connected to Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import ray
+
+from diptych.protos.errors import EngineLost
+from diptych.protos.status import EngineInfo
+
+from .manager_actor import MANAGER_NAME, NAMESPACE, POLL_S
+
+CALL_TIMEOUT_S = 10.0
+
+
+class ManagerDirectory:
+    """Looks the manager up by name on every call after a failure, so that a restarted manager is found."""
+
+    def __init__(self) -> None:
+        self._manager: Any = None
+
+    async def engines(self) -> tuple[int, list[EngineInfo]]:
+        """The present membership and its version. Raises EngineLost when the manager does not answer."""
+        return await self._call("engines", timeout_s=CALL_TIMEOUT_S)
+
+    async def wait_change(self, version: int) -> tuple[int, list[EngineInfo]]:
+        """Returns when the membership is newer than `version`, or after some seconds. Raises EngineLost likewise."""
+        return await self._call("wait_change", version, timeout_s=POLL_S + CALL_TIMEOUT_S)
+
+    async def _call(self, method: str, *args: int, timeout_s: float) -> tuple[int, list[EngineInfo]]:
+        try:
+            if self._manager is None:
+                self._manager = ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
+            reference = getattr(self._manager, method).remote(*args)
+            version, engines = await asyncio.wait_for(reference, timeout_s)
+        except (ray.exceptions.RayError, TimeoutError, ValueError) as exc:
+            self._manager = None
+            raise EngineLost("the pool manager does not answer", detail=repr(exc)) from exc
+        return version, engines

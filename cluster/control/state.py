@@ -1,0 +1,81 @@
+"""Where other commands find a running cluster: one private folder per `diptych serve`, with a state file in it.
+
+run_dir/<pid>/: state.json, token, ray/ (Ray's session), ray.log, *.sock
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from diptych.protos.errors import StartupError
+
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterState:
+    """What one needs to talk to a running cluster. `token_path` is None when the Ray cluster is somebody else's."""
+
+    pid: int  # of `diptych serve`
+    url: str  # of the API
+    serve_url: str  # the same through Ray Serve's proxy
+    ray_address: str
+    token_path: str | None
+    folder: str
+    models: tuple[str, ...]
+
+
+def make_folder(run_dir: Path) -> Path:
+    """A new private folder for this process below `run_dir`; folders whose process is gone are removed.
+
+    Raises StartupError when `run_dir` belongs to somebody else or others may write to it.
+    """
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = run_dir.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise StartupError(
+                f"{run_dir} must be a folder of your own that nobody else can enter (mode 700); "
+                "remove it or set run_dir to another one"
+            )
+        _sweep(run_dir)
+        folder = run_dir / str(os.getpid())
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+    except OSError as exc:
+        raise StartupError(f"cannot create a folder below run_dir {run_dir}: {exc.strerror}") from exc
+    return folder
+
+
+def write_state(state: ClusterState) -> None:
+    """Publish; a reader sees all of it or nothing."""
+    path = Path(state.folder) / STATE_FILE
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(state)), encoding="utf-8")
+    partial.replace(path)
+
+
+def find_cluster(run_dir: Path) -> ClusterState | None:
+    """The cluster below `run_dir` that was started last and whose process lives, or None."""
+    files = sorted(run_dir.glob(f"*/{STATE_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for file in files:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            raw = json.loads(file.read_text(encoding="utf-8"))
+            state = ClusterState(**(raw | {"models": tuple(raw["models"])}))
+            if psutil.pid_exists(state.pid):
+                return state
+    return None
+
+
+def _sweep(run_dir: Path) -> None:
+    for folder in run_dir.iterdir():
+        if folder.name.isdigit() and not psutil.pid_exists(int(folder.name)):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,66 @@
+"""The Ray shell of an engine. control/engines.py makes an actor of it: named, detached, never restarted by Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+
+from diptych.protos.status import EngineStatus
+
+from .spec import EngineSpec, EngineStarted
+
+# Read by OpenMP when torch is loaded: waiting threads sleep, so that engines on the same cores do not spin against
+# each other.
+OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+
+
+class EngineActor:
+    """Decodes nothing, decides nothing: calls the Engine."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self._spec = spec
+        self._ended = threading.Event()
+
+    def start(self) -> EngineStarted:
+        """Load and listen; see Engine.start."""
+        began = time.monotonic()
+        os.environ |= OPENMP | {"OMP_NUM_THREADS": str(self._spec.threads or len(os.sched_getaffinity(0)))}
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        from diptych.cluster.tracing import configure_tracing
+
+        from .engine import Engine
+
+        configure_tracing(self._spec.trace_file, self._spec.engine_id)
+        self._engine = Engine(self._spec, on_failure=self._fail)
+        imports = ("imports", time.monotonic() - began)
+        started = self._engine.start()
+        return EngineStarted(started.info, (imports, *started.timeline))
+
+    def wait_ended(self) -> None:
+        """Returns after `stop`; raises at the caller when the process dies. The cheapest death notice that Ray has."""
+        self._ended.wait()
+
+    def status(self) -> EngineStatus:
+        """A reading of the engine."""
+        return self._engine.status()
+
+    def drain(self, grace_s: float) -> bool:
+        """See Engine.drain."""
+        return self._engine.drain(grace_s)
+
+    def stop(self) -> None:
+        """End everything but the process, which ends with the actor."""
+        from diptych.cluster.tracing import flush_tracing
+
+        self._engine.stop()
+        flush_tracing()
+        self._ended.set()
+
+    def _fail(self, error: BaseException) -> None:
+        # An engine without its step thread is dead; the process must be, too, so that everyone learns of it at once.
+        logging.getLogger(__name__).critical("engine %s ends: %r", self._spec.engine_id, error)
+        logging.shutdown()
+        os._exit(70)

@@ -1,0 +1,198 @@
+"""Builds the parts of one engine from its spec: model, arena, runner, pool, transfer drivers, workers.
+
+The only place where all floors meet. Nothing runs yet when `compose` returns.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from diptych.decode.worker import DecodeWorker
+from diptych.kvtransfer.arena import KvArena
+from diptych.kvtransfer.layout import KvLayout, compat_digest
+from diptych.kvtransfer.pool import BlockPool
+from diptych.kvtransfer.receive import ReceiveDriver
+from diptych.kvtransfer.send import SendDriver
+from diptych.prefill.worker import PrefillWorker
+from diptych.protos.ports import Clock, Runner, Worker
+from diptych.protos.status import EngineInfo
+from diptych.protos.step import SlotPool
+from diptych.protos.types import Role
+
+from .echo import ArenaEchoRunner
+from .inbox import Inbox, TransferNews
+from .outbox import Outbox
+from .spec import EngineSpec
+
+MAX_OUTPUTS_BEHIND = 4096  # steps that the asyncio thread may lag behind the step thread
+
+
+@dataclass(frozen=True, slots=True)
+class Brain:
+    """What computes, loaded, before it has KV memory."""
+
+    layout: KvLayout
+    weights_digest: bytes
+    attention: bytes  # the identity of what else shapes KV, see compat_digest
+    degraded: tuple[str, ...]
+    runner: Callable[[KvArena, int, int], Runner]  # (arena, max_slots, max_step_tokens)
+
+
+BrainFactory = Callable[[EngineSpec], Brain]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """An engine before its threads start."""
+
+    info: EngineInfo
+    runner: Runner
+    pool: BlockPool
+    inbox: Inbox
+    outbox: Outbox
+    workers: dict[Role, Worker]
+    sender: SendDriver | None
+    receiver: ReceiveDriver | None
+
+
+def model_brain(spec: EngineSpec) -> Brain:
+    """The real thing: transformers' model code with our attention over the arena."""
+    from diptych.kernels.model import load_model
+    from diptych.kernels.runner import ModelRunner
+
+    model = load_model(spec.folder, dtype=spec.dtype)
+    layout = KvLayout(
+        layers=model.layers,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        dtype=model.dtype,
+        block_tokens=spec.settings.kv.block_tokens,
+    )
+
+    def runner(arena: KvArena, max_slots: int, max_step_tokens: int) -> Runner:
+        return ModelRunner(
+            model,
+            arena.layers,
+            block_tokens=layout.block_tokens,
+            max_slots=max_slots,
+            max_step_tokens=max_step_tokens,
+        )
+
+    return Brain(layout, model.weights_digest, model.architecture.encode(), model.degraded, runner)
+
+
+def echo_brain(spec: EngineSpec) -> Brain:
+    """No model, see echo.py; the model's KV heads in as many layers, so that transfers have their true size."""
+    facts = spec.facts
+    layout = KvLayout(
+        layers=facts.layers,
+        kv_heads=facts.kv_heads,
+        head_dim=facts.head_dim,
+        dtype="float32",
+        block_tokens=spec.settings.kv.block_tokens,
+    )
+
+    def runner(arena: KvArena, max_slots: int, max_step_tokens: int) -> Runner:
+        return ArenaEchoRunner(arena, max_slots=max_slots, max_step_tokens=max_step_tokens, vocab_size=facts.vocab_size)
+
+    return Brain(layout, b"echo", b"echo", ("runner echo: no model is loaded, the answers are noise",), runner)
+
+
+def brain_of(spec: EngineSpec) -> BrainFactory:
+    """What `runner` of the model's settings asks for."""
+    return echo_brain if spec.settings.runner == "echo" else model_brain
+
+
+def compose(
+    spec: EngineSpec, *, brain: BrainFactory, mark: Callable[[str], None], clock: Clock = time.monotonic
+) -> EngineParts:
+    """Raises StartupError when the settings leave no room for KV. `mark(name)` is called after each costly stage."""
+    settings = spec.settings
+    slots = SlotPool(sum(_max_running(spec, role) for role in spec.roles))
+    step_tokens = max(
+        settings.prefill.step_tokens if role is Role.PREFILL else settings.decode.step_tokens for role in spec.roles
+    )
+    loaded = brain(spec)
+    mark("weights")
+    num_blocks = spec.num_blocks(loaded.layout)
+    arena = KvArena(loaded.layout, num_blocks)
+    mark("arena")
+    runner = loaded.runner(arena, slots.max_slots, step_tokens)
+    mark("runner")
+    info = _info(spec, loaded, num_blocks)
+    compat = compat_digest(loaded.layout, weights_digest=loaded.weights_digest, attention=loaded.attention)
+    pool = BlockPool(
+        num_blocks=num_blocks,
+        block_tokens=settings.kv.block_tokens,
+        root=compat,
+        prefix_cache=settings.kv.prefix_cache,
+    )
+    inbox = Inbox(settings.prefill.max_waiting + settings.decode.max_waiting + slots.max_slots)
+    outbox = Outbox(MAX_OUTPUTS_BEHIND)
+    workers: dict[Role, Worker] = {}
+    sender: SendDriver | None = None
+    receiver: ReceiveDriver | None = None
+    shared = {"me": spec.ref, "layout": loaded.layout, "compat": compat, "arena": arena, "settings": spec.transfer}
+    if Role.PREFILL in spec.roles:
+        sender = SendDriver(
+            **shared,
+            run_dir=spec.run_dir,
+            deliver=lambda event: inbox.put(TransferNews(Role.PREFILL, event)),
+            clock=clock,
+        )
+        workers[Role.PREFILL] = PrefillWorker(
+            settings=settings.prefill,
+            runner=runner,
+            pool=pool,
+            slots=slots,
+            sender=sender,
+            emit=partial(outbox.put, Role.PREFILL),
+            clock=clock,
+            max_context_tokens=info.max_context_tokens,
+        )
+    if Role.DECODE in spec.roles:
+        receiver = ReceiveDriver(
+            **shared, deliver=lambda event: inbox.put(TransferNews(Role.DECODE, event)), clock=clock
+        )
+        workers[Role.DECODE] = DecodeWorker(
+            settings=settings.decode,
+            runner=runner,
+            pool=pool,
+            slots=slots,
+            receiver=receiver,
+            emit=partial(outbox.put, Role.DECODE),
+            clock=clock,
+            max_context_tokens=info.max_context_tokens,
+        )
+    return EngineParts(info, runner, pool, inbox, outbox, workers, sender, receiver)
+
+
+def _max_running(spec: EngineSpec, role: Role) -> int:
+    return spec.settings.prefill.max_running if role is Role.PREFILL else spec.settings.decode.max_running
+
+
+def _info(spec: EngineSpec, loaded: Brain, num_blocks: int) -> EngineInfo:
+    max_context_tokens = spec.max_context_tokens(num_blocks)
+    degraded = [*spec.degraded, *loaded.degraded]
+    if max_context_tokens < spec.facts.max_context_tokens and spec.settings.max_context_tokens is None:
+        degraded.append(
+            f"context of {max_context_tokens} tokens "
+            f"instead of {spec.facts.max_context_tokens}: kv.memory_mib is the bound"
+        )
+    return EngineInfo(
+        ref=spec.ref,
+        roles=spec.roles,
+        model=spec.model,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        block_tokens=spec.settings.kv.block_tokens,
+        num_blocks=num_blocks,
+        max_context_tokens=max_context_tokens,
+        dtype=loaded.layout.dtype,
+        degraded=tuple(degraded),
+    )

@@ -1,0 +1,162 @@
+"""One engine in this process: its parts, its three threads, its start and its end. The Ray actor is a shell around it.
+
+step thread: workers, pool, runner | transfer thread: inside the drivers | asyncio thread: gRPC server, sessions
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import grpc
+import torch
+
+from diptych.protos.ports import Runner
+from diptych.protos.status import EngineInfo, EngineStatus
+from diptych.protos.step import SampleSpec, StepPlan, StepRow
+
+from .compose import BrainFactory, EngineParts, brain_of, compose
+from .loop import StepLoop
+from .session import EngineSessions
+from .spec import EngineSpec, EngineStarted
+
+# The step thread holds the GIL in short pieces; with Python's 5 ms it would wait that long to get it back.
+SWITCH_INTERVAL_S = 0.0005
+STOP_TIMEOUT_S = 10.0
+WARM_UP_TOKENS = 64
+SERVER_OPTIONS = (("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20))
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """`start` once, then `stop` once. `on_failure` is called in the step thread when that thread cannot go on."""
+
+    def __init__(
+        self, spec: EngineSpec, *, on_failure: Callable[[BaseException], None], brain: BrainFactory | None = None
+    ) -> None:
+        self._spec = spec
+        self._brain = brain or brain_of(spec)
+        self._on_failure = on_failure
+        self._parts: EngineParts
+        self._loop: StepLoop
+        self._sessions: EngineSessions
+        self._server: grpc.aio.Server
+        self._asyncio = asyncio.new_event_loop()
+        self._asyncio_thread = threading.Thread(target=self._run_asyncio, name="asyncio", daemon=True)
+        self._step_thread = threading.Thread(target=self._run_steps, name="step", daemon=True)
+
+    def start(self) -> EngineStarted:
+        """Load, warm up, listen, step. Seconds to minutes. Raises StartupError and what loading raises."""
+        timeline: list[tuple[str, float]] = []
+        last = time.monotonic()
+
+        def mark(stage: str) -> None:
+            nonlocal last
+            now = time.monotonic()
+            timeline.append((stage, now - last))
+            last = now
+
+        torch.set_num_threads(self._spec.threads or len(os.sched_getaffinity(0)))
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._parts = compose(self._spec, brain=self._brain, mark=mark)
+        warm_up(self._parts.runner, self._parts.info)
+        mark("warm-up")
+        parts = self._parts
+        self._loop = StepLoop(workers=parts.workers, inbox=parts.inbox, counts=parts.pool.counts, clock=time.monotonic)
+        self._sessions = EngineSessions(
+            info=parts.info, inbox=parts.inbox, outbox=parts.outbox, reading=self.status, clock=time.monotonic
+        )
+        self._asyncio_thread.start()
+        if parts.sender is not None:
+            parts.sender.start()
+        self._in_asyncio(self._listen())
+        self._step_thread.start()
+        mark("listen")
+        return EngineStarted(parts.info, tuple(timeline))
+
+    def status(self) -> EngineStatus:
+        """A reading of the loop, with the drivers' counters; from any thread."""
+        reading = self._loop.reading()
+        counters = dict(reading.counters)
+        transfers = busy = 0
+        sender, receiver = self._parts.sender, self._parts.receiver
+        if sender is not None:
+            counters |= sender.counters()
+            transfers += sender.open_transfers
+            busy = sender.ring_slots_busy
+        if receiver is not None:
+            counters |= receiver.counters()
+            transfers += receiver.open_transfers
+        counters["engine_outputs_lost_total"] = float(self._parts.outbox.outputs_lost)
+        return dataclasses.replace(reading, transfers=transfers, ring_slots_busy=busy, counters=counters)
+
+    def drain(self, grace_s: float) -> bool:
+        """Refuse new requests and wait for the running ones. False: some were still running after `grace_s`."""
+        self._sessions.draining = True
+        deadline = time.monotonic() + grace_s
+        while self._sessions.num_requests and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self._sessions.num_requests == 0
+
+    def stop(self) -> None:
+        """End sessions (their requests are cancelled), drivers and threads."""
+        self._in_asyncio(self._unlisten())
+        if self._parts.sender is not None:
+            self._parts.sender.stop()
+        if self._parts.receiver is not None:
+            self._parts.receiver.stop()
+        self._loop.stop()
+        self._step_thread.join(STOP_TIMEOUT_S)
+        self._asyncio.call_soon_threadsafe(self._asyncio.stop)
+        self._asyncio_thread.join(STOP_TIMEOUT_S)
+
+    def _run_steps(self) -> None:
+        try:
+            self._loop.run()
+        except BaseException as exc:
+            log.exception("the step thread of engine %s ends", self._spec.engine_id)
+            self._on_failure(exc)
+
+    def _run_asyncio(self) -> None:
+        asyncio.set_event_loop(self._asyncio)
+        try:
+            self._asyncio.run_forever()
+        finally:
+            self._asyncio.close()
+
+    def _in_asyncio(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self._asyncio).result(STOP_TIMEOUT_S)
+
+    async def _listen(self) -> None:
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._sessions.attach(self._server)
+        if self._parts.sender is not None:
+            self._parts.sender.attach(self._server)
+        if self._parts.receiver is not None:
+            self._parts.receiver.start(asyncio.get_running_loop())
+        self._server.add_insecure_port(self._spec.ref.target)
+        await self._server.start()
+
+    async def _unlisten(self) -> None:
+        await self._sessions.close()
+        await self._server.stop(0.2)
+
+
+def warm_up(runner: Runner, info: EngineInfo) -> None:
+    """One prefill and one decode step in blocks that no request has yet: allocations, threads and code paths."""
+    num_tokens = min(WARM_UP_TOKENS, runner.max_step_tokens, info.max_context_tokens - 1)
+    blocks = tuple(range(-(-(num_tokens + 1) // info.block_tokens)))
+    for step, (start, tokens) in enumerate(((0, (0,) * num_tokens), (num_tokens, None))):
+        length = 1 if tokens is None else num_tokens
+        sample = SampleSpec(temperature=0.0, top_p=1.0, top_k=0, seed=0, position=start + length)
+        row = StepRow(slot=0, num_tokens=length, tokens=tokens, start=start, blocks=blocks, sample=sample)
+        runner.launch(StepPlan(step, (row,)))
+        runner.collect()

@@ -1,0 +1,99 @@
+"""The step thread of an engine: inbox -> worker.submit/cancel/on_transfer -> worker.step, role by role.
+
+It owns workers and block pool; everybody else reads the frozen readings that it leaves behind.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+
+from diptych.protos.ports import Clock, Worker, WorkerLoad
+from diptych.protos.status import EngineStatus
+from diptych.protos.types import DecodeOrder, PoolCounts, PrefillOrder, Role
+
+from .inbox import CancelRequest, Inbox, InboxItem, TransferNews
+
+READING_PERIOD_S = 0.1  # a busy loop leaves a new reading this often, an idle one at once
+IDLE_WAIT_S = 1.0  # the longest sleep; a wake-up costs microseconds
+MIN_WAIT_S = 0.001  # a worker whose wake time is past but who has nothing to run must not make the loop spin
+
+
+class StepLoop:
+    """Runs in one thread from `run` until `stop`. `reading()` may be called from any thread."""
+
+    def __init__(
+        self, *, workers: Mapping[Role, Worker], inbox: Inbox, counts: Callable[[], PoolCounts], clock: Clock
+    ) -> None:
+        self._workers = dict(workers)
+        self._inbox = inbox
+        self._counts = counts
+        self._clock = clock
+        self._stopping = threading.Event()
+        self._steps = 0
+        self._busy = 0.0
+        self._read_at = float("-inf")
+        self._reading = EngineStatus()
+        self._read()
+
+    def run(self) -> None:
+        """Until `stop`. An exception of a worker is a defect: it ends the loop and with it the engine."""
+        idle = False
+        while not self._stopping.is_set():
+            idle = not self.turn(self._sleep_s() if idle else 0.0)
+
+    def turn(self, wait_s: float) -> bool:
+        """Take what arrives within `wait_s` seconds, then let each role step once. False: nothing happened."""
+        items = self._inbox.take_all(wait_s)
+        for item in items:
+            self._dispatch(item)
+        began = self._clock()
+        stepped = 0
+        for worker in self._workers.values():
+            stepped += bool(worker.step())
+        now = self._clock()
+        if stepped:
+            self._steps += stepped
+            self._busy += now - began
+        happened = bool(items) or stepped > 0
+        if not stepped or now - self._read_at >= READING_PERIOD_S:
+            self._read()
+        return happened
+
+    def stop(self) -> None:
+        """The loop ends after the turn it is in."""
+        self._stopping.set()
+        self._inbox.close()
+
+    def reading(self) -> EngineStatus:
+        """The last reading; counters `steps` and `busy_seconds` are the loop's own."""
+        return self._reading
+
+    def _dispatch(self, item: InboxItem) -> None:
+        match item:
+            case PrefillOrder():
+                self._workers[Role.PREFILL].submit(item)
+            case DecodeOrder():
+                self._workers[Role.DECODE].submit(item)
+            case CancelRequest(role, key):
+                self._workers[role].cancel(key)
+            case TransferNews(role, event):
+                self._workers[role].on_transfer(event)
+
+    def _sleep_s(self) -> float:
+        wakes = [wake for worker in self._workers.values() if (wake := worker.next_wake()) is not None]
+        if not wakes:
+            return IDLE_WAIT_S
+        return min(max(min(wakes) - self._clock(), MIN_WAIT_S), IDLE_WAIT_S)
+
+    def _read(self) -> None:
+        self._read_at = self._clock()
+        loads = [worker.load() for worker in self._workers.values()]
+        total = WorkerLoad(sum(load.running for load in loads), sum(load.waiting for load in loads))
+        self._reading = EngineStatus(
+            running=total.running,
+            waiting=total.waiting,
+            blocks=self._counts(),
+            steps=self._steps,
+            counters={"engine_steps_total": float(self._steps), "engine_busy_seconds_total": self._busy},
+        )

@@ -1,0 +1,53 @@
+"""The seam between step thread and asyncio: a bounded ring of step outputs. The step thread only appends and, when the
+reader sleeps, wakes it; protobuf and routing happen on the other side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from diptych.protos.types import Role, StepOutput
+
+
+class Outbox:
+    """One writer (step thread), one reader (the event loop that `attach` names)."""
+
+    def __init__(self, max_outputs: int) -> None:
+        self._ring: deque[tuple[Role, StepOutput]] = deque()
+        self._max_outputs = max_outputs
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_ready: Callable[[], None] | None = None
+        self._awake = False
+        self._overflowed = False
+        self.outputs_lost = 0
+
+    def attach(self, loop: asyncio.AbstractEventLoop, on_ready: Callable[[], None]) -> None:
+        """`on_ready` runs on `loop` when there is something to drain. Call before the first `put`."""
+        self._loop = loop
+        self._on_ready = on_ready
+
+    def put(self, role: Role, output: StepOutput) -> None:
+        """Never blocks. When the reader is `max_outputs` behind, the output is lost and `drain` says so."""
+        if len(self._ring) >= self._max_outputs:
+            self._overflowed = True
+            self.outputs_lost += 1
+            return
+        self._ring.append((role, output))
+        if not self._awake and self._loop is not None and self._on_ready is not None:
+            self._awake = True
+            try:
+                self._loop.call_soon_threadsafe(self._on_ready)
+            except RuntimeError:  # the event loop is closed: the engine is shutting down and nobody reads any more
+                self._ring.clear()
+
+    def drain(self) -> tuple[list[tuple[Role, StepOutput]], bool]:
+        """All outputs in order, and whether some were lost since the last call."""
+        # Cleared first: an output that comes after the ring was emptied must wake the reader again.
+        self._awake = False
+        lost, self._overflowed = self._overflowed, False
+        outputs = []
+        while self._ring:
+            outputs.append(self._ring.popleft())
+        return outputs, lost

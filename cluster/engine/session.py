@@ -1,0 +1,284 @@
+"""The gRPC Engine service: one stream per router, every request multiplexed, one StepTokens message per step.
+
+Lives in the asyncio thread. It knows inbox, outbox and the engine's readings; of workers and devices it knows nothing.
+A broken stream cancels the requests that came through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import grpc
+
+from diptych.cluster.tracing import record_phase
+from diptych.protos import codec, engine_pb2_grpc
+from diptych.protos import engine_pb2 as pb
+from diptych.protos.errors import DiptychError, EngineError, InvalidRequest, Overloaded
+from diptych.protos.ports import Clock
+from diptych.protos.status import EngineInfo, EngineStatus
+from diptych.protos.types import Finish, FinishReason, Role, StepOutput, TransferKey
+
+from .inbox import CancelRequest, Inbox
+from .outbox import Outbox
+
+STATUS_PERIOD_S = 0.25
+LOAD_CHECK_S = 0.05  # a change of load is told after this long at most
+MAX_FRAMES_BEHIND = 4096  # a router that reads so slowly loses its session
+
+log = logging.getLogger(__name__)
+
+
+class SessionRefused(Exception):
+    """Ends a stream with a gRPC status."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+
+@dataclass(eq=False, slots=True)
+class _Session:
+    """One router's stream."""
+
+    router_id: str
+    frames: deque[pb.EngineFrame] = field(default_factory=deque)
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    handles: dict[int, tuple[Role, TransferKey]] = field(default_factory=dict)
+    failure: SessionRefused | None = None
+
+    def send(self, frame: pb.EngineFrame) -> None:
+        if len(self.frames) >= MAX_FRAMES_BEHIND:
+            self.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "the router does not read its session")
+        else:
+            self.frames.append(frame)
+        self.ready.set()
+
+    def fail(self, code: grpc.StatusCode, message: str) -> None:
+        self.failure = self.failure or SessionRefused(code, message)
+        self.ready.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """Where the output of one (role, key) goes."""
+
+    session: _Session
+    handle: int
+    traceparent: str
+    started_ns: int
+
+
+class EngineSessions(engine_pb2_grpc.EngineServicer):
+    """All sessions of one engine."""
+
+    def __init__(
+        self,
+        *,
+        info: EngineInfo,
+        inbox: Inbox,
+        outbox: Outbox,
+        reading: Callable[[], EngineStatus],
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._info = info
+        self._inbox = inbox
+        self._outbox = outbox
+        self._reading = reading
+        self._clock = clock
+        self._sessions: set[_Session] = set()
+        self._routes: dict[Role, dict[TransferKey, _Route]] = {role: {} for role in info.roles}
+        self._ticker: asyncio.Task[None] | None = None
+        self.draining = False
+
+    def attach(self, server: grpc.aio.Server) -> None:
+        """Register the service; call in the asyncio thread before the server starts."""
+        engine_pb2_grpc.add_EngineServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+        self._outbox.attach(asyncio.get_running_loop(), self._pump)
+        self._ticker = asyncio.create_task(self._tell_status())
+
+    async def close(self) -> None:
+        """End every session; their requests are cancelled."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+        for session in self._sessions:
+            session.fail(grpc.StatusCode.UNAVAILABLE, f"engine {self._info.ref.engine_id} is shutting down")
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not had their terminal event."""
+        return sum(len(routes) for routes in self._routes.values())
+
+    async def Session(self, request_iterator: AsyncIterator[pb.RouterFrame], context: grpc.aio.ServicerContext) -> None:
+        """The stream of one router (the name is the proto's)."""
+        # Written with context.write, not as a generator: a cancelled stream must reach the `finally` at once.
+        try:
+            session = await self._open(request_iterator)
+        except SessionRefused as refused:
+            await context.abort(refused.code, refused.message)
+        self._sessions.add(session)
+        reader = asyncio.create_task(self._read(session, request_iterator))
+        try:
+            await context.write(self._welcome())
+            await context.write(self._status_frame())
+            while not reader.done() or session.frames:
+                while session.frames:
+                    await context.write(session.frames.popleft())
+                if session.failure is not None:
+                    await context.abort(session.failure.code, session.failure.message)
+                session.ready.clear()
+                if not reader.done():
+                    await session.ready.wait()
+        finally:
+            reader.cancel()
+            self._forget(session)
+
+    async def _open(self, frames: AsyncIterator[pb.RouterFrame]) -> _Session:
+        first = await anext(aiter(frames), None)
+        if first is None or first.WhichOneof("frame") != "open":
+            raise SessionRefused(grpc.StatusCode.INVALID_ARGUMENT, "the first frame must be Open")
+        me = self._info.ref
+        if first.open.engine_epoch not in (0, me.epoch):
+            raise SessionRefused(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"fenced: engine {me.engine_id} lives in epoch {me.epoch}, not {first.open.engine_epoch}",
+            )
+        return _Session(first.open.router_id)
+
+    async def _read(self, session: _Session, frames: AsyncIterator[pb.RouterFrame]) -> None:
+        try:
+            async for frame in frames:
+                match frame.WhichOneof("frame"):
+                    case "submit":
+                        self._submit(session, frame.submit)
+                    case "cancel":
+                        self._cancel(session, frame.cancel)
+                    case other:
+                        raise SessionRefused(grpc.StatusCode.INVALID_ARGUMENT, f"unexpected frame {other}")
+        except SessionRefused as refused:
+            session.fail(refused.code, refused.message)
+        except grpc.aio.AioRpcError as lost:
+            log.info("session of router %s broke: %s", session.router_id, lost.code())
+        finally:
+            session.ready.set()
+
+    def _submit(self, session: _Session, msg: pb.Submit) -> None:
+        if msg.handle in session.handles:
+            raise SessionRefused(grpc.StatusCode.INVALID_ARGUMENT, f"handle {msg.handle} is in use")
+        role = Role.PREFILL if msg.phase == pb.PHASE_PREFILL else Role.DECODE
+        try:
+            order = codec.order_from_pb(msg, self._clock())
+            key = order.request.key
+            if role not in self._routes:
+                raise EngineError(f"engine {self._info.ref.engine_id} has no {role} worker")
+            if self.draining:
+                raise Overloaded(f"engine {self._info.ref.engine_id} takes no new requests: it is shutting down")
+            if key in self._routes[role]:
+                raise InvalidRequest(f"{key} is in work already", "transfer_id")
+            if not self._inbox.try_put(order):
+                raise Overloaded(f"the inbox of engine {self._info.ref.engine_id} is full")
+        except DiptychError as error:
+            session.send(self._refusal(msg.handle, role, error))
+            return
+        session.handles[msg.handle] = (role, key)
+        self._routes[role][key] = _Route(session, msg.handle, order.request.traceparent, time.time_ns())
+
+    def _cancel(self, session: _Session, msg: pb.Cancel) -> None:
+        try:
+            key = codec.key_from_pb(msg)
+        except InvalidRequest as exc:
+            raise SessionRefused(grpc.StatusCode.INVALID_ARGUMENT, exc.message) from exc
+        for role, routes in self._routes.items():
+            route = routes.get(key)
+            if route is not None and route.session is session:
+                self._inbox.put(CancelRequest(role, key))
+
+    def _refusal(self, handle: int, role: Role, error: DiptychError) -> pb.EngineFrame:
+        finish = Finish(
+            key=TransferKey(b""),
+            role=role,
+            reason=FinishReason.ERROR,
+            error_code=error.code,
+            error_message=error.message,
+        )
+        return pb.EngineFrame(tokens=pb.StepTokens(finishes=[codec.finish_to_pb(handle, finish)]))
+
+    def _forget(self, session: _Session) -> None:
+        # Routes stay until the workers' terminal events: the keys are in use until then, their output goes nowhere.
+        self._sessions.discard(session)
+        for role, key in session.handles.values():
+            self._inbox.put(CancelRequest(role, key))
+
+    # ---- step outputs to frames ----
+
+    def _pump(self) -> None:
+        outputs, lost = self._outbox.drain()
+        for role, output in outputs:
+            self._route_step(role, output)
+        if lost:
+            for session in self._sessions:
+                session.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "the engine's sessions fell behind its steps")
+
+    def _route_step(self, role: Role, output: StepOutput) -> None:
+        routes = self._routes[role]
+        columns: dict[_Session, tuple[list[int], list[int], list[int], list[pb.Finish]]] = {}
+        for key, index, token in zip(output.keys, output.indexes, output.tokens, strict=True):
+            route = routes.get(key)
+            if route is not None and route.session in self._sessions:
+                handles, indexes, tokens, _ = columns.setdefault(route.session, ([], [], [], []))
+                handles.append(route.handle)
+                indexes.append(index)
+                tokens.append(token)
+        for finish in output.finishes:
+            ended = routes.pop(finish.key, None)
+            if ended is None:
+                continue
+            ended.session.handles.pop(ended.handle, None)
+            engine = self._info.ref.engine_id
+            record_phase(finish, ended.traceparent, engine, ended.started_ns, time.time_ns())
+            if ended.session in self._sessions:
+                finishes = columns.setdefault(ended.session, ([], [], [], []))[3]
+                finishes.append(codec.finish_to_pb(ended.handle, finish))
+        for session, (handles, indexes, tokens, finishes) in columns.items():
+            step = pb.StepTokens(handle=handles, index=indexes, token=tokens, finishes=finishes)
+            session.send(pb.EngineFrame(tokens=step))
+
+    # ---- status ----
+
+    def _welcome(self) -> pb.EngineFrame:
+        info = self._info
+        return pb.EngineFrame(
+            welcome=pb.Welcome(
+                me=codec.ref_to_pb(info.ref),
+                roles=sorted(role.value for role in info.roles),
+                model=info.model,
+                block_tokens=info.block_tokens,
+                num_blocks=info.num_blocks,
+                max_context_tokens=info.max_context_tokens,
+            )
+        )
+
+    def _status_frame(self) -> pb.EngineFrame:
+        return pb.EngineFrame(status=codec.status_to_pb(self._reading()))
+
+    async def _tell_status(self) -> None:
+        """To every session, each STATUS_PERIOD_S and soon after a change of load."""
+        told: tuple[int, int] | None = None
+        for tick in itertools.count():
+            await asyncio.sleep(LOAD_CHECK_S)
+            reading = self._reading()
+            load = (reading.running, reading.waiting)
+            if load == told and tick % round(STATUS_PERIOD_S / LOAD_CHECK_S):
+                continue
+            told = load
+            frame = pb.EngineFrame(status=codec.status_to_pb(reading))
+            for session in self._sessions:
+                if len(session.frames) < MAX_FRAMES_BEHIND // 2:  # a slow router needs its tokens more
+                    session.send(frame)
