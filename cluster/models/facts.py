@@ -1,7 +1,7 @@
 """ModelFacts of a model folder, from config.json and the headers of its safetensors files. Called by source.py.
 
 Refuses, with a sentence that says what to do: code in the checkpoint, pickled weights, broken or missing files,
-nonsense sizes. Reads no weights and imports no model code; whether transformers knows the architecture is the engine's question.
+nonsense sizes. Reads no weights and imports no model code: whether transformers knows the class, the engine asks.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _refuse_code(path: Path, config: Mapping[str, object]) -> None:
     if found:
         raise StartupError(
             f"{path} asks to run Python code that came with the checkpoint ({', '.join(found)}); such code is never "
-            "run. Use a checkpoint whose model_type transformers has itself; if this one is such a model, remove the entry."
+            "run. Use a checkpoint whose model_type transformers has itself; if this is such a model, remove the entry."
         )
 
 
@@ -187,9 +187,9 @@ def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
             raise StartupError(
-                f"{folder} holds its weights as a pickle ({pickles[0]}) and no *.safetensors. Unpickling runs code from "
-                "the file, so it is not read: get the safetensors version, or load the model where you trust it and "
-                "save_pretrained() it with transformers, which writes safetensors."
+                f"{folder} holds its weights as a pickle ({pickles[0]}) and no *.safetensors. Unpickling runs code "
+                "from the file, so it is not read: get the safetensors version, or load the model where you trust it "
+                "and save_pretrained() it with transformers, which writes safetensors."
             )
         raise StartupError(f"{folder} holds no *.safetensors: copy the weights of the model into it.")
     tensors: dict[str, TensorEntry] = {}

@@ -83,7 +83,7 @@ def _explain(source: str, path: Path) -> str:
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
         return (
             f"{source} looks like a name on a model hub, and there is no such folder here. Hubs are not read in this "
-            "version: download the model's files into a folder where there is a network, and give the path of that folder. "
+            "version: download the model's files where there is a network, and give the path of their folder. "
             f"{possible}"
         )
     return f"There is no model {source!r}. {possible}"
@@ -133,8 +133,8 @@ def _converted(
             return found if found is not None else _convert(gguf, digest, folder, name, progress)
     except OSError as exc:
         raise StartupError(
-            f"{gguf} cannot be converted into {models}: {exc.strerror or exc}. The cache must be writable and have room "
-            "for the model in bfloat16 (two bytes a parameter); `cache_dir` in diptych.yaml names another place."
+            f"{gguf} cannot be converted into {models}: {exc.strerror or exc}. The cache must be writable and have "
+            "room for the model in bfloat16 (two bytes a parameter); `cache_dir` in diptych.yaml names another place."
         ) from exc
 
 
