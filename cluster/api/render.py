@@ -1,0 +1,168 @@
+"""Messages to token ids: the model's chat template in a sandbox, then its tokenizer. One Renderer per served model.
+
+Templates come with the model and never from a request. They run without access to Python's inner attributes, with a bound
+on the text they make and on the time they take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import operator
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from tokenizers import Tokenizer
+
+from diptych.protos.errors import ContextTooLong, InvalidRequest, StartupError
+from diptych.protos.openai import Message
+
+from .text import TokenTable
+
+MAX_TEMPLATE_CHARS = 256 << 10
+MAX_GROWTH_CHARS = 1 << 20  # text that a template may add to the messages
+MAX_RENDER_S = 0.25
+INLINE_CHARS = 8 << 10  # longer texts are tokenised in a thread: 8 KiB take about 2 ms
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with the operators that can make a huge text of a small template under watch."""
+
+    intercepted_binops = frozenset(("*", "**", "%"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*" and not (isinstance(left, int | float) and isinstance(right, int | float)):
+            sequence, times = (left, right) if isinstance(right, int) else (right, left)
+            if len(sequence) * times > MAX_GROWTH_CHARS:
+                raise SecurityError("a repeated text is too long")
+        if operator == "**" and (abs(left) > 1_000 or abs(right) > 64):
+            raise SecurityError("a power is too large")
+        if operator == "%" and isinstance(left, str):
+            raise SecurityError("text formatting by % is not allowed")
+        return super().call_binop(context, operator, left, right)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def compile_template(source: str) -> Template:
+    """A chat template as transformers would read it. Raises StartupError on a broken or oversized one."""
+    if len(source) > MAX_TEMPLATE_CHARS:
+        raise StartupError(f"the chat template has {len(source)} characters; the limit is {MAX_TEMPLATE_CHARS}")
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _to_json
+    for filter_name in ("center", "indent", "format", "xmlattr", "urlize"):  # pad or format without a bound
+        environment.filters.pop(filter_name, None)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    for global_name in ("lipsum", "cycler", "joiner"):
+        environment.globals.pop(global_name, None)
+    try:
+        return environment.from_string(source)
+    except TemplateError as exc:
+        raise StartupError(f"the chat template is broken: {exc}") from exc
+
+
+class Renderer:
+    """Templates and tokenises for one model."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | None,
+        *,
+        variables: dict[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.tokenizer = tokenizer
+        self.table = TokenTable(tokenizer)
+        self._template = None if template is None else compile_template(template)
+        self._variables = variables or {}
+        self._clock = clock
+        # A byte-level token stands for at most as many characters as its string has; others may swallow any number.
+        is_plain = self.table.is_byte_level and tokenizer.normalizer is None
+        self._longest = max(map(len, tokenizer.get_vocab())) if is_plain else None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+
+    @classmethod
+    def load(cls, folder: Path, template: str | None) -> Renderer:
+        """From a model folder's tokenizer.json. Raises StartupError."""
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as exc:  # the library raises bare Exception
+            raise StartupError(f"{folder / 'tokenizer.json'} cannot be read: {exc}") from exc
+        return cls(tokenizer, template, variables=_special_tokens(folder / "tokenizer_config.json"))
+
+    def close(self) -> None:
+        """End the tokenising thread."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def chat_text(self, messages: Sequence[Message]) -> str:
+        """The conversation as the model's template writes it, ready for the assistant's turn.
+
+        Raises InvalidRequest when there is no template or it refuses the messages.
+        """
+        if self._template is None:
+            raise InvalidRequest("this model has no chat template; use /v1/completions")
+        turns = [
+            {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+            for message in messages
+        ]
+        room = sum(len(turn["content"]) for turn in turns) * 2 + MAX_GROWTH_CHARS
+        end = self._clock() + MAX_RENDER_S
+        pieces = []
+        try:
+            for piece in self._template.generate(messages=turns, add_generation_prompt=True, **self._variables):
+                pieces.append(piece)
+                room -= len(piece)
+                if room < 0 or self._clock() > end:
+                    raise InvalidRequest("the chat template makes too much of these messages", "messages")
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as exc:
+            raise InvalidRequest(f"the model's chat template refuses these messages: {exc}", "messages") from exc
+        return "".join(pieces)
+
+    async def encode(self, text: str, *, add_special: bool, max_tokens: int, param: str) -> tuple[int, ...]:
+        """Token ids; long texts in a thread. Raises ContextTooLong early when `text` cannot fit into `max_tokens`."""
+        at_least = 0 if self._longest is None else -(-len(text) // self._longest)
+        if at_least > max_tokens:
+            raise ContextTooLong(
+                f"the prompt has at least {at_least} tokens; this model's context holds {max_tokens}", param
+            )
+        if len(text) <= INLINE_CHARS:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special).ids
+            return tuple(ids)
+        batch = operator.methodcaller("encode_batch", [text], add_special_tokens=add_special)  # frees the interpreter
+        encodings = await asyncio.get_running_loop().run_in_executor(self._pool, batch, self.tokenizer)
+        return tuple(encodings[0].ids)
+
+
+def _special_tokens(file: Path) -> dict[str, str]:
+    """bos_token, eos_token and the like, as templates name them."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as exc:
+        raise StartupError(f"{file} cannot be read: {exc}") from exc
+    found = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            found[name] = value
+    return found

@@ -1,0 +1,140 @@
+"""Every metric of a router replica in one table, in a registry of its own, and the engines' readings beside them.
+
+Engines send gauges and counters in their Status frames; they appear here with the labels engine, role and model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from diptych.protos.status import EngineStatus
+
+_LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_TOKENS = tuple(float(1 << i) for i in range(0, 18))
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One line of the table. Units are part of the name, as Prometheus wants them."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ("model",)
+    buckets: tuple[float, ...] = _LATENCY_S
+
+
+ROUTER_METRICS: dict[str, MetricSpec] = {
+    "requests": MetricSpec(
+        "diptych_requests_total", "counter", "Requests ended, by outcome: ok or an error code", ("model", "outcome")
+    ),
+    "in_flight": MetricSpec("diptych_requests_in_flight", "gauge", "Requests in work"),
+    "waiting": MetricSpec("diptych_requests_waiting", "gauge", "Requests waiting for a place", ()),
+    "waiting_limit": MetricSpec("diptych_requests_waiting_limit", "gauge", "Bound of the waiting requests", ()),
+    "running_limit": MetricSpec("diptych_requests_running_limit", "gauge", "Bound of the requests in work", ()),
+    "queue": MetricSpec("diptych_queue_seconds", "histogram", "Waiting for a place in this router"),
+    "ttft": MetricSpec("diptych_time_to_first_token_seconds", "histogram", "From admission to the first token"),
+    "inter_token": MetricSpec("diptych_inter_token_seconds", "histogram", "Between deliveries, per token"),
+    "e2e": MetricSpec("diptych_request_seconds", "histogram", "From admission to the end"),
+    "prompt_tokens": MetricSpec("diptych_prompt_tokens", "histogram", "Prompt length", buckets=_TOKENS),
+    "output_tokens": MetricSpec("diptych_output_tokens", "histogram", "Tokens generated", buckets=_TOKENS),
+    "cached_tokens": MetricSpec("diptych_prefix_hit_tokens_total", "counter", "Prompt tokens found in a prefix cache"),
+    "kv_bytes": MetricSpec(
+        "diptych_kv_transfer_bytes_total", "counter", "KV that crossed the hinge", ("model", "transport")
+    ),
+    "retries": MetricSpec("diptych_retries_total", "counter", "Further attempts, by the error before", ("model", "code")),
+    "sessions_lost": MetricSpec(
+        "diptych_engine_sessions_lost_total", "counter", "Engine streams that broke", ("engine",)
+    ),
+}
+
+ENGINE_GAUGES: dict[str, tuple[str, Callable[[EngineStatus], float]]] = {
+    "diptych_engine_running": ("Requests running", lambda s: s.running),
+    "diptych_engine_waiting": ("Requests waiting", lambda s: s.waiting),
+    "diptych_engine_transfers": ("Transfers open", lambda s: s.transfers),
+    "diptych_engine_ring_slots_busy": ("Staging slots in use", lambda s: s.ring_slots_busy),
+    "diptych_engine_blocks_total": ("KV blocks", lambda s: s.blocks.total),
+    "diptych_engine_blocks_free": ("KV blocks that hold nothing", lambda s: s.blocks.free),
+    "diptych_engine_blocks_cached": ("KV blocks kept for their prefix alone", lambda s: s.blocks.cached),
+    "diptych_engine_blocks_used": ("KV blocks of live requests", lambda s: s.blocks.used),
+}
+_NAME = re.compile(r"[^a-zA-Z0-9_]")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReading:
+    """One engine's last status. `roles` joined by '+'."""
+
+    engine: str
+    roles: str
+    model: str
+    is_up: bool
+    status: EngineStatus
+
+
+class _EngineCollector(Collector):
+    def __init__(self, read: Callable[[], Iterable[EngineReading]]) -> None:
+        self._read = read
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # names depend on what the engines send; asking at registration would only lock them
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ("engine", "role", "model")
+        up = GaugeMetricFamily("diptych_engine_up", "Whether the session to the engine is open", labels=labels)
+        steps = CounterMetricFamily("diptych_engine_steps", "Engine steps", labels=labels)
+        gauges = {name: GaugeMetricFamily(name, text, labels=labels) for name, (text, _) in ENGINE_GAUGES.items()}
+        counters: dict[str, CounterMetricFamily] = {}
+        for reading in self._read():
+            values = (reading.engine, reading.roles, reading.model)
+            up.add_metric(values, float(reading.is_up))
+            steps.add_metric(values, reading.status.steps)
+            for name, (_, value) in ENGINE_GAUGES.items():
+                gauges[name].add_metric(values, value(reading.status))
+            for key, value in reading.status.counters.items():
+                name = engine_counter_name(key)
+                if name not in counters:
+                    counters[name] = CounterMetricFamily(name, "Counter of the engines", labels=labels)
+                counters[name].add_metric(values, value)
+        yield up
+        yield steps
+        yield from gauges.values()
+        yield from counters.values()
+
+
+def engine_counter_name(key: str) -> str:
+    """The exported name of an engine's counter, without `_total`."""
+    name = _NAME.sub("_", key).removesuffix("_total").removeprefix("diptych_").removeprefix("engine_")
+    return f"diptych_engine_{name}"
+
+
+class RouterMetrics:
+    """The table brought to life. One per router; `render` is the body of /metrics."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        made = {key: self._make(spec) for key, spec in ROUTER_METRICS.items()}
+        self.counters = {key: metric for key, metric in made.items() if isinstance(metric, Counter)}
+        self.gauges = {key: metric for key, metric in made.items() if isinstance(metric, Gauge)}
+        self.histograms = {key: metric for key, metric in made.items() if isinstance(metric, Histogram)}
+
+    def _make(self, spec: MetricSpec) -> Counter | Gauge | Histogram:
+        if spec.kind == "histogram":
+            return Histogram(spec.name, spec.help, spec.labels, buckets=spec.buckets, registry=self.registry)
+        cls = Counter if spec.kind == "counter" else Gauge
+        return cls(spec.name, spec.help, spec.labels, registry=self.registry)
+
+    def add_engines(self, read: Callable[[], Iterable[EngineReading]]) -> None:
+        """Export the engines' readings too; `read` is called at each scrape."""
+        self.registry.register(_EngineCollector(read))
+
+    def render(self) -> bytes:
+        """Prometheus text format 0.0.4."""
+        return generate_latest(self.registry)

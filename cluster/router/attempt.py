@@ -1,0 +1,115 @@
+"""One attempt at a request: submits to the engines of a placement, collects their tokens, cancels what is left over.
+
+Engine sessions call `on_token` and `on_end`; the router's generator waits in `next`. One wake-up per step, no queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from diptych.protos.errors import DeadlineExceeded, DiptychError
+from diptych.protos.types import DecodeOrder, Finish, FinishReason, GenerateRequest, PrefillOrder, Role
+
+from .merge import TokenMerge
+from .placement import Placement
+from .session import EngineSession
+
+LINGER_S = 0.1  # a prefill engine's report may arrive after the answer's end; longer than this nobody waits for it
+
+
+class Attempt:
+    """Used by one task. `close` must be called, at the latest when the client is gone."""
+
+    def __init__(
+        self, request: GenerateRequest, placement: Placement, prefill: EngineSession | None, decode: EngineSession
+    ) -> None:
+        self.request = request
+        self.placement = placement
+        self.merge = TokenMerge(has_prefill=prefill is not None)
+        self._prefill = prefill
+        self._decode = decode
+        self._handles: list[tuple[EngineSession, int]] = []
+        self._is_dirty = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._is_late = False
+
+    def start(self, *, timeout_s: float | None) -> None:
+        """Tell both engines at once. Raises EngineLost, Overloaded."""
+        if self._prefill is not None:
+            order = PrefillOrder(request=self.request, decode=self.placement.decode)
+            self._handles.append((self._prefill, self._prefill.submit(order, self)))
+        wanted = DecodeOrder(request=self.request, prefill=self.placement.prefill, allow_local_prefill=True)
+        self._handles.append((self._decode, self._decode.submit(wanted, self)))
+        if timeout_s is not None:
+            self._deadline = asyncio.get_running_loop().call_later(max(timeout_s, 0), self._expire)
+
+    async def next(self) -> list[int]:
+        """New tokens in order; empty once, when the attempt is over. Raises what ended it."""
+        while True:
+            self.merge.settle()
+            if tokens := self.merge.take():
+                return tokens
+            if self.merge.error is not None:
+                raise self.merge.error
+            if self.merge.finish is not None:
+                return []
+            if self._is_late:
+                raise DeadlineExceeded("the request's deadline passed")
+            await self._changed()
+
+    async def linger(self) -> None:
+        """Wait a moment for the prefill engine's report, after the end."""
+        if self._prefill is None or Role.PREFILL in self.merge.over:
+            return
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while Role.PREFILL not in self.merge.over:
+                    await self._changed()
+        except TimeoutError:
+            pass
+
+    def stop(self, num_tokens: int) -> None:
+        """The answer is complete after `num_tokens`: the decode engine may stop, and the end counts as an engine's."""
+        self._decode.cancel(self.request.key)
+        self.merge.stop(Finish(key=self.request.key, role=Role.DECODE, reason=FinishReason.STOP, num_tokens=num_tokens))
+
+    def close(self) -> None:
+        """Cancel on every engine that has not ended its part; idempotent."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        open_roles = {Role.PREFILL, Role.DECODE} - self.merge.over.keys()
+        for session, handle in self._handles:
+            role = Role.DECODE if session is self._decode else Role.PREFILL
+            if role in open_roles:
+                session.cancel(self.request.key)
+            session.release(handle)
+        self._handles.clear()
+
+    def on_token(self, index: int, token: int) -> None:
+        """Sink: generated token number `index`."""
+        self.merge.token(index, token)
+        self._wake()
+
+    def on_end(self, role: Role, outcome: Finish | DiptychError) -> None:
+        """Sink: one engine's part is over."""
+        self.merge.end(role, outcome)
+        self._wake()
+
+    def _expire(self) -> None:
+        self._is_late = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._is_dirty = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _changed(self) -> None:
+        if not self._is_dirty:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self._is_dirty = False

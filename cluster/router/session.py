@@ -1,0 +1,214 @@
+"""The router's end of one engine's Session stream: submits and cancels out, step messages in, every request multiplexed.
+
+    submit/cancel -> outbox -> writer --gRPC--> engine
+    sinks <- one call per token, one wake-up per step <- reader <--gRPC-- engine
+
+A broken stream fails its open requests at once and is dialled again until the view stops the session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import grpc
+
+from diptych.protos import engine_pb2 as pb
+from diptych.protos.codec import finish_from_pb, status_from_pb, submit_to_pb
+from diptych.protos.engine_pb2_grpc import EngineStub
+from diptych.protos.errors import DiptychError, EngineLost, Fenced, Overloaded
+from diptych.protos.status import EngineInfo, EngineStatus
+from diptych.protos.types import DecodeOrder, Finish, PrefillOrder, Role, TransferKey
+
+log = logging.getLogger(__name__)
+
+MAX_OUTBOX = 4096  # frames waiting for the stream; an engine that reads none for so long is as good as lost
+_MAX_MESSAGE_BYTES = 64 << 20
+_BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_OPTIONS = (
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.use_local_subchannel_pool", 1),  # a new dial after a loss must not wait for the old channel's back-off
+    ("grpc.enable_retries", 0),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+
+class Sink(Protocol):
+    """Where one phase of one request goes. Called in the event loop; must not block or raise."""
+
+    def on_token(self, index: int, token: int) -> None: ...
+
+    def on_end(self, role: Role, outcome: Finish | DiptychError) -> None: ...
+
+
+class EngineSession:
+    """One engine life. `start` once, `stop` once; owns its task."""
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        *,
+        router_id: str,
+        connect_timeout_s: float,
+        clock: Callable[[], float],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.info = info
+        self.status = EngineStatus()
+        self.losses = 0
+        self._router_id = router_id
+        self._connect_timeout_s = connect_timeout_s
+        self._clock = clock
+        self._on_change = on_change  # after every change of `is_ready`
+        self._sinks: dict[int, tuple[Sink, Role, TransferKey]] = {}
+        self._outbox: deque[pb.RouterFrame] = deque()
+        self._has_mail = asyncio.Event()
+        self._next_handle = 1
+        self._task: asyncio.Task[None] | None = None
+        self.is_ready = False
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._sinks)
+
+    def start(self) -> None:
+        """Begin to dial; the engine is usable when `is_ready`."""
+        self._task = asyncio.create_task(self._run(), name=f"session {self.info.ref.engine_id}")
+
+    async def stop(self) -> None:
+        """End the stream and fail what is open on it."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    def submit(self, order: PrefillOrder | DecodeOrder, sink: Sink) -> int:
+        """Send an order; its events go to `sink` until its end or `release`. Raises EngineLost, Overloaded."""
+        if not self.is_ready:
+            raise EngineLost(f"engine {self.info.ref.engine_id} is not connected")
+        if len(self._outbox) >= MAX_OUTBOX:
+            raise Overloaded(f"engine {self.info.ref.engine_id} does not take requests")
+        handle = self._next_handle
+        self._next_handle = handle + 1 & 0xFFFF_FFFF or 1
+        role = Role.PREFILL if isinstance(order, PrefillOrder) else Role.DECODE
+        self._sinks[handle] = (sink, role, order.request.key)
+        self._post(pb.RouterFrame(submit=submit_to_pb(handle, order, self._clock())))
+        return handle
+
+    def cancel(self, key: TransferKey) -> None:
+        """Ask the engine to stop working on `key`; harmless when it has ended or the stream is gone."""
+        if self.is_ready:
+            self._post(pb.RouterFrame(cancel=pb.Cancel(transfer_id=key.transfer_id, attempt=key.attempt)))
+
+    def release(self, handle: int) -> None:
+        """Nobody wants the events of `handle` any more."""
+        self._sinks.pop(handle, None)
+
+    def _post(self, frame: pb.RouterFrame) -> None:
+        self._outbox.append(frame)
+        self._has_mail.set()
+
+    async def _run(self) -> None:
+        failures = 0
+        try:
+            while True:
+                try:
+                    await self._live()
+                except (grpc.RpcError, DiptychError, OSError, TimeoutError) as exc:
+                    log.log(logging.INFO if failures else logging.WARNING, "%s: %s", self.info.ref.engine_id, _word(exc))
+                failures = 0 if self.is_ready else failures + 1
+                self._fail_open(EngineLost(f"the connection to engine {self.info.ref.engine_id} broke"))
+                await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+        finally:
+            self._fail_open(EngineLost(f"engine {self.info.ref.engine_id} was removed"))
+
+    async def _live(self) -> None:
+        """One stream from dial to loss; raises what ended it."""
+        async with grpc.aio.insecure_channel(self.info.ref.target, options=_OPTIONS) as channel:
+            call = EngineStub(channel).Session()
+            try:
+                async with asyncio.timeout(self._connect_timeout_s):
+                    await call.write(
+                        pb.RouterFrame(open=pb.Open(router_id=self._router_id, engine_epoch=self.info.ref.epoch))
+                    )
+                    self._check(await self._read(call))
+                self._outbox.clear()
+                self.is_ready = True
+                self._on_change()
+                await self._pump(call)
+            finally:
+                call.cancel()
+
+    async def _pump(self, call: Any) -> None:
+        writer = asyncio.create_task(self._write_all(call))
+        reader = asyncio.create_task(self._read_all(call))
+        try:
+            done, _ = await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            writer.cancel()
+            reader.cancel()
+            await asyncio.gather(writer, reader, return_exceptions=True)
+
+    def _check(self, frame: pb.EngineFrame) -> None:
+        me, ref = frame.welcome.me, self.info.ref
+        if frame.WhichOneof("frame") != "welcome" or (me.engine_id, me.epoch) != (ref.engine_id, ref.epoch):
+            raise Fenced(f"{ref.target} is not {ref.engine_id} of epoch {ref.epoch}")
+
+    async def _read(self, call: Any) -> pb.EngineFrame:
+        frame = await call.read()
+        if frame is grpc.aio.EOF:
+            raise EngineLost(f"the engine ended the stream: {await call.details()}")
+        assert isinstance(frame, pb.EngineFrame)
+        return frame
+
+    async def _write_all(self, call: Any) -> None:
+        while True:
+            await self._has_mail.wait()
+            self._has_mail.clear()
+            while self._outbox:
+                await call.write(self._outbox.popleft())
+
+    async def _read_all(self, call: Any) -> None:
+        while True:
+            frame = await self._read(call)
+            kind = frame.WhichOneof("frame")
+            if kind == "tokens":
+                self._deliver(frame.tokens)
+            elif kind == "status":
+                self.status = status_from_pb(frame.status)
+
+    def _deliver(self, step: pb.StepTokens) -> None:
+        sinks = self._sinks
+        for handle, index, token in zip(step.handle, step.index, step.token, strict=True):
+            entry = sinks.get(handle)
+            if entry is not None:  # else: cancelled, and its last tokens were on the way
+                entry[0].on_token(index, token)
+        for message in step.finishes:
+            entry = sinks.pop(message.handle, None)
+            if entry is not None:
+                sink, role, key = entry
+                sink.on_end(role, finish_from_pb(message, lambda _, key=key: key, role))  # type: ignore[misc]
+
+    def _fail_open(self, error: EngineLost) -> None:
+        self._outbox.clear()
+        if self.is_ready:
+            self.is_ready = False
+            self.losses += 1
+            self._on_change()
+        sinks, self._sinks = self._sinks, {}
+        for sink, role, _ in sinks.values():
+            sink.on_end(role, error)
+
+
+def _word(exc: BaseException) -> str:
+    if isinstance(exc, grpc.aio.AioRpcError):
+        return f"{exc.code().name} {exc.details()}"
+    return str(exc) or type(exc).__name__

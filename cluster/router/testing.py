@@ -1,0 +1,318 @@
+"""Fakes of what stands around a router: an engine that echoes the prompt over the real protocol, and a directory.
+
+EchoEngine serves engine.proto in this process or, as `python -m diptych.cluster.router.testing`, in one of its own. Token i
+of an answer is the prompt's token i modulo its length. Used by tests, bench/router.py, and for measuring the API alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from diptych.protos import engine_pb2 as pb
+from diptych.protos.codec import finish_to_pb, key_from_pb, order_from_pb, status_to_pb
+from diptych.protos.engine_pb2_grpc import EngineServicer, add_EngineServicer_to_server
+from diptych.protos.errors import DiptychError
+from diptych.protos.status import EngineInfo, EngineStatus
+from diptych.protos.types import (
+    DecodeOrder,
+    EngineId,
+    EngineRef,
+    Finish,
+    FinishReason,
+    PoolCounts,
+    PrefillOrder,
+    Role,
+    StageTimes,
+    TransferKey,
+)
+
+
+@dataclass
+class Faults:
+    """What goes wrong, until changed. The numbers count generated tokens of a request."""
+
+    silent: bool = False  # take orders, answer nothing
+    error: DiptychError | None = None  # end each order with it ...
+    error_at: int = 0  # ... before this token index
+    error_count: int = 1 << 30  # ... for so many orders
+    drop_stream_at: int | None = None  # break the session before this index
+    no_first_token: bool = False  # prefill: hand over without having sent token 0
+    also_first_token: bool = False  # decode: send token 0 although prefill did
+    swap_pairs: bool = False  # decode: tokens 2,1, 4,3, ...
+    wrong_first_token: bool = False  # decode: with also_first_token, another one than prefill's
+
+
+@dataclass(eq=False)
+class _Session:
+    outbox: asyncio.Queue[pb.EngineFrame | None] = field(default_factory=asyncio.Queue)
+    jobs: dict[TransferKey, set[asyncio.Task[None]]] = field(default_factory=dict)
+
+
+class EchoEngine(EngineServicer):  # type: ignore[misc]
+    """A gRPC server with an engine's manners. `orders` and `cancels` log what routers sent."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        engine_id: str,
+        roles: frozenset[Role],
+        epoch: int = 1,
+        model: str = "echo",
+        step_s: float = 0.0,
+        tokens_per_step: int = 1,
+        block_tokens: int = 16,
+        num_blocks: int = 4096,
+        max_context_tokens: int = 8192,
+    ) -> None:
+        self.info = EngineInfo(
+            ref=EngineRef(EngineId(engine_id), epoch, target),
+            roles=roles,
+            model=model,
+            pid=os.getpid(),
+            host="localhost",
+            block_tokens=block_tokens,
+            num_blocks=num_blocks,
+            max_context_tokens=max_context_tokens,
+            dtype="none",
+            degraded=("echo engine: nothing is computed",),
+        )
+        self.faults = Faults()
+        self.orders: list[PrefillOrder | DecodeOrder] = []
+        self.cancels: list[TransferKey] = []
+        self.on_order: Callable[[], None] = lambda: None
+        self._step_s = step_s
+        self._tokens_per_step = tokens_per_step
+        self._sessions: set[_Session] = set()
+        self._server: grpc.aio.Server | None = None
+        self._steps = 0
+
+    async def start(self) -> None:
+        """Listen."""
+        self._server = grpc.aio.server()
+        add_EngineServicer_to_server(self, self._server)
+        self._server.add_insecure_port(self.info.ref.target)
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Break all sessions, as a killed process would."""
+        self.drop_streams()
+        if self._server is not None:
+            await self._server.stop(grace=None)
+            self._server = None
+
+    @property
+    def open_orders(self) -> int:
+        return sum(len(tasks) for session in self._sessions for tasks in session.jobs.values())
+
+    def drop_streams(self) -> None:
+        """End every session."""
+        for session in list(self._sessions):
+            self._end(session)
+
+    def send_status(self, status: EngineStatus) -> None:
+        """To every router."""
+        for session in self._sessions:
+            session.outbox.put_nowait(pb.EngineFrame(status=status_to_pb(status)))
+
+    def status(self) -> EngineStatus:
+        """A plausible reading."""
+        blocks = PoolCounts(total=self.info.num_blocks, free=self.info.num_blocks, cached=0, used=0)
+        return EngineStatus(
+            running=self.open_orders, blocks=blocks, steps=self._steps, counters={"generated_tokens_total": self._steps}
+        )
+
+    async def Session(self, requests: AsyncIterator[pb.RouterFrame], context: Any) -> AsyncIterator[pb.EngineFrame]:
+        """The RPC."""
+        first = await anext(aiter(requests))
+        if first.open.engine_epoch not in (0, self.info.ref.epoch):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another life of this engine was meant")
+        session = _Session()
+        self._sessions.add(session)
+        session.outbox.put_nowait(pb.EngineFrame(welcome=self._welcome()))
+        session.outbox.put_nowait(pb.EngineFrame(status=status_to_pb(self.status())))
+        reader = asyncio.create_task(self._read(requests, session))
+        try:
+            while (frame := await session.outbox.get()) is not None:
+                yield frame
+        finally:
+            self._end(session)
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    def _welcome(self) -> pb.Welcome:
+        info = self.info
+        return pb.Welcome(
+            me=pb.EngineRef(engine_id=info.ref.engine_id, epoch=info.ref.epoch, target=info.ref.target),
+            roles=sorted(info.roles),
+            model=info.model,
+            block_tokens=info.block_tokens,
+            num_blocks=info.num_blocks,
+            max_context_tokens=info.max_context_tokens,
+        )
+
+    def _end(self, session: _Session) -> None:
+        self._sessions.discard(session)
+        for tasks in session.jobs.values():
+            for task in tasks:
+                task.cancel()
+        session.outbox.put_nowait(None)
+
+    async def _read(self, requests: AsyncIterator[pb.RouterFrame], session: _Session) -> None:
+        async for frame in requests:
+            if frame.WhichOneof("frame") == "submit":
+                order = order_from_pb(frame.submit, asyncio.get_running_loop().time())
+                self.orders.append(order)
+                self.on_order()
+                task = asyncio.create_task(self._work(session, frame.submit.handle, order))
+                tasks = session.jobs.setdefault(order.request.key, set())
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            elif frame.WhichOneof("frame") == "cancel":
+                key = key_from_pb(frame.cancel)
+                self.cancels.append(key)
+                for task in session.jobs.pop(key, ()):
+                    task.cancel()
+        session.outbox.put_nowait(None)
+
+    async def _work(self, session: _Session, handle: int, order: PrefillOrder | DecodeOrder) -> None:
+        """One phase of one request, a step at a time."""
+        request = order.request
+        is_prefill = isinstance(order, PrefillOrder)
+        has_peer = is_prefill or order.prefill is not None
+        total, reason = _length(request.prompt, request.sampling.max_tokens, request.sampling.stop_token_ids)
+        begin = 0 if is_prefill or not has_peer or self.faults.also_first_token else 1
+        end = 1 if is_prefill else total
+        if self.faults.silent:
+            return
+        if is_prefill and self.faults.no_first_token:
+            begin = 1
+        if not is_prefill and has_peer and total == 1:
+            self._finish(session, handle, order, FinishReason.CANCELLED, 0)
+            return
+        for index in range(begin, end, self._tokens_per_step):
+            await asyncio.sleep(self._step_s)
+            if self.faults.drop_stream_at is not None and index >= self.faults.drop_stream_at:
+                self._end(session)
+                return
+            if self.faults.error is not None and index >= self.faults.error_at and self.faults.error_count > 0:
+                self.faults.error_count -= 1
+                self._finish(session, handle, order, FinishReason.ERROR, index, self.faults.error)
+                return
+            indexes = list(range(index, min(index + self._tokens_per_step, end)))
+            self._steps += 1
+            session.outbox.put_nowait(self._tokens(handle, order, indexes, end))
+        if is_prefill and total > 1:
+            reason = FinishReason.HANDOFF
+        self._finish(session, handle, order, reason, end if not is_prefill else 1)
+
+    def _tokens(
+        self, handle: int, order: PrefillOrder | DecodeOrder, indexes: list[int], end: int
+    ) -> pb.EngineFrame:
+        prompt = order.request.prompt
+        if self.faults.swap_pairs and isinstance(order, DecodeOrder):  # 1<->2, 3<->4; the last one stays
+            indexes = [min(i + 1, end - 1) if i % 2 else i - 1 if i and i < end else i for i in indexes]
+        tokens = [prompt[i % len(prompt)] for i in indexes]
+        if self.faults.wrong_first_token and isinstance(order, DecodeOrder) and 0 in indexes:
+            tokens[indexes.index(0)] += 1
+        return pb.EngineFrame(
+            tokens=pb.StepTokens(handle=[handle] * len(indexes), index=indexes, token=tokens)
+        )
+
+    def _finish(
+        self,
+        session: _Session,
+        handle: int,
+        order: PrefillOrder | DecodeOrder,
+        reason: FinishReason,
+        num_tokens: int,
+        error: DiptychError | None = None,
+    ) -> None:
+        is_prefill = isinstance(order, PrefillOrder)
+        crossed = not is_prefill and order.prefill is not None
+        finish = Finish(
+            key=order.request.key,
+            role=Role.PREFILL if is_prefill else Role.DECODE,
+            reason=reason,
+            num_tokens=num_tokens,
+            cached_tokens=len(order.request.prompt) // 16 * 16 if is_prefill else 0,
+            error_code=error.code if error is not None else "",
+            error_message=str(error) if error is not None else "",
+            times=StageTimes(prefill=self._step_s) if is_prefill else StageTimes(decode=self._step_s * num_tokens),
+            transfer_bytes=1024 * len(order.request.prompt) if crossed else 0,
+            transport="echo" if crossed else "",
+        )
+        session.outbox.put_nowait(pb.EngineFrame(tokens=pb.StepTokens(finishes=[finish_to_pb(handle, finish)])))
+
+
+def _length(prompt: tuple[int, ...], max_tokens: int, stops: frozenset[int]) -> tuple[int, FinishReason]:
+    for i in range(min(max_tokens, len(prompt))):
+        if prompt[i] in stops:
+            return i + 1, FinishReason.STOP
+    return max_tokens, FinishReason.LENGTH
+
+
+class StaticDirectory:
+    """An EngineDirectory that tests write to."""
+
+    def __init__(self, members: list[EngineInfo] | None = None) -> None:
+        self._members = members or []
+        self._version = 1
+        self._changed = asyncio.Event()
+
+    def set(self, members: list[EngineInfo]) -> None:
+        """A new membership."""
+        self._members = members
+        self._version += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def engines(self) -> tuple[int, list[EngineInfo]]:
+        """The present membership and its version."""
+        return self._version, list(self._members)
+
+    async def wait_change(self, version: int) -> tuple[int, list[EngineInfo]]:
+        """Waits for a version newer than `version`."""
+        while self._version <= version:
+            await self._changed.wait()
+        return await self.engines()
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    engine = EchoEngine(
+        args.target,
+        engine_id=args.engine_id,
+        roles=frozenset(Role(name) for name in args.roles.split(",")),
+        step_s=args.step_ms / 1e3,
+        num_blocks=args.num_blocks,
+    )
+    await engine.start()
+    print("ready", flush=True)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await stop.wait()
+    await engine.stop()
+
+
+def main() -> None:
+    """Serve one echo engine until SIGTERM; prints `ready` when it listens."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--engine-id", required=True)
+    parser.add_argument("--roles", default="prefill,decode")
+    parser.add_argument("--step-ms", type=float, default=0.0)
+    parser.add_argument("--num-blocks", type=int, default=1 << 16)
+    asyncio.run(_serve(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

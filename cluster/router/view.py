@@ -1,0 +1,131 @@
+"""What this router knows of the engines: members from the directory, one session to each, their last status."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+
+from diptych.protos.status import EngineDirectory, EngineInfo
+from diptych.protos.types import EngineRef, Role
+
+from .placement import EngineLoad
+from .session import EngineSession
+
+log = logging.getLogger(__name__)
+
+_DIRECTORY_RETRY_S = 0.5
+
+
+class ClusterView:
+    """Follows the directory and keeps one session per living engine. One event loop."""
+
+    def __init__(
+        self,
+        directory: EngineDirectory,
+        *,
+        router_id: str,
+        connect_timeout_s: float,
+        clock: Callable[[], float],
+        on_loss: Callable[[str], None],
+    ) -> None:
+        self._directory = directory
+        self._router_id = router_id
+        self._connect_timeout_s = connect_timeout_s
+        self._clock = clock
+        self._on_loss = on_loss
+        self._sessions: dict[EngineRef, EngineSession] = {}
+        self._losses: dict[EngineRef, int] = {}
+        self._version = 0
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Learn the members and begin to dial them; then follow changes."""
+        version, members = await self._directory.engines()
+        await self._apply(version, members)
+        self._task = asyncio.create_task(self._follow(), name="engine view")
+
+    async def stop(self) -> None:
+        """End all sessions."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        await asyncio.gather(*(session.stop() for session in self._sessions.values()))
+        self._sessions.clear()
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def sessions(self) -> Iterable[EngineSession]:
+        """All members, connected or not."""
+        return self._sessions.values()
+
+    def session(self, ref: EngineRef) -> EngineSession | None:
+        """The session to one life of an engine, or None when it is gone."""
+        return self._sessions.get(ref)
+
+    def live(self, model: str, role: Role) -> list[EngineLoad]:
+        """Connected engines of a model that have a role."""
+        return [
+            EngineLoad(
+                ref=session.info.ref,
+                in_flight=session.in_flight,
+                reported=session.status.running + session.status.waiting,
+            )
+            for session in self._sessions.values()
+            if session.is_ready and session.info.model == model and role in session.info.roles
+        ]
+
+    def capacity_tokens(self, model: str) -> int | None:
+        """Tokens that every decode engine of a model can hold for one request; None while there is no engine."""
+        members = [s.info for s in self._sessions.values() if s.info.model == model and Role.DECODE in s.info.roles]
+        return min((min(i.max_context_tokens, i.num_blocks * i.block_tokens) for i in members), default=None)
+
+    async def wait_change(self, timeout_s: float) -> None:
+        """Returns when an engine came or went, or after `timeout_s`."""
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                version, members = await self._directory.wait_change(self._version)
+            except Exception:  # the directory is another process: whatever it raises, the known engines stay in use
+                log.warning("the engine directory does not answer; going on with the known engines", exc_info=True)
+                await asyncio.sleep(_DIRECTORY_RETRY_S)
+                continue
+            if version > self._version:
+                await self._apply(version, members)
+
+    async def _apply(self, version: int, members: list[EngineInfo]) -> None:
+        wanted = {info.ref: info for info in members}
+        gone = [self._sessions.pop(ref) for ref in list(self._sessions) if ref not in wanted]
+        for ref, info in wanted.items():
+            if ref not in self._sessions:
+                session = EngineSession(
+                    info,
+                    router_id=self._router_id,
+                    connect_timeout_s=self._connect_timeout_s,
+                    clock=self._clock,
+                    on_change=self._on_change,
+                )
+                self._sessions[ref] = session
+                session.start()
+        self._version = version
+        await asyncio.gather(*(session.stop() for session in gone))
+        self._on_change()
+
+    def _on_change(self) -> None:
+        for ref, session in self._sessions.items():
+            if session.losses > self._losses.get(ref, 0):
+                self._losses[ref] = session.losses
+                self._on_loss(ref.engine_id)
+        self._losses = {ref: count for ref, count in self._losses.items() if ref in self._sessions}
+        self._changed.set()
