@@ -82,8 +82,7 @@ class Reference:
         if not differing:
             return
         first = differing[0]
-        logits = self.model(torch.tensor([prompt + expected[:first]])).logits[0, -1]
-        best = torch.topk(logits, 2)
+        best = self._best_two(prompt + expected[:first])
         gap = float(best.values[0] - best.values[1])
         where = (
             f"prompt of {len(prompt)} tokens, output token {first}: {expected[first]} and {got[first]}, gap {gap:.2e}"
@@ -91,3 +90,12 @@ class Reference:
         assert gap <= TIE, f"wrong token: {where}"
         assert got[first] in best.indices.tolist(), f"wrong token at a tie: {where}"
         self.ties.append(where)
+
+    def gap(self, tokens: list[int]) -> float:
+        """Between the two best logits of the token after `tokens`."""
+        best = self._best_two(tokens)
+        return float(best.values[0] - best.values[1])
+
+    @torch.no_grad()
+    def _best_two(self, tokens: list[int]) -> Any:
+        return torch.topk(self.model(torch.tensor([tokens])).logits[0, -1], 2)
