@@ -21,6 +21,8 @@ from diptych.protos.errors import StartupError
 from . import attention
 from .attention import AttentionStep, run_module
 from .layers.merged import merge_linears
+from .layers.packed import PackedLinear, pack_linears
+from .ops.linear.cpu import has_blocked_layout
 from .ops.ragged import RaggedBatch
 from .probe import Probe, compute_alone, compute_ragged, differs, find_layers
 from .weights import load_weights, weights_digest
@@ -74,7 +76,7 @@ def load_model(folder: Path, *, dtype: str, device: str = "cpu") -> LoadedModel:
         kv_heads, head_dim = _one_geometry(shapes)
         probe = Probe(DTYPES[dtype], place)
         expected = compute_alone(module, text.vocab_size, shapes, probe)
-        degraded = _swap_modules(module)
+        degraded = _swap_modules(module, probe.dtype, place)
         if differs(compute_alone(module, text.vocab_size, shapes, probe), expected, probe.dtype):
             raise StartupError(f"{type(module).__name__} is refused: merging its linears changes what it computes.")
         if differs(compute_ragged(module, text.vocab_size, shapes, probe), expected, probe.dtype):
@@ -98,10 +100,16 @@ def load_model(folder: Path, *, dtype: str, device: str = "cpu") -> LoadedModel:
     )
 
 
-def _swap_modules(module: nn.Module) -> list[str]:
+def _swap_modules(module: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:
     """Put faster modules in place of the model's own; gives what had to stay."""
+    degraded = []
     unmerged = merge_linears(module)
-    return [f"{len(unmerged)} groups of linears are not merged, the first is {unmerged[0]}"] if unmerged else []
+    if unmerged:
+        degraded.append(f"{len(unmerged)} groups of linears are not merged, the first is {unmerged[0]}")
+    if dtype is torch.bfloat16 and device.type == "cpu" and not has_blocked_layout():
+        degraded.append("bfloat16 weights are not prepacked: this torch or CPU has no oneDNN for them")
+    pack_linears(module)
+    return degraded
 
 
 def _read_config(folder: Path) -> Any:
@@ -175,8 +183,12 @@ def _one_geometry(shapes: Mapping[int, attention.LayerShape]) -> tuple[int, int]
 
 
 def _weights_bytes(module: nn.Module) -> int:
+    """Of parameters and buffers, each storage once, and of packed weights, which have no storage to look at."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*module.parameters(), *module.buffers())
     }
-    return sum(storages.values())
+    packed = [child.packed for child in module.modules() if isinstance(child, PackedLinear)]
+    opaque = sum(tensor.numel() * tensor.element_size() for tensor in packed if tensor.is_mkldnn)
+    plain = {tensor.data_ptr(): tensor.nbytes for tensor in packed if not tensor.is_mkldnn}
+    return sum((storages | plain).values()) + opaque

@@ -39,7 +39,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_digest(folder: Path) -> bytes:
-    """sha256 over the configuration and each file's size, header (names, types, shapes, offsets) and 256 samples of 4 KiB.
+    """sha256 over the configuration and each file's size, header (names, types, offsets) and 256 samples of 4 KiB.
 
     Sampling keeps it at milliseconds for any size. Two fine-tunings of one model differ in every sample; a single
     flipped byte may go unseen.

@@ -1,7 +1,7 @@
 """Linears that read the same input, computed as one: q/k/v and gate/up.
 
 The model's code keeps calling q_proj(x), k_proj(x), v_proj(x). The first of them computes all, the others hand out
-their share when they are given the very same tensor, else all is computed anew: order and number of calls do not matter.
+their share when they are given the very same tensor, else all is computed anew: order and number of calls are free.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 # Attribute names whose linears may be merged, where one module has them all.
 MERGED_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -19,15 +18,16 @@ MERGED_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class MergedLinear(nn.Module):
     """Several linears over one input, as one weight. Not for two threads at once."""
 
-    weight: Tensor
-    bias: Tensor | None
-
     def __init__(self, parts: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.sizes = [part.out_features for part in parts]
-        self.register_buffer("weight", torch.cat([part.weight.data for part in parts]))
         biases = [part.bias.data for part in parts if part.bias is not None]
-        self.register_buffer("bias", torch.cat(biases) if biases else None)
+        self.in_features = parts[0].in_features
+        with torch.device("meta"):
+            self.linear = nn.Linear(self.in_features, sum(self.sizes), bias=bool(biases))
+        self.linear.weight = nn.Parameter(torch.cat([part.weight.data for part in parts]), requires_grad=False)
+        if biases:
+            self.linear.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
         self._input: Tensor | None = None
         self._shares: list[Tensor | None] = []
 
@@ -40,7 +40,7 @@ class MergedLinear(nn.Module):
                 if not any(share is not None for share in self._shares):
                     self._input = None
                 return held
-        self._shares = list(torch.split(linear(x, self.weight, self.bias), self.sizes, dim=-1))
+        self._shares = list(torch.split(self.linear(x), self.sizes, dim=-1))
         self._input = x
         held, self._shares[index] = self._shares[index], None
         assert held is not None
@@ -56,7 +56,7 @@ class Share(nn.Module):
         self._merged = [merged]
         self.index = index
         self.out_features = merged.sizes[index]
-        self.in_features = merged.weight.shape[1]
+        self.in_features = merged.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]; a view into the merged output."""

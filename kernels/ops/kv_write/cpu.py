@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..ragged import RaggedBatch
@@ -12,6 +13,13 @@ def kv_write(k_TGD: Tensor, v_TGD: Tensor, k_NGBD: Tensor, v_NGBD: Tensor, batch
     if batch.opened is not None:
         k_NGBD.index_fill_(0, batch.opened, 0)
         v_NGBD.index_fill_(0, batch.opened, 0)
-    # Two indices around a slice: the indexed side has the shape [T, G, D] of the source.
-    k_NGBD[batch.blocks_T, :, batch.offsets_T] = k_TGD
-    v_NGBD[batch.blocks_T, :, batch.offsets_T] = v_TGD
+    _, kv_heads, size, dim = k_NGBD.shape
+    rows = batch.once(("write", kv_heads), lambda: _rows(batch, kv_heads, size))
+    k_NGBD.view(-1, dim).index_copy_(0, rows, k_TGD.reshape(-1, dim))
+    v_NGBD.view(-1, dim).index_copy_(0, rows, v_TGD.reshape(-1, dim))
+
+
+def _rows(batch: RaggedBatch, kv_heads: int, size: int) -> Tensor:
+    """Where each token and KV head goes, [T * G], in the arena seen as rows of D numbers."""
+    heads = torch.arange(kv_heads, device=batch.blocks_T.device)
+    return ((batch.blocks_T[:, None] * kv_heads + heads) * size + batch.offsets_T[:, None]).reshape(-1)

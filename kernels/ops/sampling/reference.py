@@ -1,7 +1,7 @@
 """Definition of sampling: one row of logits after another. V tokens of the vocabulary, N sampled rows.
 
 Greedy (temperature 0): the largest logit, the lowest id among equals. Otherwise tokens weigh
-exp((logit - max) / temperature). Order them by weight, equal ones by id; keep the first top_k (0: all); of these keep the
+exp((logit - max) / temperature). Order them by weight, equal ones by id; keep the first top_k (0: all); of these the
 shortest prefix that has top_p of the mass (1: all). The token is where the cumulated weight, in order of ids, first
 exceeds uniform(seed, position) * sum.
 """

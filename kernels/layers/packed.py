@@ -1,0 +1,30 @@
+"""Linear layers with their weight in the device's best form."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops.linear.launch import linear, pack
+
+
+class PackedLinear(nn.Module):
+    """Computes what `source` computes. The packed weight is no parameter: it may be opaque to everything but the op."""
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = source.in_features
+        self.out_features = source.out_features
+        self.register_buffer("bias", None if source.bias is None else source.bias.data)
+        self.packed = pack(source.weight.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return linear(x, self.packed, self._buffers["bias"])
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Replace every plain nn.Linear in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear(child))

@@ -1,0 +1,17 @@
+"""Entry of linear: chooses by device type."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..table import implementation
+
+
+def pack(weight: Tensor) -> Tensor:
+    """The form of `weight` [out, in] that `linear` takes on its device; the original is not needed any more."""
+    return implementation("linear", weight.device.type).pack(weight)  # type: ignore[no-any-return]
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """[..., in] -> [..., out], with a weight that `pack` gave. A shape that does not fit raises torch's own error."""
+    return implementation("linear", x.device.type).linear(x, packed, bias)  # type: ignore[no-any-return]

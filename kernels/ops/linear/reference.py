@@ -1,0 +1,16 @@
+"""Definition of linear: y = x @ weight.T + bias. `pack` may change a weight's form, never its values."""
+
+from __future__ import annotations
+
+import torch.nn.functional
+from torch import Tensor
+
+
+def pack(weight: Tensor) -> Tensor:
+    """The form of `weight` [out, in] that `linear` takes."""
+    return weight
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """[..., in] -> [..., out]."""
+    return torch.nn.functional.linear(x, packed, bias)
