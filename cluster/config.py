@@ -237,7 +237,7 @@ def _sentence(error: Any) -> str:
     where = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _known_keys(path[:-1])
-        close = difflib.get_close_matches(path[-1], known, n=1)
+        close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{where} is not a known key ({hint})"
     message = str(error["msg"]).removeprefix("Value error, ")

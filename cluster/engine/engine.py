@@ -31,7 +31,13 @@ from .spec import EngineSpec, EngineStarted
 SWITCH_INTERVAL_S = 0.0005
 STOP_TIMEOUT_S = 10.0
 WARM_UP_TOKENS = 64
-SERVER_OPTIONS = (("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20))
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    # Routers ping idle sessions every 10 s to learn of a dead engine; gRPC's default would take that for an attack.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
 
 log = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ class StepLoop:
         """Until `stop`. An exception of a worker is a defect: it ends the loop and with it the engine."""
         idle = False
         while not self._stopping.is_set():
-            idle = not self.turn(self._sleep_s() if idle else 0.0)
+            idle = not self.turn(self.sleep_s() if idle else 0.0)
 
     def turn(self, wait_s: float) -> bool:
         """Take what arrives within `wait_s` seconds, then let each role step once. False: nothing happened."""
@@ -80,7 +80,8 @@ class StepLoop:
             case TransferNews(role, event):
                 self._workers[role].on_transfer(event)
 
-    def _sleep_s(self) -> float:
+    def sleep_s(self) -> float:
+        """How long an idle loop may sleep."""
         wakes = [wake for worker in self._workers.values() if (wake := worker.next_wake()) is not None]
         if not wakes:
             return IDLE_WAIT_S

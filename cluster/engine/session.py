@@ -48,6 +48,7 @@ class _Session:
     """One router's stream."""
 
     router_id: str
+    writer: asyncio.Task[None]  # the stream's handler
     frames: deque[pb.EngineFrame] = field(default_factory=deque)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     handles: dict[int, tuple[Role, TransferKey]] = field(default_factory=dict)
@@ -56,9 +57,10 @@ class _Session:
     def send(self, frame: pb.EngineFrame) -> None:
         if len(self.frames) >= MAX_FRAMES_BEHIND:
             self.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "the router does not read its session")
+            self.writer.cancel()  # it waits for the router to read
         else:
             self.frames.append(frame)
-        self.ready.set()
+            self.ready.set()
 
     def fail(self, code: grpc.StatusCode, message: str) -> None:
         self.failure = self.failure or SessionRefused(code, message)
@@ -112,6 +114,11 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             session.fail(grpc.StatusCode.UNAVAILABLE, f"engine {self._info.ref.engine_id} is shutting down")
 
     @property
+    def num_sessions(self) -> int:
+        """Open streams."""
+        return len(self._sessions)
+
+    @property
     def num_requests(self) -> int:
         """Requests that have not had their terminal event."""
         return sum(len(routes) for routes in self._routes.values())
@@ -129,13 +136,13 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             await context.write(self._welcome())
             await context.write(self._status_frame())
             while not reader.done() or session.frames:
+                session.ready.clear()
                 while session.frames:
                     await context.write(session.frames.popleft())
+                if session.failure is None and not reader.done():
+                    await session.ready.wait()
                 if session.failure is not None:
                     await context.abort(session.failure.code, session.failure.message)
-                session.ready.clear()
-                if not reader.done():
-                    await session.ready.wait()
         finally:
             reader.cancel()
             self._forget(session)
@@ -150,7 +157,9 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"fenced: engine {me.engine_id} lives in epoch {me.epoch}, not {first.open.engine_epoch}",
             )
-        return _Session(first.open.router_id)
+        handler = asyncio.current_task()
+        assert handler is not None
+        return _Session(first.open.router_id, handler)
 
     async def _read(self, session: _Session, frames: AsyncIterator[pb.RouterFrame]) -> None:
         try:

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import threading
+
+from diptych.cluster.engine.inbox import CancelRequest, Inbox, TransferNews
+from diptych.cluster.engine.loop import IDLE_WAIT_S, MIN_WAIT_S, StepLoop
+from diptych.protos.ports import Closed, ReceiveEvent, SendEvent, WorkerLoad
+from diptych.protos.testing import FakeClock
+from diptych.protos.types import (
+    DecodeOrder,
+    EngineId,
+    EngineRef,
+    GenerateRequest,
+    PoolCounts,
+    PrefillOrder,
+    Role,
+    SamplingParams,
+    TransferKey,
+)
+
+KEY = TransferKey(b"k" * 16)
+PEER = EngineRef(EngineId("d"), 1, "unix:/d")
+
+
+def order(role: Role, key: TransferKey = KEY) -> PrefillOrder | DecodeOrder:
+    request = GenerateRequest(key=key, prompt=(1, 2), sampling=SamplingParams(max_tokens=1))
+    return (
+        PrefillOrder(request=request, decode=PEER)
+        if role is Role.PREFILL
+        else DecodeOrder(request=request, prefill=None)
+    )
+
+
+class ScriptedWorker:
+    """Has `work` steps to do and logs what it is told."""
+
+    def __init__(self, role: Role, log: list[str]) -> None:
+        self.role = role
+        self.work = 0
+        self.wake: float | None = None
+        self._log = log
+
+    def submit(self, order: PrefillOrder | DecodeOrder) -> None:
+        self._log.append(f"{self.role} submit")
+
+    def cancel(self, key: TransferKey) -> None:
+        self._log.append(f"{self.role} cancel")
+
+    def on_transfer(self, event: SendEvent | ReceiveEvent) -> None:
+        self._log.append(f"{self.role} {type(event).__name__}")
+
+    def step(self) -> bool:
+        if self.work:
+            self.work -= 1
+            self._log.append(f"{self.role} step")
+            return True
+        return False
+
+    def next_wake(self) -> float | None:
+        return self.wake
+
+    def load(self) -> WorkerLoad:
+        return WorkerLoad(running=self.work, waiting=1)
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.clock = FakeClock()
+        self.inbox = Inbox(max_orders=3)
+        self.workers = {role: ScriptedWorker(role, self.log) for role in Role}
+        counts = PoolCounts(total=4, free=4, cached=0, used=0)
+        self.loop = StepLoop(workers=self.workers, inbox=self.inbox, counts=lambda: counts, clock=self.clock)
+
+
+def test_items_reach_the_worker_of_their_role_in_order() -> None:
+    bench = Bench()
+    bench.inbox.try_put(order(Role.DECODE))
+    bench.inbox.try_put(order(Role.PREFILL))
+    bench.inbox.put(CancelRequest(Role.DECODE, KEY))
+    bench.inbox.put(TransferNews(Role.DECODE, Closed(KEY)))
+    assert bench.loop.turn(0.0)
+    assert bench.log == ["decode submit", "prefill submit", "decode cancel", "decode Closed"]
+
+
+def test_the_roles_take_turns_step_by_step() -> None:
+    """A long prefill queue must not stop decoding in an engine of both roles."""
+    bench = Bench()
+    bench.workers[Role.PREFILL].work = 3
+    bench.workers[Role.DECODE].work = 2
+    while bench.loop.turn(0.0):
+        pass
+    assert bench.log == ["prefill step", "decode step", "prefill step", "decode step", "prefill step"]
+    assert bench.loop.reading().steps == 5
+
+
+def test_the_inbox_bounds_orders_but_never_cancels() -> None:
+    bench = Bench()
+    assert [bench.inbox.try_put(order(Role.DECODE)) for _ in range(4)] == [True, True, True, False]
+    bench.inbox.put(CancelRequest(Role.DECODE, KEY))
+    assert len(bench.inbox.take_all(0.0)) == 4
+    assert bench.inbox.try_put(order(Role.DECODE))
+
+
+def test_an_idle_loop_sleeps_until_the_earliest_wake_and_never_spins() -> None:
+    bench = Bench()
+    assert bench.loop.sleep_s() == IDLE_WAIT_S
+    bench.workers[Role.DECODE].wake = bench.clock.now + 0.25
+    bench.workers[Role.PREFILL].wake = bench.clock.now + 0.5
+    assert bench.loop.sleep_s() == 0.25
+    bench.clock.advance(10)
+    assert bench.loop.sleep_s() == MIN_WAIT_S
+
+
+def test_a_reading_is_left_when_the_loop_goes_idle() -> None:
+    bench = Bench()
+    bench.workers[Role.DECODE].work = 1
+    bench.loop.turn(0.0)
+    bench.loop.turn(0.0)
+    reading = bench.loop.reading()
+    assert (reading.running, reading.waiting, reading.blocks.free) == (0, 2, 4)
+
+
+def test_a_write_wakes_the_sleeping_loop_and_stop_ends_it() -> None:
+    """The loop sleeps for up to IDLE_WAIT_S at a time; with that set to an hour only wake-ups can end this test."""
+    bench = Bench()
+    got = threading.Event()
+    worker = bench.workers[Role.DECODE]
+    worker.submit = lambda order: got.set()  # type: ignore[method-assign]
+    bench.loop.sleep_s = lambda: 3600.0  # type: ignore[method-assign]
+    thread = threading.Thread(target=bench.loop.run)
+    thread.start()
+    try:
+        assert bench.inbox.try_put(order(Role.DECODE))
+        assert got.wait(20)
+    finally:
+        bench.loop.stop()
+        thread.join(20)
+    assert not thread.is_alive()

@@ -1,0 +1,369 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from diptych.cluster.engine.inbox import CancelRequest, Inbox, InboxItem
+from diptych.cluster.engine.outbox import Outbox
+from diptych.cluster.engine.session import EngineSessions
+from diptych.protos import codec
+from diptych.protos import engine_pb2 as pb
+from diptych.protos.engine_pb2_grpc import EngineStub
+from diptych.protos.status import EngineInfo, EngineStatus
+from diptych.protos.types import (
+    DecodeOrder,
+    EngineId,
+    EngineRef,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    PrefillOrder,
+    Role,
+    SamplingParams,
+    StageTimes,
+    StepOutput,
+    TransferKey,
+)
+
+EPOCH = 7
+WAIT_S = 20
+
+
+def key(n: int) -> TransferKey:
+    return TransferKey(n.to_bytes(16, "big"))
+
+
+class Harness:
+    """EngineSessions behind a real server; the test plays the step thread through inbox and outbox."""
+
+    def __init__(self, folder: Path, roles: frozenset[Role], max_outputs: int) -> None:
+        ref = EngineRef(EngineId("decode-0"), EPOCH, f"unix:{folder}/e.sock")
+        self.info = EngineInfo(
+            ref=ref,
+            roles=roles,
+            model="m",
+            pid=1,
+            host="h",
+            block_tokens=16,
+            num_blocks=9,
+            max_context_tokens=99,
+            dtype="x",
+        )
+        self.inbox = Inbox(max_orders=8)
+        self.outbox = Outbox(max_outputs)
+        self.status = EngineStatus(running=1)
+        self.sessions = EngineSessions(
+            info=self.info, inbox=self.inbox, outbox=self.outbox, reading=lambda: self.status, clock=lambda: 50.0
+        )
+        self._taken: list[InboxItem] = []
+
+    async def items(self, count: int) -> list[InboxItem]:
+        """The next `count` items of the inbox."""
+        async with asyncio.timeout(WAIT_S):
+            while len(self._taken) < count:
+                self._taken += self.inbox.take_all(0.0)
+                await asyncio.sleep(0.001)
+        taken, self._taken = self._taken[:count], self._taken[count:]
+        return taken
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():  # noqa: ASYNC110 - it asks the code under test, which has no event for it
+                await asyncio.sleep(0.001)
+
+    @contextlib.asynccontextmanager
+    async def router(self, epoch: int = EPOCH) -> AsyncIterator[Router]:
+        async with grpc.aio.insecure_channel(self.info.ref.target) as channel:
+            call = EngineStub(channel).Session()  # type: ignore[no-untyped-call]
+            router = Router(call)
+            await router.send(pb.RouterFrame(open=pb.Open(router_id="r", engine_epoch=epoch)))
+            yield router
+            call.cancel()
+
+
+class Router:
+    """A client's end, frame by frame."""
+
+    def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
+        self.call = call
+
+    async def send(self, frame: pb.RouterFrame) -> None:
+        await self.call.write(frame)
+
+    async def submit(self, handle: int, n: int, *, role: Role = Role.DECODE) -> None:
+        request = GenerateRequest(
+            key=key(n), prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=5), deadline=12.0, traceparent="00-ab"
+        )
+        order: PrefillOrder | DecodeOrder = DecodeOrder(request=request, prefill=None)
+        if role is Role.PREFILL:
+            order = PrefillOrder(request=request, decode=EngineRef(EngineId("d"), 1, "unix:/d"))
+        await self.send(pb.RouterFrame(submit=codec.submit_to_pb(handle, order, 10.0)))
+
+    async def cancel(self, n: int) -> None:
+        await self.send(pb.RouterFrame(cancel=pb.Cancel(transfer_id=key(n).transfer_id)))
+
+    async def read(self) -> pb.EngineFrame:
+        async with asyncio.timeout(WAIT_S):
+            frame = await self.call.read()
+        assert isinstance(frame, pb.EngineFrame), f"the stream ended: {await self.call.code()}"
+        return frame
+
+    async def tokens(self) -> pb.StepTokens:
+        """The next StepTokens message; status and welcome are skipped."""
+        while (frame := await self.read()).WhichOneof("frame") != "tokens":
+            pass
+        return frame.tokens
+
+    async def refused(self) -> tuple[grpc.StatusCode, str]:
+        """The status that ended the stream."""
+        async with asyncio.timeout(WAIT_S):
+            with contextlib.suppress(grpc.RpcError):
+                while await self.call.read() is not grpc.aio.EOF:
+                    pass
+            return await self.call.code(), await self.call.details()
+
+
+Start = Callable[..., Awaitable[Harness]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def make(roles: frozenset[Role] = frozenset({Role.DECODE}), max_outputs: int = 100) -> Harness:
+            harness = Harness(tmp_path, roles, max_outputs)
+            server = grpc.aio.server()
+            harness.sessions.attach(server)
+            server.add_insecure_port(harness.info.ref.target)
+            await server.start()
+            stack.push_async_callback(server.stop, 0)
+            stack.push_async_callback(harness.sessions.close)
+            return harness
+
+        yield make
+
+
+def output(*rows: tuple[int, int, int], finishes: list[Finish] | None = None) -> StepOutput:
+    out = StepOutput(finishes=finishes or [])
+    for n, index, token in rows:
+        out.add(key(n), index, token)
+    return out
+
+
+def finish(n: int, reason: FinishReason = FinishReason.STOP, role: Role = Role.DECODE) -> Finish:
+    return Finish(key=key(n), role=role, reason=reason, num_tokens=2, times=StageTimes(decode=1.5))
+
+
+async def test_a_session_opens_with_who_the_engine_is_and_its_status(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        welcome = (await router.read()).welcome
+        assert codec.ref_from_pb(welcome.me) == engine.info.ref
+        assert (list(welcome.roles), welcome.model, welcome.num_blocks) == (["decode"], "m", 9)
+        assert codec.status_from_pb((await router.read()).status) == engine.status
+
+
+async def test_an_order_arrives_with_its_deadline_on_the_engines_own_clock(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        await router.submit(3, 1)
+        [order] = await engine.items(1)
+    assert isinstance(order, DecodeOrder)
+    assert order.request.key == key(1)
+    assert order.request.deadline == pytest.approx(52.0)
+
+
+async def test_one_step_is_one_message_with_the_columns_of_that_router_only(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as first, engine.router() as second:
+        await first.submit(11, 1)
+        await first.submit(12, 2)
+        await second.submit(11, 3)
+        await engine.items(3)
+        engine.outbox.put(Role.DECODE, output((1, 0, 100), (3, 4, 300), (2, 1, 200), finishes=[finish(2)]))
+        mine, other = await first.tokens(), await second.tokens()
+    assert (list(mine.handle), list(mine.index), list(mine.token)) == ([11, 12], [0, 1], [100, 200])
+    assert [(f.handle, f.reason, f.times.decode) for f in mine.finishes] == [(12, "stop", 1.5)]
+    assert (list(other.handle), list(other.index), list(other.token)) == ([11], [4], [300])
+    assert not other.finishes
+
+
+async def test_a_terminal_event_frees_handle_and_key(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        for _ in range(2):
+            await router.submit(5, 1)
+            await engine.items(1)
+            engine.outbox.put(Role.DECODE, output(finishes=[finish(1)]))
+            assert [f.handle for f in (await router.tokens()).finishes] == [5]
+        assert engine.sessions.num_requests == 0
+
+
+async def test_another_life_of_the_engine_is_fenced(start: Start) -> None:
+    engine = await start()
+    async with engine.router(epoch=EPOCH - 1) as router:
+        code, details = await router.refused()
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert details.startswith(f"fenced: engine decode-0 lives in epoch {EPOCH}")
+    async with engine.router(epoch=0) as router:
+        assert (await router.read()).HasField("welcome")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pb.RouterFrame(),
+        pb.RouterFrame(open=pb.Open(router_id="again")),
+        pb.RouterFrame(cancel=pb.Cancel(transfer_id=b"short")),
+    ],
+)
+async def test_a_frame_against_the_protocol_ends_the_session_and_its_requests(
+    start: Start, frame: pb.RouterFrame
+) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        await router.submit(1, 1)
+        await engine.items(1)
+        await router.send(frame)
+        assert (await router.refused())[0] is grpc.StatusCode.INVALID_ARGUMENT
+        assert await engine.items(1) == [CancelRequest(Role.DECODE, key(1))]
+
+
+async def test_a_stream_must_begin_with_open(start: Start) -> None:
+    engine = await start()
+    async with grpc.aio.insecure_channel(engine.info.ref.target) as channel:
+        router = Router(EngineStub(channel).Session())  # type: ignore[no-untyped-call]
+        await router.submit(1, 1)
+        assert (await router.refused())[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert engine.inbox.take_all(0.0) == []
+
+
+async def test_a_cancel_reaches_the_step_thread_for_requests_of_the_same_session_only(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as owner, engine.router() as stranger:
+        await owner.submit(1, 1)
+        await engine.items(1)
+        await stranger.cancel(1)
+        await stranger.cancel(99)
+        await stranger.submit(1, 2)
+        [order] = await engine.items(1)  # what follows the strange cancels: they left nothing
+        assert isinstance(order, DecodeOrder)
+        await owner.cancel(1)
+        assert await engine.items(1) == [CancelRequest(Role.DECODE, key(1))]
+
+
+async def test_a_broken_stream_cancels_its_requests_and_their_late_output_goes_nowhere(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as other:
+        async with engine.router() as router:
+            await router.submit(1, 1)
+            await router.submit(2, 2)
+            await other.submit(1, 3)
+            await engine.items(3)
+        cancels = await engine.items(2)
+        assert sorted(cancels, key=str) == [CancelRequest(Role.DECODE, key(1)), CancelRequest(Role.DECODE, key(2))]
+        engine.outbox.put(Role.DECODE, output((1, 0, 9), (3, 0, 30), finishes=[finish(1), finish(2)]))
+        step = await other.tokens()
+        assert (list(step.token), list(step.finishes)) == ([30], [])
+        assert engine.sessions.num_requests == 1
+
+
+async def test_what_cannot_be_taken_ends_in_one_error_for_that_handle(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        await router.submit(1, 1)
+        await engine.items(1)
+        await router.submit(2, 1)  # the key lives
+        await router.submit(3, 2, role=Role.PREFILL)  # no such role here
+        await router.send(pb.RouterFrame(submit=pb.Submit(handle=4, phase=pb.PHASE_DECODE, prompt=[1])))  # no key
+        engine.sessions.draining = True
+        await router.submit(5, 5)
+        errors = [(await router.tokens()).finishes[0] for _ in range(4)]
+    assert [(f.handle, f.reason, f.error.code) for f in errors] == [
+        (2, "error", "invalid_request"),
+        (3, "error", "engine_error"),
+        (4, "error", "invalid_request"),
+        (5, "error", "overloaded"),
+    ]
+
+
+async def test_a_full_inbox_refuses_with_overloaded(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        for n in range(1, 10):
+            await router.submit(n, n)
+        [refusal] = (await router.tokens()).finishes
+    assert (refusal.handle, refusal.error.code) == (9, "overloaded")
+
+
+async def test_a_handle_in_use_ends_the_session(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        await router.submit(1, 1)
+        await router.submit(1, 2)
+        code, details = await router.refused()
+    assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "handle 1 is in use")
+
+
+async def test_both_phases_of_one_request_can_live_in_an_engine_of_both_roles(start: Start) -> None:
+    engine = await start(frozenset(Role))
+    async with engine.router() as router:
+        await router.submit(1, 1, role=Role.PREFILL)
+        await router.submit(2, 1, role=Role.DECODE)
+        await engine.items(2)
+        engine.outbox.put(Role.PREFILL, output((1, 0, 10), finishes=[finish(1, FinishReason.HANDOFF, Role.PREFILL)]))
+        engine.outbox.put(Role.DECODE, output((1, 1, 11)))
+        prefill, decode = await router.tokens(), await router.tokens()
+    assert (list(prefill.handle), [f.handle for f in prefill.finishes]) == ([1], [1])
+    assert (list(decode.handle), list(decode.index)) == ([2], [1])
+
+
+async def test_status_follows_a_change_of_load(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        engine.status = EngineStatus(running=3, counters={"engine_steps_total": 5.0})
+        while True:
+            frame = await router.read()
+            if frame.WhichOneof("frame") == "status" and frame.status.running == 3:
+                break
+    assert dict(frame.status.counters) == {"engine_steps_total": 5.0}
+
+
+async def test_outputs_lost_on_the_way_end_the_sessions_instead_of_leaving_holes(start: Start) -> None:
+    engine = await start(max_outputs=2)
+    async with engine.router() as router:
+        await router.submit(1, 1)
+        await engine.items(1)
+        for index in range(5):  # no await in between: the reader cannot run
+            engine.outbox.put(Role.DECODE, output((1, index, index)))
+        assert (await router.refused())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await engine.items(1) == [CancelRequest(Role.DECODE, key(1))]
+    assert engine.outbox.outputs_lost == 3
+
+
+async def test_a_router_that_reads_nothing_loses_its_session_only(start: Start) -> None:
+    engine = await start(max_outputs=100_000)
+    async with engine.router() as slow, engine.router() as good:
+        await slow.submit(1, 1)
+        await good.submit(1, 2)
+        await engine.items(2)
+        rows = [(1, index, index) for index in range(1000)]
+        for _ in range(5000):  # more than a session may be behind, and more bytes than gRPC takes unread
+            engine.outbox.put(Role.DECODE, output(*rows))
+        await engine.until(lambda: engine.sessions.num_sessions == 1)
+        assert await engine.items(1) == [CancelRequest(Role.DECODE, key(1))]
+        engine.outbox.put(Role.DECODE, output((2, 0, 20)))
+        assert list((await good.tokens()).token) == [20]
+
+
+async def test_closing_tells_routers_that_the_engine_goes(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        await router.read()
+        await engine.sessions.close()
+        assert (await router.refused())[0] is grpc.StatusCode.UNAVAILABLE

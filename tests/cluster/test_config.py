@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diptych.cluster.config import DEFAULT_MODEL, DiptychConfig, load_config
+from diptych.protos.errors import StartupError
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(StartupError) as caught:
+        load_config(None, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("router.prot=1", "router.prot is not a known key (did you mean port?)"),
+        ("rooter={}", "rooter is not a known key (did you mean router?)"),
+        ("router.limits.body=1", "router.limits.body is not a known key (did you mean body_bytes?)"),
+        ("models.x.kv.block_token=3", "models.x.kv.block_token is not a known key (did you mean block_tokens?)"),
+        ("transfer.slot=3", "transfer.slot is not a known key (did you mean slots?)"),
+        ("router.port=abc", "router.port: should be a whole number, not 'abc'"),
+        ("router.port=70000", "router.port: should be less than or equal to 65535, not 70000"),
+        ("router.port=-1", "router.port: should be greater than or equal to 0, not -1"),
+        ("router=3", "router: should be a group of keys, not 3"),
+        ("models.x.dtype=int4", "models.x.dtype: should be 'auto', 'float32' or 'bfloat16', not 'int4'"),
+        ("models.x.kv.memory_mib=0", "models.x.kv.memory_mib: should be greater than or equal to 1, not 0"),
+        ("models.x.decode.engines=0", "models.x.decode.engines: should be greater than or equal to 1, not 0"),
+        ("transfer.lease_s=0", "transfer.lease_s: should be greater than 0, not 0"),
+        ("transfer.transport=pigeon", "transfer.transport: should be 'auto', 'shm' or 'grpc', not 'pigeon'"),
+        ("models={}", "models: should have at least 1 entry, not {}"),
+        ("run_dir=/a/very/long/path/that/goes/on/and/on/and/on", "run_dir: "),
+        ('models."a b"={}', "models: 'a b' is not a model name"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_its_key_path(override: str, sentence: str) -> None:
+    assert refusal(override).startswith(f"configuration: {sentence}")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5"])
+def test_an_address_that_others_can_reach_is_refused_until_there_is_authentication(host: str) -> None:
+    message = refusal(f"router.host='{host}'")
+    assert message.startswith(f"configuration: router.host: {host!r} is reachable from other machines")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_loopback_addresses_are_accepted(host: str) -> None:
+    assert load_config(None, [f"router.host='{host}'"]).router.host == host
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("router.port", "--set router.port: write a key path, '=' and a value"),
+        ("=3", "--set =3: write a key path, '=' and a value"),
+        ("router.port=[", "--set router.port: '[' is not a YAML value"),
+    ],
+)
+def test_a_malformed_override_is_refused_and_quoted(override: str, sentence: str) -> None:
+    assert refusal(override).startswith(sentence)
+
+
+def test_a_path_through_a_value_is_refused() -> None:
+    assert (
+        refusal("router.port=1", "router.port.x=1")
+        == "--set router.port.x: router.port is a value, not a group of keys"
+    )
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    message = refusal("router.port=x", "transfer.slots=1")
+    assert "router.port" in message
+    assert "transfer.slots" in message
+
+
+def test_without_a_file_the_built_in_model_is_served() -> None:
+    config = load_config()
+    assert list(config.models) == [DEFAULT_MODEL]
+    assert config.models[DEFAULT_MODEL].source == DEFAULT_MODEL
+    assert config == DiptychConfig()
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "diptych.yaml"
+    file.write_text("models: {tiny: {source: /models/tiny, kv: {memory_mib: 64}}}\nrouter: {port: 9000}\n")
+    config = load_config(file, ["models.tiny.kv.block_tokens=32", "router.port=9001"])
+    assert config.models["tiny"].kv.memory_mib == 64
+    assert config.models["tiny"].kv.block_tokens == 32
+    assert config.router.port == 9001
+
+
+def test_a_key_with_dots_can_be_quoted() -> None:
+    assert load_config(None, ['models."qwen2.5-0.5b".dtype=float32']).models["qwen2.5-0.5b"].dtype == "float32"
+
+
+def test_model_option_names_a_folder_a_configured_model_or_a_built_in_one(tmp_path: Path) -> None:
+    folder = tmp_path / "My Model"
+    folder.mkdir()
+    [(name, settings)] = load_config(None, model=str(folder)).models.items()
+    assert (name, settings.source) == ("my-model", str(folder))
+    file = tmp_path / "d.yaml"
+    file.write_text("models: {a: {source: /a}, b: {source: /b}}\n")
+    assert {n: m.source for n, m in load_config(file, model="b").models.items()} == {"b": "/b"}
+    assert load_config(None, model="other").models["other"].source == "other"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("router: [", "not valid YAML"),
+        ("- a", "top level"),
+        ("router: {port: x}", "router.port"),
+        ("\xff", "router|YAML|level"),
+    ],
+)
+def test_a_broken_file_is_refused_by_name(tmp_path: Path, text: str, sentence: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(StartupError, match=sentence) as caught:
+        load_config(file)
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="cannot read the configuration"):
+        load_config(tmp_path / "no.yaml")
