@@ -1,0 +1,107 @@
+"""A prefill worker on a bench: real pool and scheduler, fake runner, sender, clock. Checks the pool at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diptych.kvtransfer.pool import BlockPool
+from diptych.protos.errors import DiptychError
+from diptych.protos.settings import PrefillSettings
+from diptych.protos.step import SlotPool
+from diptych.protos.testing import EchoRunner, FakeClock, FakeSender, Ledger, snapshot
+from diptych.protos.types import EngineId, EngineRef, GenerateRequest, PrefillOrder, SamplingParams, TransferKey
+
+from .worker import PrefillWorker
+
+PEER = EngineRef(EngineId("d0"), 1, "unix:/nowhere/d0.sock")
+
+
+class PrefillBench:
+    """Drive `worker` through the methods here; read what happened in `ledger`, `sender.transfers` and `trace`."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_tokens: int = 4,
+        max_context_tokens: int = 200,
+        settings: PrefillSettings | None = None,
+        slots: int = 16,
+    ) -> None:
+        self.clock = FakeClock()
+        self.runner = EchoRunner(num_blocks=num_blocks, block_tokens=block_tokens, max_slots=slots)
+        self.trace: list[tuple[tuple[object, ...], ...]] = []
+        self.runner.observe = lambda plan: self.trace.append(snapshot(plan))
+        self.pool = BlockPool(num_blocks=num_blocks, block_tokens=block_tokens)
+        self.slots = SlotPool(slots)
+        self.sender = FakeSender(self.runner)
+        self.ledger = Ledger()
+        self.worker = PrefillWorker(
+            settings=settings or PrefillSettings(),
+            runner=self.runner,
+            pool=self.pool,
+            slots=self.slots,
+            sender=self.sender,
+            emit=self.ledger,
+            clock=self.clock,
+            max_context_tokens=max_context_tokens,
+        )
+        self._num_orders = 0
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 8,
+        stop: Sequence[int] = (),
+        salt: bytes = b"",
+        deadline: float | None = None,
+    ) -> TransferKey:
+        """A new order; keys count up."""
+        self._num_orders += 1
+        key = TransferKey(self._num_orders.to_bytes(16, "big"))
+        sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset(stop))
+        request = GenerateRequest(key=key, prompt=tuple(prompt), sampling=sampling, salt=salt, deadline=deadline)
+        self.worker.submit(PrefillOrder(request=request, decode=PEER))
+        self.pool.check_integrity()
+        return key
+
+    def step(self) -> bool:
+        """One step of the worker."""
+        ran = self.worker.step()
+        self.pool.check_integrity()
+        return ran
+
+    def run(self) -> int:
+        """Step until there is nothing to do; the number of steps."""
+        steps = 0
+        while self.step():
+            steps += 1
+            assert steps < 10_000, "the worker does not come to rest"
+        return steps
+
+    def release(self, key: TransferKey, error: DiptychError | None = None) -> None:
+        """The sender lets go of the blocks."""
+        self.worker.on_transfer(self.sender.release(key, error))
+        self.pool.check_integrity()
+
+    def release_sent(self) -> None:
+        """Every transfer that can end does."""
+        for key, sending in list(self.sender.transfers.items()):
+            if sending.first_token is not None or sending.aborted is not None:
+                self.release(key)
+
+    def cancel(self, key: TransferKey) -> None:
+        """The router gives the request up."""
+        self.worker.cancel(key)
+        self.pool.check_integrity()
+
+    def assert_idle(self) -> None:
+        """Nothing is held, nothing is awaited."""
+        assert not self.sender.transfers
+        assert self.pool.counts().used == 0, self.pool.counts()
+        assert self.slots.num_free == self.slots.max_slots
+        load = self.worker.load()
+        assert (load.running, load.waiting) == (0, 0)
+        assert self.worker.next_wake() is None
+        assert not self.step()

@@ -1,0 +1,241 @@
+"""The prefill role of an engine: computes prompts, emits token 0, keeps the KV until the sender has handed it over.
+
+ports.Worker, driven by the engine's step thread; deliberately ignorant of threads, sockets, torch and of who asks.
+The states and who may leave them are drawn in the README.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from diptych.kvtransfer.pool import BlockPool
+from diptych.protos.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DiptychError,
+    EngineFault,
+    InvalidRequest,
+    NoBlocks,
+    Overloaded,
+    TransferError,
+)
+from diptych.protos.lifecycle import Deadlines, StageTimer, execute, finish_reason, refusal
+from diptych.protos.ports import Clock, Emit, ReceiveEvent, Released, Runner, SendEvent, SendPort, WorkerLoad
+from diptych.protos.settings import PrefillSettings
+from diptych.protos.step import SlotPool
+from diptych.protos.types import (
+    DecodeOrder,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    PrefillOrder,
+    Role,
+    StepOutput,
+    TransferKey,
+)
+
+from .scheduler import Job, PrefillScheduler, Share, State
+
+log = logging.getLogger(__name__)
+
+
+class PrefillWorker:
+    """See ports.Worker. After a job's Finish its blocks stay until the sender's `Released`, which is sure to come."""
+
+    role = Role.PREFILL
+
+    def __init__(
+        self,
+        *,
+        settings: PrefillSettings,
+        runner: Runner,
+        pool: BlockPool,
+        slots: SlotPool,
+        sender: SendPort,
+        emit: Emit,
+        clock: Clock,
+        max_context_tokens: int,
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._sender = sender
+        self._emit = emit
+        self._clock = clock
+        self._max_context_tokens = max_context_tokens
+        self._max_jobs = settings.max_running + settings.max_waiting
+        self._scheduler = PrefillScheduler(
+            pool=pool,
+            slots=slots,
+            max_running=settings.max_running,
+            step_tokens=min(settings.step_tokens, runner.max_step_tokens),
+        )
+        self._jobs: dict[TransferKey, Job] = {}  # every state but DONE
+        self._deadlines = Deadlines()
+        self._out = StepOutput()
+        self._num_live = 0  # jobs without a Finish
+        self._counters = dict.fromkeys(("steps", "step_faults", "tokens", "cached_tokens", "requests"), 0)
+
+    def submit(self, order: PrefillOrder | DecodeOrder) -> None:
+        """Take a prefill order. A key that is in work already is ignored: its first order will end."""
+        assert isinstance(order, PrefillOrder)
+        key = order.request.key
+        job = Job(order, StageTimer(self._clock()))
+        earlier = self._jobs.get(key)
+        if earlier is not None and earlier.state is not State.DRAINING:
+            log.warning("%s: a second prefill order for a request in work is ignored", key)
+            return
+        self._counters["requests"] += 1
+        self._num_live += 1
+        error = self._refusal(order.request) if earlier is None else InvalidRequest(f"{key} was used before", "key")
+        if error is None:
+            self._jobs[key] = job
+            self._deadlines.add(key, order.request.deadline)
+            self._scheduler.add(job)
+        else:
+            self._finish(job, FinishReason.ERROR, error)
+        self._flush()
+
+    def cancel(self, key: TransferKey) -> None:
+        """End a job in any state; its blocks follow when the sender lets go of them."""
+        if (job := self._jobs.get(key)) is not None:
+            self._end(job, FinishReason.CANCELLED, Cancelled("the request was cancelled"))
+        self._flush()
+
+    def on_transfer(self, event: SendEvent | ReceiveEvent) -> None:
+        """The sender released a job's blocks."""
+        assert isinstance(event, Released)
+        job = self._jobs.get(event.key)
+        if job is None or job.state is State.WAITING:
+            return
+        if job.state is State.SENDING and event.error is None:
+            self._finish(job, FinishReason.HANDOFF, released=event)
+        elif job.state is not State.DRAINING:
+            error = event.error or TransferError("the transfer ended before the prompt was computed")
+            reason = FinishReason.CANCELLED if isinstance(error, Cancelled) else FinishReason.ERROR
+            self._finish(job, reason, error, event)
+        self._forget(job)
+        self._flush()
+
+    def step(self) -> bool:
+        """See ports.Worker."""
+        for key in self._deadlines.pop_due(self._clock()):
+            error = DeadlineExceeded("the request's deadline passed before its prompt was handed over")
+            self._end(self._jobs[key], FinishReason.ERROR, error)
+        for job in self._scheduler.admit():
+            self._start(job)
+        planned = self._scheduler.plan()
+        if planned is not None:
+            plan, shares = planned
+            self._counters["steps"] += 1
+            self._counters["tokens"] += plan.num_tokens
+            try:
+                tokens = execute(self._runner, plan).tokens
+            except EngineFault as fault:
+                self._counters["step_faults"] += 1
+                for share in shares:
+                    self._end(share.job, FinishReason.ERROR, fault)
+            else:
+                for share, token in zip(shares, tokens, strict=True):
+                    self._computed(share, token)
+        self._flush()
+        return planned is not None
+
+    def next_wake(self) -> float | None:
+        """The earliest deadline."""
+        return self._deadlines.earliest()
+
+    def load(self) -> WorkerLoad:
+        """Jobs that compute or send, and jobs that wait. Ended ones whose blocks are still read count as neither."""
+        waiting = len(self._scheduler.waiting)
+        return WorkerLoad(running=self._num_live - waiting, waiting=waiting)
+
+    def counters(self) -> dict[str, float]:
+        """Totals since the start: steps, step_faults, tokens (computed), cached_tokens, requests."""
+        return {f"prefill_{name}_total": float(value) for name, value in self._counters.items()}
+
+    def _refusal(self, request: GenerateRequest) -> DiptychError | None:
+        if len(self._jobs) >= self._max_jobs:
+            return Overloaded("the prefill engine's queue is full")
+        if error := refusal(request, self._max_context_tokens):
+            return error
+        if not self._pool.can_hold(len(request.prompt)):
+            return NoBlocks(f"the prefill engine's KV pool cannot hold a prompt of {len(request.prompt)} tokens")
+        return None
+
+    def _start(self, job: Job) -> None:
+        job.state = State.RUNNING
+        job.timer.enter("prefill", self._clock())
+        self._counters["cached_tokens"] += job.cached_tokens
+        self._sender.open(job.key, job.order.decode, len(job.request.prompt))
+        if job.computed:
+            self._sender.computed(job.key, job.computed, tuple(job.blocks))
+
+    def _computed(self, share: Share, token: int | None) -> None:
+        job = share.job
+        self._scheduler.advance(share)
+        if token is None:
+            self._sender.computed(job.key, job.computed, tuple(job.blocks))
+            return
+        job.num_generated = 1
+        job.state = State.SENDING
+        job.timer.enter("transfer", self._clock())
+        self._out.add(job.key, 0, token)
+        reason = finish_reason(
+            job.request.sampling,
+            token,
+            num_generated=1,
+            num_prompt=len(job.request.prompt),
+            max_context_tokens=self._max_context_tokens,
+        )
+        if reason is None:
+            self._sender.computed(job.key, job.computed, tuple(job.blocks))
+            self._sender.finish(job.key, token, final=False)
+        else:
+            # The last chunk is not announced: nobody needs it.
+            self._sender.finish(job.key, token, final=True)
+            self._finish(job, reason)
+            job.state = State.DRAINING
+
+    def _end(self, job: Job, reason: FinishReason, error: DiptychError) -> None:
+        """End a job from the outside, in any state. What has ended stays as it ended."""
+        if job.state is State.DRAINING:
+            return
+        self._scheduler.stop(job)
+        self._finish(job, reason, error)
+        if job.state is State.WAITING:
+            self._forget(job)
+        else:
+            job.state = State.DRAINING
+            self._sender.abort(job.key, error)
+
+    def _forget(self, job: Job) -> None:
+        self._scheduler.stop(job)
+        self._scheduler.close(job)
+        job.state = State.DONE
+        del self._jobs[job.key]
+
+    def _finish(
+        self, job: Job, reason: FinishReason, error: DiptychError | None = None, released: Released | None = None
+    ) -> None:
+        self._deadlines.discard(job.key)
+        self._num_live -= 1
+        failed = error is not None and reason is FinishReason.ERROR
+        self._out.finishes.append(
+            Finish(
+                key=job.key,
+                role=self.role,
+                reason=reason,
+                num_tokens=job.num_generated,
+                cached_tokens=job.cached_tokens,
+                error_code=error.code if error is not None and failed else "",
+                error_message=str(error) if failed else "",
+                times=job.timer.read(self._clock()),
+                transfer_bytes=released.size_bytes if released else 0,
+                transport=released.transport if released else "",
+            )
+        )
+
+    def _flush(self) -> None:
+        if self._out:
+            out, self._out = self._out, StepOutput()
+            self._emit(out)

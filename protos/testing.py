@@ -1,0 +1,320 @@
+"""Fakes of the Protocols in ports.py, for tests and for measuring without a model. No torch, no threads, no time.
+
+`EchoRunner` makes wrong KV visible: its next token is a hash of every token that it finds in the row's blocks, so a
+wrong block, a stale slot or a misplaced position changes the output. `FakeSender` and `FakeReceiver` do nothing by
+themselves: the test decides when a transfer moves and hands the event to the worker; both assert the worker's side of
+the contract.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .errors import DiptychError, TransferError
+from .ports import Closed, Committed, Failed, Released, WantBlocks
+from .step import StepPlan, StepResult
+from .types import EngineRef, Finish, StepOutput, TransferKey
+
+ECHO_VOCAB = 32_000
+Cell = tuple[int, int]  # (position, token id): what a real engine would compute K and V from
+EMPTY: Cell = (-1, -1)
+GARBAGE: Cell = (-2, -2)
+
+
+class FakeClock:
+    """A clock that stands still unless told."""
+
+    def __init__(self, now: float = 100.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        """The time that was set."""
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Move on by `seconds`."""
+        self.now += seconds
+
+
+class Ledger:
+    """What an engine emitted, as the router would see it. An Emit that asserts what every worker promises:
+    one Finish per key, nothing after it, token indexes without gaps or repetition.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: dict[TransferKey, list[int]] = {}
+        self.first_index: dict[TransferKey, int] = {}
+        self.finishes: dict[TransferKey, Finish] = {}
+
+    def __call__(self, out: StepOutput) -> None:
+        """Book one output."""
+        assert out, "an empty output was emitted"
+        assert len(out.keys) == len(out.indexes) == len(out.tokens)
+        for key, index, token in zip(out.keys, out.indexes, out.tokens, strict=True):
+            assert key not in self.finishes, f"{key}: a token after the finish"
+            first = self.first_index.setdefault(key, index)
+            tokens = self.tokens.setdefault(key, [])
+            assert first in {0, 1}, f"{key}: the first token has index {first}"
+            assert index == first + len(tokens), f"{key}: token {index} after {len(tokens)} from {first}"
+            tokens.append(token)
+        for finish in out.finishes:
+            assert finish.key not in self.finishes, f"{finish.key}: a second finish"
+            self.finishes[finish.key] = finish
+
+
+def snapshot(plan: StepPlan) -> tuple[tuple[object, ...], ...]:
+    """A plan as plain values that stay as they are, to compare schedules."""
+    return tuple((row.slot, row.start, row.tokens, tuple(row.blocks), row.sample) for row in plan.rows)
+
+
+def _echo(cells: Sequence[Cell], vocab_size: int) -> int:
+    flat = [number for cell in cells for number in cell]
+    digest = hashlib.blake2b(struct.pack(f"<{len(flat)}q", *flat), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % vocab_size
+
+
+def echo_reference(prompt: Sequence[int], n: int, vocab_size: int = ECHO_VOCAB) -> list[int]:
+    """The `n` tokens that one undisturbed EchoRunner generates after `prompt`."""
+    cells = list(enumerate(prompt))
+    for _ in range(n):
+        cells.append((len(cells), _echo(cells, vocab_size)))
+    return [token for _, token in cells[len(prompt) :]]
+
+
+class EchoRunner:
+    """ports.Runner without a model: KV of a position is the pair (position, token id), one per block and offset.
+
+    `observe` is called with each plan that is launched. `fault` makes the next step raise, in launch or in collect,
+    once, after writing garbage where the step would have written KV.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_tokens: int,
+        max_slots: int = 64,
+        max_step_tokens: int = 512,
+        vocab_size: int = ECHO_VOCAB,
+    ) -> None:
+        self.max_slots = max_slots
+        self.max_step_tokens = max_step_tokens
+        self.vocab_size = vocab_size
+        self.block_tokens = block_tokens
+        self.fault: Literal["launch", "collect"] | None = None
+        self.observe: Callable[[StepPlan], None] | None = None
+        self._kv: list[list[Cell]] = [[EMPTY] * block_tokens for _ in range(num_blocks)]
+        self._last_token: dict[int, int] = {}  # by slot
+        self._outstanding: deque[StepResult | None] = deque()  # None: collect raises
+
+    def launch(self, plan: StepPlan) -> None:
+        """Compute at once; keep the result for collect. A plan that breaks the contract raises AssertionError."""
+        self._check(plan)
+        if self.observe is not None:
+            self.observe(plan)
+        fault, self.fault = self.fault, None
+        for row in plan.rows:
+            tokens = (self._last_token[row.slot],) if row.tokens is None else row.tokens
+            cells = [GARBAGE] * len(tokens) if fault else list(enumerate(tokens, row.start))
+            self.write(row.blocks, row.start, cells)
+        if fault == "launch":
+            raise RuntimeError("injected fault in launch")
+        if fault == "collect":
+            self._outstanding.append(None)
+            return
+        sampled: list[int | None] = []
+        for row in plan.rows:
+            if row.sample is None:
+                sampled.append(None)
+                continue
+            token = _echo(self.read(row.blocks, row.start + row.num_tokens), self.vocab_size)
+            self._last_token[row.slot] = token
+            sampled.append(token)
+        self._outstanding.append(StepResult(plan.step_id, tuple(sampled)))
+
+    def collect(self) -> StepResult:
+        """The oldest step's tokens."""
+        result = self._outstanding.popleft()
+        if result is None:
+            raise RuntimeError("injected fault in collect")
+        return result
+
+    def read(self, blocks: Sequence[int], num_tokens: int) -> list[Cell]:
+        """What lies at positions 0 .. num_tokens - 1 of a block table."""
+        size = self.block_tokens
+        return [self._kv[blocks[at // size]][at % size] for at in range(num_tokens)]
+
+    def write(self, blocks: Sequence[int], start: int, cells: Sequence[Cell]) -> None:
+        """Put cells at positions start, start + 1, ... of a block table, as a step or a transfer would."""
+        for at, cell in enumerate(cells, start):
+            self._kv[blocks[at // self.block_tokens]][at % self.block_tokens] = cell
+
+    def _check(self, plan: StepPlan) -> None:
+        assert len(self._outstanding) < 2, "a third step was launched"
+        assert plan.rows, "an empty step"
+        assert plan.num_tokens <= self.max_step_tokens, plan.num_tokens
+        slots = [row.slot for row in plan.rows]
+        assert len(set(slots)) == len(slots), slots
+        assert all(0 <= slot < self.max_slots for slot in slots), slots
+        written: set[int] = set()
+        for row in plan.rows:
+            stop = row.start + row.num_tokens
+            assert row.num_tokens == (1 if row.tokens is None else len(row.tokens)) > 0, row
+            assert len(row.blocks) * self.block_tokens >= stop, row
+            assert row.sample is None or row.sample.position == stop, row
+            into = set(row.blocks[row.start // self.block_tokens : (stop - 1) // self.block_tokens + 1])
+            assert not into & written, f"two rows write into one block: {row}"
+            written |= into
+
+
+@dataclass(slots=True)
+class Sending:
+    """What a FakeSender was told about one transfer."""
+
+    peer: EngineRef
+    num_tokens: int
+    upto: int = 0
+    blocks: tuple[int, ...] = ()
+    content: list[Cell] = field(default_factory=list)  # of positions 0 .. upto - 1, as first announced
+    first_token: int | None = None
+    final: bool = False
+    aborted: DiptychError | None = None
+
+
+class FakeSender:
+    """ports.SendPort, scripted. With a runner it checks that announced KV stays untouched until `release`."""
+
+    def __init__(self, runner: EchoRunner | None = None) -> None:
+        self.transfers: dict[TransferKey, Sending] = {}  # not released yet
+        self._runner = runner
+        self._seen: set[TransferKey] = set()
+
+    def open(self, key: TransferKey, peer: EngineRef, num_tokens: int) -> None:
+        """See ports.SendPort."""
+        assert key not in self._seen, f"{key} was opened twice"
+        self._seen.add(key)
+        self.transfers[key] = Sending(peer, num_tokens)
+
+    def computed(self, key: TransferKey, upto: int, blocks: Sequence[int]) -> None:
+        """See ports.SendPort."""
+        sending = self.transfers[key]
+        assert sending.aborted is None
+        assert sending.first_token is None
+        assert sending.upto < upto <= sending.num_tokens, (sending.upto, upto)
+        if self._runner is not None:
+            content = self._runner.read(blocks, upto)
+            assert content[: sending.upto] == sending.content, "announced KV changed"
+            assert [position for position, _ in content] == list(range(upto)), "KV is not where it should be"
+            sending.content = content
+        sending.upto, sending.blocks = upto, tuple(blocks)
+
+    def finish(self, key: TransferKey, first_token: int, *, final: bool) -> None:
+        """See ports.SendPort."""
+        sending = self.transfers[key]
+        assert sending.aborted is None
+        assert sending.first_token is None
+        assert final or sending.upto == sending.num_tokens, "finished before all KV was announced"
+        sending.first_token, sending.final = first_token, final
+
+    def abort(self, key: TransferKey, error: DiptychError) -> None:
+        """See ports.SendPort."""
+        if key in self.transfers and self.transfers[key].aborted is None:
+            self.transfers[key].aborted = error
+
+    def release(self, key: TransferKey, error: DiptychError | None = None) -> Released:
+        """End a transfer: with `error`, with what it was aborted with, or well."""
+        sending = self.transfers.pop(key)
+        error = error or sending.aborted
+        assert error is not None or sending.first_token is not None, "a transfer cannot end well before token 0"
+        if self._runner is not None:
+            assert self._runner.read(sending.blocks, sending.upto) == sending.content, "KV changed while it was read"
+        size = 0 if error or sending.final else 100 * sending.num_tokens
+        return Released(key, error, size_bytes=size, seconds=0.25, transport="fake")
+
+
+@dataclass(slots=True)
+class Receiving:
+    """What a FakeReceiver was told about one transfer."""
+
+    peer: EngineRef
+    num_tokens: int
+    have_tokens: int
+    wanted: bool = False
+    blocks: tuple[int, ...] | None = None
+    aborted: DiptychError | None = None
+
+
+class FakeReceiver:
+    """ports.ReceivePort, scripted. With a runner, `commit` writes the prompt's KV into the granted blocks."""
+
+    def __init__(self, runner: EchoRunner | None = None) -> None:
+        self.transfers: dict[TransferKey, Receiving] = {}  # not ended yet
+        self.grants: list[TransferKey] = []  # in order
+        self._runner = runner
+        self._seen: set[TransferKey] = set()
+
+    def expect(self, key: TransferKey, peer: EngineRef, num_tokens: int, have_tokens: int) -> None:
+        """See ports.ReceivePort."""
+        assert key not in self._seen, f"{key} was expected twice"
+        assert 0 <= have_tokens <= num_tokens
+        self._seen.add(key)
+        self.transfers[key] = Receiving(peer, num_tokens, have_tokens)
+
+    def grant(self, key: TransferKey, blocks: Sequence[int]) -> None:
+        """See ports.ReceivePort."""
+        receiving = self.transfers[key]
+        assert receiving.wanted
+        assert receiving.blocks is None
+        assert receiving.aborted is None
+        assert len(set(blocks)) == len(blocks)
+        receiving.blocks = tuple(blocks)
+        self.grants.append(key)
+        self.scribble()
+
+    def abort(self, key: TransferKey, error: DiptychError) -> None:
+        """See ports.ReceivePort."""
+        if key in self.transfers and self.transfers[key].aborted is None:
+            self.transfers[key].aborted = error
+
+    def scribble(self) -> None:
+        """Write garbage into whatever was granted and not ended: late writes of a transfer that is under way."""
+        for receiving in self.transfers.values():
+            if receiving.blocks is not None and self._runner is not None:
+                garbage = [GARBAGE] * (receiving.num_tokens - receiving.have_tokens)
+                self._runner.write(receiving.blocks, receiving.have_tokens, garbage)
+
+    def want(self, key: TransferKey) -> WantBlocks:
+        """The first chunk is announced."""
+        receiving = self.transfers[key]
+        assert not receiving.wanted
+        receiving.wanted = True
+        return WantBlocks(key)
+
+    def commit(self, key: TransferKey, prompt: Sequence[int], first_token: int, *, final: bool = False) -> Committed:
+        """All chunks arrived (`final`: none was needed). Legal after an abort too: it was on its way already."""
+        receiving = self.transfers.pop(key)
+        if not final and receiving.have_tokens < receiving.num_tokens:
+            assert receiving.blocks is not None, "nothing was granted"
+            if self._runner is not None:
+                cells = list(enumerate(prompt))[receiving.have_tokens :]
+                self._runner.write(receiving.blocks, receiving.have_tokens, cells)
+        size = 0 if final else 100 * (receiving.num_tokens - receiving.have_tokens)
+        return Committed(key, first_token, final, size_bytes=size, seconds=0.25, transport="fake")
+
+    def fail(self, key: TransferKey, error: DiptychError | None = None) -> Failed:
+        """The transfer ends without a copy."""
+        self.scribble()
+        del self.transfers[key]
+        return Failed(key, error or TransferError("the transfer failed"))
+
+    def close(self, key: TransferKey) -> Closed:
+        """The abort that the worker asked for is complete."""
+        assert self.transfers[key].aborted is not None, "closed without an abort"
+        self.scribble()
+        del self.transfers[key]
+        return Closed(key)
