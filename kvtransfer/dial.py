@@ -1,0 +1,134 @@
+"""How a decode engine reaches a prefill engine: dial with backoff, say Hello, attach to the ring or step down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import grpc
+
+from diptych.protos import kv_pb2 as pb
+from diptych.protos import kv_pb2_grpc
+from diptych.protos.errors import LayoutMismatch, PeerLost
+from diptych.protos.settings import TransferSettings
+from diptych.protos.types import EngineRef
+
+from . import pairing
+from .channel import Channel
+from .layout import KvLayout
+from .transports import local
+from .transports.base import RingReader
+from .transports.grpc import GrpcReader
+from .transports.local import LocalReader
+from .transports.shm import ShmReader
+
+log = logging.getLogger(__name__)
+
+_FIRST_BACKOFF_S = 0.05
+_LAST_BACKOFF_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """A channel that both ends agreed on, with the ring attached. `close` ends it."""
+
+    pair_epoch: int
+    transport: str
+    reader: RingReader
+    channel: Channel
+    read: Callable[[], Awaitable[pb.KvMsg | None]]
+    write: Callable[[pb.KvMsg], Awaitable[None]]
+    close: Callable[[], Awaitable[None]]
+
+
+class _NoRing(Exception):
+    """The chosen transport could not be attached."""
+
+
+class Dialer:
+    """Asyncio thread only. `num_downgrades` counts transports that were agreed on and could not be attached."""
+
+    def __init__(self, *, me: EngineRef, layout: KvLayout, compat: bytes, settings: TransferSettings) -> None:
+        self.num_downgrades = 0
+        self._me = me
+        self._layout = layout
+        self._compat = compat
+        self._settings = settings
+        self._pair_epoch = 0
+
+    async def connect(self, peer: EngineRef) -> Agreement:
+        """Reach that life of a prefill engine within dial_timeout_s.
+
+        Raises PeerLost when it cannot be reached in time or lives another life, LayoutMismatch when it refuses: neither
+        is tried again.
+        """
+        transports = pairing.offers(self._settings.transport, peer, in_process=local.is_here(peer))
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.dial_timeout_s
+        backoff_s = _FIRST_BACKOFF_S
+        reason = "no answer"
+        while (left := deadline - loop.time()) > 0:
+            try:
+                return await asyncio.wait_for(self._try(peer, transports), left)
+            except _NoRing as exc:
+                failed = str(exc.args[0])
+                transports = [name for name in transports if name != failed]
+                self.num_downgrades += 1
+                log.warning("prefill engine %s: transport %s failed: %s", peer.engine_id, failed, exc.__cause__)
+                if not transports:
+                    raise PeerLost(f"no transport to prefill engine {peer.engine_id} works") from exc
+                continue
+            except grpc.RpcError as exc:
+                reason = str(exc.details() if isinstance(exc, grpc.aio.AioRpcError) else exc)
+            except TimeoutError:
+                break
+            await asyncio.sleep(min(backoff_s * random.uniform(0.8, 1.2), max(deadline - loop.time(), 0.0)))
+            backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
+        raise PeerLost(f"prefill engine {peer.engine_id} cannot be reached", detail=reason)
+
+    async def _try(self, peer: EngineRef, transports: list[str]) -> Agreement:
+        self._pair_epoch += 1
+        pair_epoch = self._pair_epoch
+        conn = grpc.aio.insecure_channel(peer.target)
+        reader: RingReader | None = None
+        try:
+            call = kv_pb2_grpc.KvChannelStub(conn).Session()  # type: ignore[no-untyped-call]
+            await call.write(
+                pairing.make_hello(self._me, peer, self._layout, self._compat, transports, pair_epoch),
+            )
+            answer = await call.read()
+            if answer is grpc.aio.EOF:
+                # A server that is not ready yet answers so too: the details come with the status.
+                raise grpc.RpcError(str(await call.details()))
+            ack = answer.hello_ack
+            if ack.engine_epoch != peer.epoch:
+                raise PeerLost(f"prefill engine {peer.engine_id} has been restarted")
+            if ack.refusal:
+                raise LayoutMismatch(f"prefill engine {peer.engine_id} refuses the pair: {ack.refusal}")
+            reader = await self._attach(peer, ack)
+        except BaseException:
+            await conn.close()
+            raise
+
+        async def read() -> pb.KvMsg | None:
+            msg = await call.read()
+            return None if msg is grpc.aio.EOF else msg
+
+        async def close() -> None:
+            await conn.close()
+
+        channel = Channel(src_epoch=self._me.epoch, pair_epoch=pair_epoch)
+        return Agreement(pair_epoch, ack.transport, reader, channel, read, call.write, close)
+
+    async def _attach(self, peer: EngineRef, ack: pb.HelloAck) -> RingReader:
+        try:
+            if ack.transport == pairing.LOCAL:
+                return LocalReader(peer)
+            if ack.transport == pairing.SHM:
+                return await asyncio.to_thread(ShmReader, ack.blob, ack.slots, ack.slot_bytes)
+            return GrpcReader(peer, self._settings.stall_s)
+        except PeerLost as exc:
+            raise _NoRing(ack.transport) from exc

@@ -1,0 +1,264 @@
+"""The decode engine's driver: gives the receiver machine its inputs and does what it asks for.
+
+Calls come from the step thread (ReceivePort) and the asyncio thread (channels to prefill engines, dialed on demand);
+machine and copies belong to the transfer thread, slow fetches to a few threads beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import grpc
+
+from diptych.protos import kv_pb2 as pb
+from diptych.protos.errors import DiptychError, EngineFault, TransferError
+from diptych.protos.ports import Closed, Committed, Failed, ReceiveEvent, WantBlocks
+from diptych.protos.settings import TransferSettings
+from diptych.protos.types import EngineRef, TransferKey
+
+from .actions import Deliver, Dial, Fetch, HangUp, ReceiveAction, Scatter, Send
+from .arena import KvArena
+from .channel import Outboxes
+from .dial import Agreement, Dialer
+from .fetch import FetchThreads
+from .layout import KvLayout
+from .mailbox import Job, Mailbox
+from .messages import ChunkReady, Link
+from .receiver import FetchResult, ReceiverMachine
+from .ring import SlotRef, TornRead, checksum
+from .transports.base import RingReader
+from .wire import from_pb
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+_SPARE_BUFFERS = 4
+
+
+class ReceiveDriver:
+    """Implements ReceivePort. `start` with the loop that shall dial, use, `stop`; after `stop` nothing is delivered."""
+
+    def __init__(
+        self,
+        *,
+        me: EngineRef,
+        layout: KvLayout,
+        compat: bytes,
+        arena: KvArena,
+        settings: TransferSettings,
+        deliver: Callable[[ReceiveEvent], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.me = me
+        self._arena = arena
+        self._deliver = deliver
+        self._clock = clock
+        self._machine = ReceiverMachine(settings=settings, layout=layout)
+        self._dialer = Dialer(me=me, layout=layout, compat=compat, settings=settings)
+        self._outboxes = Outboxes()
+        self._tasks: set[asyncio.Task[None]] = set()  # asyncio thread
+        self._readers: dict[Link, RingReader] = {}  # transfer thread
+        self._arrived: dict[ChunkReady, bytearray] = {}  # transfer thread: verified, until scattered
+        self._spare: list[bytearray] = []  # private copies to use again
+        self._pairs: dict[str, int] = {}  # transport -> channels agreed on so far
+        self._fetchers = FetchThreads(num_threads=4)
+        self._mailbox = Mailbox("kv-receive", tick=self._tick, is_idle=lambda: self._machine.is_idle, tick_s=TICK_S)
+        self._stopped = False
+
+    # ---- lifetime -----------------------------------------------------------------------------
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the transfer thread; prefill engines are dialed on `loop` when a transfer needs them."""
+        self._outboxes.loop = loop
+        self._mailbox.start()
+
+    def stop(self) -> None:
+        """End all channels and join the threads. Any thread; idempotent. Nothing is delivered."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self._mailbox.stop()
+        for reader in self._readers.values():
+            reader.close()
+        self._fetchers.stop()
+        self._outboxes.call(self._cancel_tasks)
+
+    def _cancel_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    # ---- ReceivePort, from the step thread ----------------------------------------------------
+
+    def expect(self, key: TransferKey, peer: EngineRef, num_tokens: int, have_tokens: int) -> None:
+        """See ReceivePort."""
+        self._post(lambda: self._machine.expect(key, peer, num_tokens, have_tokens, self._clock()))
+
+    def grant(self, key: TransferKey, blocks: Sequence[int]) -> None:
+        """See ReceivePort."""
+        kept = tuple(blocks)  # the caller's list may grow
+        self._post(lambda: self._machine.grant(key, kept, self._clock()))
+
+    def abort(self, key: TransferKey, error: DiptychError) -> None:
+        """See ReceivePort."""
+        self._post(lambda: self._machine.abort(key, error, self._clock()))
+
+    # ---- readings, from any thread ------------------------------------------------------------
+
+    def counters(self) -> dict[str, float]:
+        """Metric name to value since the start."""
+        pairs = {f"kv_pairs_{name}_total": float(count) for name, count in list(self._pairs.items())}
+        own = {
+            "kv_transport_downgrades_total": float(self._dialer.num_downgrades),
+            "kv_thread_faults_total": float(self._mailbox.num_faults),
+        }
+        return self._machine.counters | pairs | own
+
+    @property
+    def open_transfers(self) -> int:
+        """Transfers that were expected and have not ended."""
+        return self._machine.num_open
+
+    # ---- transfer thread ----------------------------------------------------------------------
+
+    def _post(self, job: Job) -> None:
+        self._mailbox.post(lambda: self._input(job))
+
+    def _tick(self) -> None:
+        self._input(lambda: self._machine.tick(self._clock()))
+
+    def _input(self, job: Job) -> None:
+        """One input and everything that follows from it. What an action leads to comes before the next action, so
+        that a chunk is scattered before the next is fetched and one private buffer does.
+        """
+        job()
+        todo = self._machine.take_actions()[::-1]
+        while todo:
+            self._perform(todo.pop())
+            todo.extend(self._machine.take_actions()[::-1])
+
+    def _perform(self, action: ReceiveAction) -> None:
+        match action:
+            case Send(link, message):
+                self._outboxes.send(link, message)
+            case Deliver(event):
+                assert isinstance(event, WantBlocks | Committed | Failed | Closed)
+                self._deliver(event)
+            case Dial(peer):
+                self._outboxes.call(lambda: self._spawn(peer))
+            case HangUp(link):
+                self._outboxes.close(link)
+            case Fetch(link, ready):
+                self._fetch(link, ready)
+            case Scatter(ready, blocks):
+                self._scatter(ready, blocks)
+
+    def _fetch(self, link: Link, ready: ChunkReady) -> None:
+        reader = self._readers.get(link)
+        if reader is None:
+            self._machine.fetched(ready, FetchResult.ERROR, self._clock())
+            return
+        buffer = self._spare.pop() if self._spare else bytearray()
+        if len(buffer) < ready.size_bytes:
+            buffer = bytearray(ready.size_bytes)
+        if reader.inline:
+            self._fetched(ready, buffer, _read(reader, ready, buffer))
+            return
+
+        def work() -> None:
+            result = _read(reader, ready, buffer)
+            self._post(lambda: self._fetched(ready, buffer, result))
+
+        self._fetchers.post(work)
+
+    def _fetched(self, ready: ChunkReady, buffer: bytearray, result: FetchResult) -> None:
+        self._arrived[ready] = buffer
+        before = len(self._machine.peek_actions())
+        self._machine.fetched(ready, result, self._clock())
+        if not any(isinstance(action, Scatter) for action in self._machine.peek_actions()[before:]):
+            self._recycle(ready)  # nobody wants these bytes
+
+    def _scatter(self, ready: ChunkReady, blocks: tuple[int, ...]) -> None:
+        error: DiptychError | None = None
+        try:
+            with memoryview(self._arrived[ready])[: ready.size_bytes] as data:
+                self._arena.unpack(blocks, ready.tok_from, ready.tok_to, data)
+        except Exception as exc:  # a bad block list or a device error ends this transfer, not the engine
+            log.exception("%s: chunk %d could not be put into its blocks", ready.key, ready.chunk)
+            error = EngineFault("the KV could not be put into its blocks", detail=repr(exc))
+        self._recycle(ready)
+        self._machine.scattered(ready, error, self._clock())
+
+    def _recycle(self, ready: ChunkReady) -> None:
+        buffer = self._arrived.pop(ready)
+        if len(self._spare) < _SPARE_BUFFERS:
+            self._spare.append(buffer)
+
+    def _pair_up(self, link: Link, agreement: Agreement) -> None:
+        self._readers[link] = agreement.reader
+        self._pairs[agreement.transport] = self._pairs.get(agreement.transport, 0) + 1
+        self._machine.pair_up(link, agreement.transport, self._clock())
+
+    def _pair_down(self, link: Link) -> None:
+        self._machine.pair_down(link, self._clock())
+        reader = self._readers.pop(link, None)
+        if reader is not None:
+            reader.close()
+
+    # ---- asyncio thread -----------------------------------------------------------------------
+
+    def _spawn(self, peer: EngineRef) -> None:
+        if not self._stopped:
+            task = asyncio.get_running_loop().create_task(self._pair(peer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pair(self, peer: EngineRef) -> None:
+        """The life of one channel: dial, agree, run until it breaks. The next transfer dials anew."""
+        try:
+            agreement = await self._dialer.connect(peer)
+        except DiptychError as exc:
+            error = exc
+            self._post(lambda: self._machine.pair_failed(peer, error, self._clock()))
+            return
+        link = Link(peer.engine_id, peer.epoch, agreement.pair_epoch)
+        self._outboxes.add(link, agreement.channel)
+        self._post(lambda: self._pair_up(link, agreement))
+        try:
+            await agreement.channel.run(
+                read=agreement.read,
+                write=agreement.write,
+                on_message=lambda msg: self._received(peer, msg),
+            )
+        except grpc.RpcError as exc:
+            log.info("the channel to prefill engine %s broke: %s", peer.engine_id, exc)
+        finally:
+            self._outboxes.remove(link)
+            self._post(lambda: self._pair_down(link))
+            await agreement.close()
+
+    def _received(self, peer: EngineRef, msg: pb.KvMsg) -> None:
+        link = Link(peer.engine_id, msg.src_epoch, msg.pair_epoch)
+        try:
+            message = from_pb(msg)
+        except TransferError as exc:
+            log.warning("a message of prefill engine %s makes no sense: %s", peer.engine_id, exc)
+            return
+        self._post(lambda: self._machine.on_message(link, message, self._clock()))
+
+
+def _read(reader: RingReader, ready: ChunkReady, buffer: bytearray) -> FetchResult:
+    """Copy and verify a chunk."""
+    ref = SlotRef(ready.key, ready.chunk, ready.slot, ready.slot_gen, ready.size_bytes, ready.checksum)
+    try:
+        with memoryview(buffer)[: ready.size_bytes] as data:
+            reader.read(ref, data)
+            return FetchResult.OK if checksum(data) == ready.checksum else FetchResult.CHECKSUM
+    except TornRead as exc:
+        log.warning("%s: %s", ready.key, exc)
+        return FetchResult.TORN
+    except TransferError as exc:
+        log.warning("%s: %s", ready.key, exc)
+        return FetchResult.ERROR
