@@ -1,7 +1,7 @@
 """Speed of the runner on a CPU: one process, no scheduler, no network; every sequence decodes in every step.
 
 Regime: greedy, synthetic token ids, context about 160 tokens (128 prompt), block_tokens 16, torch with --threads
-threads, one warm-up round; a machine that does other work gives lower figures. Prefill is one prompt of 512 tokens in one step.
+threads, one warm-up round; other work on the machine lowers the figures. Prefill is one prompt of 512 tokens.
 Usage: python bench/runner_cpu.py MODEL_FOLDER [--dtype bfloat16] [--threads 2]
 """
 

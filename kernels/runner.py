@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,10 +17,22 @@ from diptych.protos.errors import DiptychError, EngineFault
 from diptych.protos.step import SampleSpec, StepPlan, StepResult, StepRow
 
 from .model import LoadedModel
-from .ops.ragged import Segment, build_batch
+from .ops.ragged import RaggedBatch, Segment, build_batch
 from .ops.sampling.launch import sample
 
 MAX_OUTSTANDING = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """A plan, checked and laid out as one row."""
+
+    batch: RaggedBatch
+    ids: list[int]  # of each token of the row; 0 where it comes from a slot
+    carried: list[tuple[int, int]]  # row index and the slot whose last token belongs there
+    sampled: list[int]  # row indices to sample after
+    specs: list[SampleSpec]  # of each of these
+    slots: list[int]  # of each of these
 
 
 class ModelRunner:
@@ -60,16 +73,18 @@ class ModelRunner:
         """See ports.Runner. A plan that breaks the Protocol's rules is an AssertionError here, not a failed step."""
         assert len(self._outstanding) < MAX_OUTSTANDING, "two steps are outstanding already"
         assert 0 < plan.num_tokens <= self.max_step_tokens, f"a step of {plan.num_tokens} tokens"
-        try:
-            with torch.inference_mode():
-                outcome: Tensor | DiptychError = self._compute(plan)
-        except DiptychError as exc:
-            outcome = exc
-        except Exception as exc:
-            outcome = EngineFault("The model could not compute a step.", detail=f"step {plan.step_id}: {exc!r}")
-            outcome.__cause__ = exc
-        if isinstance(outcome, DiptychError):
-            self._forget([row.slot for row in plan.rows])
+        with torch.inference_mode():
+            inputs = self._lay_out(plan)
+            outcome: Tensor | DiptychError
+            try:
+                outcome = self._compute(plan.step_id, inputs)
+            except DiptychError as exc:
+                outcome = exc
+            except Exception as exc:
+                outcome = EngineFault("The model could not compute a step.", detail=f"step {plan.step_id}: {exc!r}")
+                outcome.__cause__ = exc
+            if isinstance(outcome, DiptychError):
+                self._last_tokens[[row.slot for row in plan.rows]] = -1
         self._outstanding.append((plan, outcome))
 
     def collect(self) -> StepResult:
@@ -81,11 +96,10 @@ class ModelRunner:
         tokens = iter(outcome.tolist())
         return StepResult(plan.step_id, tuple(next(tokens) if row.sample is not None else None for row in plan.rows))
 
-    def _compute(self, plan: StepPlan) -> Tensor:
-        device = self._model.device
+    def _lay_out(self, plan: StepPlan) -> _Inputs:
         segments: list[Segment] = []
         ids: list[int] = []
-        carried: list[tuple[int, int]] = []  # row index, slot
+        carried: list[tuple[int, int]] = []
         sampled: list[int] = []
         specs: list[SampleSpec] = []
         slots: list[int] = []
@@ -99,26 +113,29 @@ class ModelRunner:
                 sampled.append(len(ids) - 1)
                 specs.append(row.sample)
                 slots.append(row.slot)
-        ids_T = torch.tensor(ids, dtype=torch.int64, device=device)
-        if carried:
-            places, sources = torch.tensor(carried, device=device).unbind(1)
+        batch = build_batch(segments, self._block_tokens, self._model.device)
+        return _Inputs(batch, ids, carried, sampled, specs, slots)
+
+    def _compute(self, step_id: int, inputs: _Inputs) -> Tensor:
+        device = self._model.device
+        ids_T = torch.tensor(inputs.ids, dtype=torch.int64, device=device)
+        if inputs.carried:
+            places, sources = torch.tensor(inputs.carried, device=device).unbind(1)
             last = self._last_tokens[sources]
             if device.type == "cpu" and bool((last < 0).any()):
-                raise EngineFault("A sequence was continued that has no sampled token.", detail=f"step {plan.step_id}")
+                raise EngineFault("A sequence was continued that has no sampled token.", detail=f"step {step_id}")
             ids_T[places] = last
-        batch = build_batch(segments, self._block_tokens, device)
-        logits_NV = self._model.forward(ids_T, batch, self._kv, torch.tensor(sampled, dtype=torch.int64, device=device))
-        if not sampled:
-            return torch.empty(0, dtype=torch.int64, device=device)
+        sampled_N = torch.tensor(inputs.sampled, dtype=torch.int64, device=device)
+        logits_NV = self._model.forward(ids_T, inputs.batch, self._kv, sampled_N)
+        if not inputs.slots:
+            return sampled_N
         # A NaN anywhere in a row is its maximum too.
         broken = ~torch.isfinite(logits_NV.amax(dim=-1))
         if bool(broken.any()):
-            bad = [slots[index] for index in broken.nonzero()[:, 0].tolist()]
-            raise EngineFault(
-                "The model computed numbers that are not finite.", detail=f"step {plan.step_id}, slots {bad}"
-            )
-        tokens_N = sample(logits_NV, specs)
-        self._last_tokens[torch.tensor(slots, device=device)] = tokens_N
+            bad = [inputs.slots[index] for index in broken.nonzero()[:, 0].tolist()]
+            raise EngineFault("The model computed numbers that are not finite.", detail=f"step {step_id}, slots {bad}")
+        tokens_N = sample(logits_NV, inputs.specs)
+        self._last_tokens[torch.tensor(inputs.slots, device=device)] = tokens_N
         return tokens_N
 
     def _ids_of(self, row: StepRow) -> Sequence[int]:
@@ -130,6 +147,3 @@ class ModelRunner:
             return (0,)
         assert len(row.tokens) == row.num_tokens, "num_tokens does not match tokens"
         return row.tokens
-
-    def _forget(self, slots: list[int]) -> None:
-        self._last_tokens[torch.tensor(slots, device=self._model.device)] = -1
