@@ -245,6 +245,10 @@ def _same(value: object, default: object) -> bool:
 
 
 def _validated(cls: type[ModelT], fields: dict[str, Any], path: str) -> ModelT:
+    for known_as in fields:  # before pydantic, which would collect every one of a million unknown fields
+        if known_as not in cls.model_fields:
+            name = path + printable(known_as)
+            raise InvalidRequest(f"unknown field {name}", name)
     try:
         return cls.model_validate(fields)
     except ValidationError as exc:

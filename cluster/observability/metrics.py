@@ -49,7 +49,9 @@ ROUTER_METRICS: dict[str, MetricSpec] = {
     "kv_bytes": MetricSpec(
         "diptych_kv_transfer_bytes_total", "counter", "KV that crossed the hinge", ("model", "transport")
     ),
-    "retries": MetricSpec("diptych_retries_total", "counter", "Further attempts, by the error before", ("model", "code")),
+    "retries": MetricSpec(
+        "diptych_retries_total", "counter", "Further attempts, by the error before", ("model", "code")
+    ),
     "sessions_lost": MetricSpec(
         "diptych_engine_sessions_lost_total", "counter", "Engine streams that broke", ("engine",)
     ),

@@ -1,7 +1,7 @@
 """One attempt's tokens and terminal events from two engines, made into one sequence with one end. Pure; no clock, no IO.
 
-    prefill engine:  0, then HANDOFF (decode goes on) or STOP/LENGTH (token 0 was the last)
-    decode engine:   1, 2, 3, ... then STOP/LENGTH; also 0 when it computed the prompt itself
+prefill engine:  0, then HANDOFF (decode goes on) or STOP/LENGTH (token 0 was the last)
+decode engine:   1, 2, 3, ... then STOP/LENGTH; also 0 when it computed the prompt itself
 """
 
 from __future__ import annotations

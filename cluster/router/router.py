@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from .attempt import Attempt
 from .placement import LeastLoad, Placement, PlacementPolicy
 from .view import ClusterView
 
+KEPT_EXPLANATIONS = 16
 _TRACER = trace.get_tracer("diptych.router")
 
 
@@ -104,6 +106,7 @@ class Router:
         self.metrics.gauges["waiting_limit"].set(limits.max_waiting)
         self.metrics.gauges["waiting"].set_function(lambda: self.admission.waiting)
         self._in_flight: dict[str, int] = {}
+        self.recent: deque[Explanation] = deque(maxlen=KEPT_EXPLANATIONS)  # of answered requests, newest last
 
     async def start(self) -> None:
         """Follow the directory and dial the engines."""
@@ -178,6 +181,7 @@ class Router:
                 await attempt.linger()
                 explanation = _explain(attempt, record.queue_s)
                 record.finished(explanation)
+                self.recent.append(explanation)
                 yield TokenDelta([], explanation)
                 return
             except DiptychError as exc:

@@ -121,7 +121,9 @@ class EngineSession:
                 try:
                     await self._live()
                 except (grpc.RpcError, DiptychError, OSError, TimeoutError) as exc:
-                    log.log(logging.INFO if failures else logging.WARNING, "%s: %s", self.info.ref.engine_id, _word(exc))
+                    log.log(
+                        logging.INFO if failures else logging.WARNING, "%s: %s", self.info.ref.engine_id, _word(exc)
+                    )
                 failures = 0 if self.is_ready else failures + 1
                 self._fail_open(EngineLost(f"the connection to engine {self.info.ref.engine_id} broke"))
                 await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])

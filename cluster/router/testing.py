@@ -214,18 +214,14 @@ class EchoEngine(EngineServicer):  # type: ignore[misc]
             reason = FinishReason.HANDOFF
         self._finish(session, handle, order, reason, end if not is_prefill else 1)
 
-    def _tokens(
-        self, handle: int, order: PrefillOrder | DecodeOrder, indexes: list[int], end: int
-    ) -> pb.EngineFrame:
+    def _tokens(self, handle: int, order: PrefillOrder | DecodeOrder, indexes: list[int], end: int) -> pb.EngineFrame:
         prompt = order.request.prompt
         if self.faults.swap_pairs and isinstance(order, DecodeOrder):  # 1<->2, 3<->4; the last one stays
             indexes = [min(i + 1, end - 1) if i % 2 else i - 1 if i and i < end else i for i in indexes]
         tokens = [prompt[i % len(prompt)] for i in indexes]
         if self.faults.wrong_first_token and isinstance(order, DecodeOrder) and 0 in indexes:
             tokens[indexes.index(0)] += 1
-        return pb.EngineFrame(
-            tokens=pb.StepTokens(handle=[handle] * len(indexes), index=indexes, token=tokens)
-        )
+        return pb.EngineFrame(tokens=pb.StepTokens(handle=[handle] * len(indexes), index=indexes, token=tokens))
 
     def _finish(
         self,

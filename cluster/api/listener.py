@@ -1,0 +1,222 @@
+"""The router's own HTTP listener: uvicorn on the running loop, with deadlines and bounds that uvicorn does not have.
+
+connection -> headers (bytes, count, deadline) -> app (body: bytes, deadline) -> writes (stall deadline) -> keep-alive (idle)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import socket
+from collections.abc import Generator
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from diptych.cluster.config import LimitSettings
+from diptych.protos.errors import DiptychError, InvalidRequest, Overloaded, RequestError, StartupError
+from diptych.protos.openai_replies import error_body
+
+MAX_HEADERS = 128
+# Bytes that are neither header nor body: the frames of a chunked body. Honest clients need 1 in 100 of the body.
+FRAMING_BYTES = 64 << 10
+BACKLOG = 1024
+
+
+class HeadersTooLarge(RequestError):
+    """The request line and headers are over the limit."""
+
+    code = "headers_too_large"
+    http_status = 431
+
+
+class HeaderTimeout(RequestError):
+    """The client did not send its headers in time."""
+
+    code = "header_timeout"
+    http_status = 408
+
+
+class _BoundedProtocol(HttpToolsProtocol):
+    """One connection. Refusals are written and the connection closed; nothing reaches the app then."""
+
+    limits: LimitSettings  # set on a subclass per listener: uvicorn makes the instances
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._in_headers = True
+        self._is_refused = False
+        self._head_bytes = 0  # since the request began, until its headers were complete
+        self._extra_bytes = 0  # of the request's body that were not body
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            self._refuse(Overloaded(f"this listener has {self.limits.max_connections} connections, its limit"))
+        else:
+            self._expect_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop(self._header_timer)
+        self._stop(self._write_timer)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        if self._header_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._expect_headers()
+        if self._in_headers:
+            self._head_bytes += len(data)
+        else:
+            self._extra_bytes += len(data)
+        super().data_received(data)
+        if self._is_refused or self.transport.is_closing():
+            return
+        if self._in_headers and self._head_bytes > self.limits.header_bytes:
+            self._refuse(self._headers_too_large())
+        elif self._extra_bytes > FRAMING_BYTES:
+            self._refuse(InvalidRequest("the body's chunks carry more framing than content"))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers = True
+        self._extra_bytes = 0
+
+    def on_headers_complete(self) -> None:
+        self._stop(self._header_timer)
+        self._header_timer = None
+        self._in_headers = False
+        self._head_bytes = 0
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self.limits.header_bytes or len(self.headers) > MAX_HEADERS:
+            self._refuse(self._headers_too_large())
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._is_refused:
+            self._extra_bytes -= len(body)
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._is_refused:
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        if not self._is_refused:
+            self._refuse(InvalidRequest(msg))
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.limits.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop(self._write_timer)
+        super().resume_writing()
+
+    def _expect_headers(self) -> None:
+        self._in_headers = True
+        self._head_bytes = 0
+        self._header_timer = self.loop.call_later(self.limits.header_timeout_s, self._on_header_timeout)
+
+    def _on_header_timeout(self) -> None:
+        if self._head_bytes == 0:
+            self.transport.close()  # nothing was asked: nothing to answer
+        else:
+            self._refuse(HeaderTimeout(f"the headers did not arrive within {self.limits.header_timeout_s:g} s"))
+
+    def _headers_too_large(self) -> HeadersTooLarge:
+        return HeadersTooLarge(f"the headers exceed {self.limits.header_bytes} bytes or {MAX_HEADERS} lines")
+
+    def _refuse(self, error: DiptychError) -> None:
+        """Answer unless an answer is under way, and close."""
+        self._is_refused = True
+        self._stop(self._header_timer)
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            body = json.dumps(error_body(error)).encode()
+            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+            self.transport.write(STATUS_LINE[error.http_status] + head + body)
+        self.transport.close()
+
+    @staticmethod
+    def _stop(timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield  # signals belong to the process's entry point
+
+
+class Listener:
+    """A running listener; made by `start_listener`."""
+
+    def __init__(self, server: _Server, task: asyncio.Task[None], address: tuple[str, int]) -> None:
+        self._server = server
+        self._task = task
+        self.host, self.port = address
+
+    @property
+    def url(self) -> str:
+        """Such as http://127.0.0.1:8000."""
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+
+    async def stop(self, grace_s: float) -> None:
+        """Accept nothing more, let running requests end for at most `grace_s` seconds, then cancel them."""
+        self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]
+        self._server.should_exit = True
+        await self._task
+
+
+async def start_listener(app: ASGIApp, *, host: str, port: int, limits: LimitSettings) -> Listener:
+    """Serve `app` on the running loop; port 0 takes a free one. Raises StartupError when the address is taken."""
+    sock = _bind(host, port)
+    protocol = type("BoundedProtocol", (_BoundedProtocol,), {"limits": limits})
+    config = uvicorn.Config(
+        app,
+        http=protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=limits.idle_timeout_s,  # type: ignore[arg-type]
+        backlog=BACKLOG,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[sock]), name="http listener")
+    while not server.started:
+        if task.done():
+            task.result()
+            raise StartupError(f"the listener on {host}:{port} ended at once")
+        await asyncio.sleep(0)
+    return Listener(server, task, sock.getsockname()[:2])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
+    except OSError as exc:
+        sock.close()
+        if exc.errno == errno.EADDRINUSE:
+            raise StartupError(
+                f"port {port} on {host} is in use by another program; stop it or choose another port with router.port"
+            ) from exc
+        raise StartupError(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
+    sock.setblocking(False)
+    return sock

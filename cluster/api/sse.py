@@ -1,0 +1,66 @@
+"""Server-sent events in OpenAI's shapes: everything that does not change within an answer is encoded once per answer.
+
+One event per engine step: prefix + escaped text + suffix.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from diptych.protos.errors import DiptychError
+from diptych.protos.openai_replies import error_body
+
+DONE = b"data: [DONE]\n\n"
+
+# C code of the standard library: 0.2 us for a token's text; orjson would save 0.1 us of about 60 us per event
+_escape: Callable[[str], str] = json.encoder.encode_basestring  # type: ignore[attr-defined]
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventEncoder:
+    """The chunks of one answer. `chat` chooses between chat.completion.chunk and text_completion."""
+
+    def __init__(self, *, chat: bool, id: str, created: int, model: str, include_usage: bool) -> None:
+        self._chat = chat
+        self._head: dict[str, Any] = {
+            "id": id,
+            "object": "chat.completion.chunk" if chat else "text_completion",
+            "created": created,
+            "model": model,
+        }
+        # With include_usage every chunk has the field, null but for the last one.
+        self._tail: dict[str, Any] = {"usage": None} if include_usage else {}
+        marker = "\x00"
+        before, after = self._chunk({"content": marker} if chat else marker, None).split(_escape(marker).encode())
+        self._before, self._after = before, after
+
+    def _chunk(self, delta: dict[str, Any] | str, finish_reason: str | None) -> bytes:
+        key = "delta" if self._chat else "text"
+        choice = {"index": 0, key: delta, "logprobs": None, "finish_reason": finish_reason}
+        return _event({**self._head, "choices": [choice], **self._tail})
+
+    def role(self) -> bytes:
+        """The first chunk of a chat answer; empty for completions."""
+        return self._chunk({"role": "assistant", "content": ""}, None) if self._chat else b""
+
+    def text(self, text: str) -> bytes:
+        """A piece of the answer."""
+        return self._before + _escape(text).encode() + self._after
+
+    def finish(self, reason: str) -> bytes:
+        """The chunk that says why the answer ended."""
+        return self._chunk({} if self._chat else "", reason)
+
+    def usage(self, use: dict[str, Any]) -> bytes:
+        """The last chunk, without choices, for clients that asked for it."""
+        return _event({**self._head, "choices": [], "usage": use})
+
+
+def error_event(error: DiptychError) -> bytes:
+    """What ends a broken stream instead of a finish and [DONE]."""
+    return _event(error_body(error))
