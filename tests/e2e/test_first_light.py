@@ -14,8 +14,8 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
-from conftest import Cluster
 from reference import TIE, Reference
+from serving import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smollm2-135m-instruct"

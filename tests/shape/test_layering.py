@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from sources import ALL_FOLDERS, FLOORS, ROOT, imported_modules, python_files
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from sources import FLOORS, ROOT, python_files
 
 WITH_CODE = [f for f in FLOORS if python_files(f)]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ast
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from sources import ALL_FOLDERS, ROOT, parse, python_files
 
 MAX_FILE_LINES = 600
