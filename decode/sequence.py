@@ -1,0 +1,74 @@
+"""One request's way through a decode engine: what it knows, where its KV is, in which state it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+from enum import Enum
+
+from diptych.kvtransfer.pool import BlockTable
+from diptych.protos.lifecycle import StageTimer
+from diptych.protos.types import DecodeOrder, GenerateRequest, TransferKey
+
+
+class State(Enum):
+    """Where a sequence is; the picture is in the README."""
+
+    FETCHING = "fetching"  # a transfer is expected; holds its cached prefix
+    WANTING = "wanting"  # its KV is ready over there; in line for all its blocks
+    GRANTED = "granted"  # the receiver writes into its blocks
+    WAITING = "waiting"  # in line to be computed here; holds nothing
+    READY = "ready"  # its KV is here; in line for a seat
+    RUNNING = "running"  # a seat: in the steps, with a slot
+    DRAINING = "draining"  # its Finish is out; the receiver may still write into its blocks
+    DONE = "done"
+
+
+IN_TRANSFER = frozenset({State.FETCHING, State.WANTING, State.GRANTED})
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Prompt and generated tokens, and how many of them have KV in the table."""
+
+    order: DecodeOrder
+    ticket: int  # order of arrival; the youngest gives way first
+    timer: StageTimer
+    tokens: list[int]  # ids known so far: the prompt, then what was generated
+    state: State
+    table: BlockTable | None = None
+    computed: int = 0  # positions 0 .. computed - 1 have KV in the table
+    slot: int | None = None
+    cached_tokens: int | None = None  # of the prompt, when its computation or its transfer began; None before
+    transfer_bytes: int = 0
+    transport: str = ""
+
+    @property
+    def request(self) -> GenerateRequest:
+        """What was asked for."""
+        return self.order.request
+
+    @property
+    def key(self) -> TransferKey:
+        """The request's name."""
+        return self.order.request.key
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.order.request.prompt)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens after the prompt, token 0 included wherever it was computed."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def missing(self) -> int:
+        """Known tokens without KV: 1 while decoding, more while a prompt is computed here."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def blocks(self) -> AbstractSequence[int]:
+        """The table's blocks, in order of position."""
+        return [] if self.table is None else self.table.blocks

@@ -1,0 +1,149 @@
+"""A decode worker on a bench: real pool and scheduler, fake runner, receiver, clock. Checks the pool at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diptych.kvtransfer.pool import BlockPool
+from diptych.protos.errors import DiptychError
+from diptych.protos.ports import ReceiveEvent
+from diptych.protos.settings import DecodeSettings
+from diptych.protos.step import SlotPool
+from diptych.protos.testing import EchoRunner, FakeClock, FakeReceiver, Ledger, echo_reference, snapshot
+from diptych.protos.types import DecodeOrder, EngineId, EngineRef, GenerateRequest, SamplingParams, TransferKey
+
+from .worker import DecodeWorker
+
+PEER = EngineRef(EngineId("p0"), 1, "unix:/nowhere/p0.sock")
+
+
+class DecodeBench:
+    """Drive `worker` through the methods here; read what happened in `ledger`, `receiver` and `trace`."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_tokens: int = 4,
+        max_context_tokens: int = 200,
+        settings: DecodeSettings | None = None,
+        slots: int = 16,
+        prefix_cache: bool = True,
+    ) -> None:
+        self.clock = FakeClock()
+        self.runner = EchoRunner(num_blocks=num_blocks, block_tokens=block_tokens, max_slots=slots)
+        self.trace: list[tuple[tuple[object, ...], ...]] = []
+        self.runner.observe = lambda plan: self.trace.append(snapshot(plan))
+        self.pool = BlockPool(num_blocks=num_blocks, block_tokens=block_tokens, prefix_cache=prefix_cache)
+        self.slots = SlotPool(slots)
+        self.receiver = FakeReceiver(self.runner)
+        self.ledger = Ledger()
+        self.worker = DecodeWorker(
+            settings=settings or DecodeSettings(),
+            runner=self.runner,
+            pool=self.pool,
+            slots=self.slots,
+            receiver=self.receiver,
+            emit=self.ledger,
+            clock=self.clock,
+            max_context_tokens=max_context_tokens,
+        )
+        self.requests: dict[TransferKey, GenerateRequest] = {}
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 8,
+        stop: Sequence[int] = (),
+        salt: bytes = b"",
+        deadline: float | None = None,
+        transfer: bool = True,
+        allow_local_prefill: bool = True,
+    ) -> TransferKey:
+        """A new order; keys count up. Without `transfer` it names no prefill engine."""
+        key = TransferKey((len(self.requests) + 1).to_bytes(16, "big"))
+        sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset(stop))
+        request = GenerateRequest(key=key, prompt=tuple(prompt), sampling=sampling, salt=salt, deadline=deadline)
+        self.requests[key] = request
+        peer = PEER if transfer else None
+        self.worker.submit(DecodeOrder(request=request, prefill=peer, allow_local_prefill=allow_local_prefill))
+        self.pool.check_integrity()
+        return key
+
+    def step(self) -> bool:
+        """One step of the worker, while transfers that are under way write into their blocks."""
+        self.receiver.scribble()
+        ran = self.worker.step()
+        self.receiver.scribble()
+        self.pool.check_integrity()
+        return ran
+
+    def run(self) -> int:
+        """Step until there is nothing to do; the number of steps."""
+        steps = 0
+        while self.step():
+            steps += 1
+            assert steps < 10_000, "the worker does not come to rest"
+        return steps
+
+    def deliver(self, event: ReceiveEvent) -> None:
+        """An event of the receiver."""
+        self.worker.on_transfer(event)
+        self.pool.check_integrity()
+
+    def want(self, key: TransferKey) -> None:
+        """The first chunk is announced."""
+        self.deliver(self.receiver.want(key))
+
+    def commit(self, key: TransferKey, *, final: bool = False) -> None:
+        """The transfer ends well, with the token that an undisturbed prefill engine samples."""
+        prompt = self.requests[key].prompt
+        self.deliver(self.receiver.commit(key, prompt, echo_reference(prompt, 1)[0], final=final))
+
+    def fail(self, key: TransferKey, error: DiptychError | None = None) -> None:
+        """The transfer ends badly."""
+        self.deliver(self.receiver.fail(key, error))
+
+    def transfer(self, key: TransferKey) -> None:
+        """The whole way of an undisturbed transfer; there must be room."""
+        self.want(key)
+        self.step()
+        assert self.receiver.transfers[key].blocks is not None, "nothing was granted"
+        self.commit(key)
+
+    def cancel(self, key: TransferKey) -> None:
+        """The router gives the request up."""
+        self.worker.cancel(key)
+        self.pool.check_integrity()
+
+    def end_transfers(self) -> None:
+        """Every transfer ends as it would in the end: aborted ones close, others fail."""
+        for key, receiving in list(self.receiver.transfers.items()):
+            if receiving.aborted is not None:
+                self.deliver(self.receiver.close(key))
+            else:
+                self.fail(key)
+
+    def expected(self, key: TransferKey) -> list[int]:
+        """All tokens that the request should get, token 0 first."""
+        request = self.requests[key]
+        tokens = echo_reference(request.prompt, request.sampling.max_tokens)
+        ends = [at for at, token in enumerate(tokens) if token in request.sampling.stop_token_ids]
+        return tokens[: ends[0] + 1] if ends else tokens
+
+    def assert_tokens(self, key: TransferKey) -> None:
+        """What was emitted is what an undisturbed engine would have emitted, up to where it was stopped."""
+        first = self.ledger.first_index.get(key, 0)
+        tokens = self.ledger.tokens.get(key, [])
+        assert tokens == self.expected(key)[first : first + len(tokens)]
+
+    def assert_idle(self) -> None:
+        """Nothing is held, nothing is awaited."""
+        assert not self.receiver.transfers
+        assert self.pool.counts().used == 0, self.pool.counts()
+        assert self.slots.num_free == self.slots.max_slots
+        load = self.worker.load()
+        assert (load.running, load.waiting) == (0, 0)
+        assert self.worker.next_wake() is None
+        assert not self.step()

@@ -1,0 +1,322 @@
+"""The decode role of an engine: takes prompts over from prefill engines, or computes them itself, and generates.
+
+ports.Worker, driven by the engine's step thread; deliberately ignorant of threads, sockets, torch and of who asks.
+The states and who may leave them are drawn in the README.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import assert_never
+
+from diptych.kvtransfer.pool import BlockPool
+from diptych.protos.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DiptychError,
+    EngineFault,
+    InvalidRequest,
+    NoBlocks,
+    Overloaded,
+    TransferError,
+)
+from diptych.protos.lifecycle import Deadlines, StageTimer, execute, finish_reason, refusal
+from diptych.protos.ports import (
+    Clock,
+    Closed,
+    Committed,
+    Emit,
+    Failed,
+    ReceiveEvent,
+    ReceivePort,
+    Released,
+    Runner,
+    SendEvent,
+    WantBlocks,
+    WorkerLoad,
+)
+from diptych.protos.settings import DecodeSettings
+from diptych.protos.step import SlotPool
+from diptych.protos.types import (
+    DecodeOrder,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    PrefillOrder,
+    Role,
+    StepOutput,
+    TransferKey,
+)
+
+from .scheduler import Decision, DecodeScheduler, Share
+from .sequence import IN_TRANSFER, Sequence, State
+
+log = logging.getLogger(__name__)
+
+
+class DecodeWorker:
+    """See ports.Worker. A sequence that ends while the receiver writes keeps its blocks until the receiver is done."""
+
+    role = Role.DECODE
+
+    def __init__(
+        self,
+        *,
+        settings: DecodeSettings,
+        runner: Runner,
+        pool: BlockPool,
+        slots: SlotPool,
+        receiver: ReceivePort,
+        emit: Emit,
+        clock: Clock,
+        max_context_tokens: int,
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._receiver = receiver
+        self._emit = emit
+        self._clock = clock
+        self._max_context_tokens = max_context_tokens
+        self._max_sequences = settings.max_running + settings.max_waiting
+        self._scheduler = DecodeScheduler(
+            pool=pool,
+            slots=slots,
+            max_running=settings.max_running,
+            step_tokens=min(settings.step_tokens, runner.max_step_tokens),
+        )
+        self._sequences: dict[TransferKey, Sequence] = {}  # every state but DONE
+        self._deadlines = Deadlines()
+        self._out = StepOutput()
+        self._num_live = 0  # sequences without a Finish
+        self._num_orders = 0
+        names = ("requests", "steps", "step_faults", "tokens", "generated_tokens", "cached_tokens")
+        more = ("preemptions", "local_prefills", "transfer_failures")
+        self._counters = dict.fromkeys(names + more, 0)
+
+    def submit(self, order: PrefillOrder | DecodeOrder) -> None:
+        """Take a decode order. A key that is in work already is ignored: its first order will end."""
+        assert isinstance(order, DecodeOrder)
+        request, key = order.request, order.request.key
+        earlier = self._sequences.get(key)
+        if earlier is not None and earlier.state is not State.DRAINING:
+            log.warning("%s: a second decode order for a request in work is ignored", key)
+            return
+        self._num_orders += 1
+        self._counters["requests"] += 1
+        self._num_live += 1
+        timer = StageTimer(self._clock())
+        sequence = Sequence(order, self._num_orders, timer, tokens=list(request.prompt), state=State.WAITING)
+        error = self._refusal(request) if earlier is None else InvalidRequest(f"{key} was used before", "key")
+        if error is not None:
+            self._finish(sequence, FinishReason.ERROR, error)
+        else:
+            self._sequences[key] = sequence
+            self._deadlines.add(key, request.deadline)
+            if order.prefill is None:
+                self._compute_here(sequence)
+            else:
+                have_tokens = self._scheduler.expect(sequence)
+                self._receiver.expect(key, order.prefill, len(request.prompt), have_tokens)
+        self._flush()
+
+    def cancel(self, key: TransferKey) -> None:
+        """End a sequence in any state; its blocks follow when the receiver lets go of them."""
+        if (sequence := self._sequences.get(key)) is not None:
+            self._end(sequence, FinishReason.CANCELLED, Cancelled("the request was cancelled"))
+        self._flush()
+
+    def on_transfer(self, event: SendEvent | ReceiveEvent) -> None:
+        """The receiver asks for blocks, or a transfer ended."""
+        assert not isinstance(event, Released)
+        sequence = self._sequences.get(event.key)
+        if sequence is None:
+            return
+        if sequence.state is State.DRAINING and not isinstance(event, WantBlocks):
+            self._forget(sequence)
+        elif sequence.state in IN_TRANSFER:
+            self._on_transfer(sequence, event)
+        self._flush()
+
+    def step(self) -> bool:
+        """See ports.Worker. Also True when a sequence was given up, for its blocks may let others run."""
+        for key in self._deadlines.pop_due(self._clock()):
+            error = DeadlineExceeded("the request's deadline passed before its answer was complete")
+            self._end(self._sequences[key], FinishReason.ERROR, error)
+        plan, decision = self._scheduler.decide()
+        self._announce(decision)
+        if plan is not None:
+            self._counters["steps"] += 1
+            self._counters["tokens"] += plan.num_tokens
+            try:
+                tokens = execute(self._runner, plan).tokens
+            except EngineFault as fault:
+                self._counters["step_faults"] += 1
+                for share in decision.shares:
+                    self._end(share.sequence, FinishReason.ERROR, fault)
+            else:
+                for share, token in zip(decision.shares, tokens, strict=True):
+                    self._computed(share, token)
+        self._flush()
+        return plan is not None or bool(decision.impossible or decision.unpinned)
+
+    def next_wake(self) -> float | None:
+        """The earliest deadline."""
+        return self._deadlines.earliest()
+
+    def load(self) -> WorkerLoad:
+        """Sequences with a seat, and all others that have not ended."""
+        running = len(self._scheduler.running)
+        return WorkerLoad(running=running, waiting=self._num_live - running)
+
+    def counters(self) -> dict[str, float]:
+        """Totals since the start; `tokens` are those computed, prompts and recomputation included."""
+        return {f"decode_{name}_total": float(value) for name, value in self._counters.items()}
+
+    def _refusal(self, request: GenerateRequest) -> DiptychError | None:
+        if len(self._sequences) >= self._max_sequences:
+            return Overloaded("the decode engine's queue is full")
+        if error := refusal(request, self._max_context_tokens):
+            return error
+        # Whoever generates more than token 0 needs KV for token 0 as well.
+        num_tokens = len(request.prompt) + (request.sampling.max_tokens > 1)
+        if not self._pool.can_hold(num_tokens):
+            return NoBlocks(f"the decode engine's KV pool cannot hold {num_tokens} tokens")
+        return None
+
+    def _compute_here(self, sequence: Sequence) -> None:
+        self._counters["local_prefills"] += 1
+        sequence.timer.enter("queue", self._clock())
+        self._scheduler.wait(sequence)
+
+    def _on_transfer(self, sequence: Sequence, event: WantBlocks | Committed | Failed | Closed) -> None:
+        """An event of a transfer that somebody still waits for."""
+        match event:
+            case WantBlocks():
+                if sequence.state is State.FETCHING:
+                    self._scheduler.want(sequence)
+            case Committed():
+                self._committed(sequence, event)
+            case Failed():
+                self._failed(sequence, event.error)
+            case Closed():
+                self._failed(sequence, TransferError("the transfer was closed though nobody asked for it"))
+            case _:
+                assert_never(event)
+
+    def _committed(self, sequence: Sequence, event: Committed) -> None:
+        sequence.transfer_bytes, sequence.transport = event.size_bytes, event.transport
+        if event.final:
+            # The prefill engine told the client how it ended; this end is for the books only.
+            sequence.tokens.append(event.first_token)
+            self._finish(sequence, FinishReason.CANCELLED)
+            self._forget(sequence)
+        elif self._scheduler.arrived(sequence):
+            self._counters["cached_tokens"] += sequence.cached_tokens or 0
+            sequence.timer.enter("queue", self._clock())
+            sequence.tokens.append(event.first_token)
+            self._finish_if_complete(sequence, event.first_token)
+        else:
+            self._failed(sequence, TransferError("the transfer ended before its blocks were granted"))
+
+    def _failed(self, sequence: Sequence, error: DiptychError) -> None:
+        """The transfer is over and brought nothing."""
+        self._counters["transfer_failures"] += 1
+        log.info("%s: no KV from the prefill engine: %s", sequence.key, error)
+        if sequence.order.allow_local_prefill:
+            self._compute_here(sequence)
+        else:
+            self._finish(sequence, FinishReason.ERROR, error)
+            self._forget(sequence)
+
+    def _announce(self, decision: Decision) -> None:
+        """Tell the receiver, the clocks and the clients what the scheduler decided."""
+        now = self._clock()
+        for sequence in decision.granted:
+            sequence.timer.enter("transfer", now)
+            self._receiver.grant(sequence.key, tuple(sequence.blocks))
+        for sequence in decision.unpinned:
+            self._unpinned(sequence)
+        self._counters["preemptions"] += len(decision.preempted)
+        for sequence in (*decision.started, *decision.preempted):
+            if sequence.state is not State.RUNNING:
+                sequence.timer.enter("queue", now)
+            elif sequence.missing == 1 and sequence.num_generated:
+                sequence.timer.enter("decode", now)
+            else:
+                sequence.timer.enter("prefill", now)
+                self._counters["cached_tokens"] += 0 if sequence.num_generated else sequence.computed
+        for sequence in decision.impossible:
+            error = NoBlocks(f"the decode engine's KV pool cannot hold {len(sequence.tokens)} tokens")
+            self._end(sequence, FinishReason.ERROR, error)
+
+    def _unpinned(self, sequence: Sequence) -> None:
+        error = NoBlocks("the cached prefix of the prompt had to make room")
+        self._counters["transfer_failures"] += 1
+        self._receiver.abort(sequence.key, error)
+        if sequence.order.allow_local_prefill:
+            self._counters["local_prefills"] += 1
+        else:
+            self._end(sequence, FinishReason.ERROR, error)
+
+    def _computed(self, share: Share, token: int | None) -> None:
+        sequence = share.sequence
+        self._scheduler.advance(share, token)
+        if token is None:
+            return
+        if share.num_tokens > 1 or sequence.num_generated == 1:
+            sequence.timer.enter("decode", self._clock())
+        self._counters["generated_tokens"] += 1
+        self._out.add(sequence.key, sequence.num_generated - 1, token)
+        self._finish_if_complete(sequence, token)
+
+    def _finish_if_complete(self, sequence: Sequence, token: int) -> None:
+        reason = finish_reason(
+            sequence.request.sampling,
+            token,
+            num_generated=sequence.num_generated,
+            num_prompt=sequence.num_prompt,
+            max_context_tokens=self._max_context_tokens,
+        )
+        if reason is not None:
+            self._finish(sequence, reason)
+            self._forget(sequence)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: DiptychError) -> None:
+        """End a sequence from the outside, in any state. What has ended stays as it ended."""
+        if sequence.state in {State.DRAINING, State.DONE}:
+            return
+        self._finish(sequence, reason, error)
+        if sequence.state in IN_TRANSFER:
+            self._receiver.abort(sequence.key, error)
+        if sequence.state is State.GRANTED:
+            self._scheduler.drain(sequence)
+        else:
+            self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._scheduler.drop(sequence)
+        del self._sequences[sequence.key]
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: DiptychError | None = None) -> None:
+        self._deadlines.discard(sequence.key)
+        self._num_live -= 1
+        failed = error is not None and reason is FinishReason.ERROR
+        self._out.finishes.append(
+            Finish(
+                key=sequence.key,
+                role=self.role,
+                reason=reason,
+                num_tokens=sequence.num_generated,
+                cached_tokens=sequence.cached_tokens or 0,
+                error_code=error.code if error is not None and failed else "",
+                error_message=str(error) if failed else "",
+                times=sequence.timer.read(self._clock()),
+                transfer_bytes=sequence.transfer_bytes,
+                transport=sequence.transport,
+            )
+        )
+
+    def _flush(self) -> None:
+        if self._out:
+            out, self._out = self._out, StepOutput()
+            self._emit(out)

@@ -1,0 +1,638 @@
+"""What a decode worker promises: the tokens of one undisturbed engine, one Finish, nothing left behind."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+
+from diptych.decode.testing import DecodeBench
+from diptych.protos.errors import PeerLost
+from diptych.protos.ports import WantBlocks
+from diptych.protos.settings import DecodeSettings
+from diptych.protos.testing import echo_reference
+from diptych.protos.types import FinishReason, TransferKey
+
+PROMPT = list(range(100, 123))  # 23 tokens: 5 full blocks of 4 and a rest
+
+
+def settings(step_tokens: int = 512, max_running: int = 16, max_waiting: int = 256) -> DecodeSettings:
+    return DecodeSettings(step_tokens=step_tokens, max_running=max_running, max_waiting=max_waiting)
+
+
+def code(bench: DecodeBench, key: TransferKey) -> str:
+    finish = bench.ledger.finishes[key]
+    assert finish.reason is FinishReason.ERROR
+    return finish.error_code
+
+
+def assert_complete(bench: DecodeBench, key: TransferKey, *, first_index: int) -> None:
+    assert bench.ledger.first_index[key] == first_index
+    assert bench.ledger.tokens[key] == bench.expected(key)[first_index:]
+    finish = bench.ledger.finishes[key]
+    assert finish.num_tokens == len(bench.expected(key))
+    stopped = bench.expected(key)[-1] in bench.requests[key].sampling.stop_token_ids
+    assert finish.reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
+
+
+@pytest.mark.parametrize("num_prompt", [1, 3, 4, 5, 8, 23])
+def test_generation_goes_on_after_a_transfer_with_token_1(num_prompt: int) -> None:
+    bench = DecodeBench()
+    key = bench.submit(PROMPT[:num_prompt], max_tokens=20)
+    assert not bench.step()
+    bench.transfer(key)
+    assert bench.run() == 19
+    assert_complete(bench, key, first_index=1)
+    bench.assert_idle()
+
+
+@pytest.mark.parametrize("step_tokens", [1, 2, 3, 5, 16, 23, 512])
+@pytest.mark.parametrize("num_prompt", [1, 4, 5, 8, 23])
+def test_a_prompt_computed_here_gives_the_same_tokens_from_token_0(step_tokens: int, num_prompt: int) -> None:
+    bench = DecodeBench(settings=settings(step_tokens))
+    key = bench.submit(PROMPT[:num_prompt], transfer=False)
+    assert bench.run() == -(-num_prompt // step_tokens) + 7
+    assert_complete(bench, key, first_index=0)
+    bench.assert_idle()
+
+
+def test_a_failed_transfer_is_computed_here() -> None:
+    bench = DecodeBench()
+    before, after = bench.submit(PROMPT), bench.submit(PROMPT[1:])
+    bench.fail(before)
+    bench.want(after)
+    bench.step()
+    bench.fail(after, PeerLost("gone"))
+    bench.run()
+    assert_complete(bench, before, first_index=0)
+    assert_complete(bench, after, first_index=0)
+    bench.assert_idle()
+    assert bench.worker.counters()["decode_local_prefills_total"] == 2
+
+
+def test_a_failed_transfer_of_a_cached_prompt_computes_its_last_block_anew() -> None:
+    """The failed transfer had pinned all of the prompt; computing needs at least one token."""
+    bench = DecodeBench()
+    bench.submit(PROMPT[:8], transfer=False)
+    bench.run()
+    key = bench.submit(PROMPT[:8])
+    assert bench.receiver.transfers[key].have_tokens == 8
+    bench.fail(key)
+    bench.run()
+    assert_complete(bench, key, first_index=0)
+    assert bench.ledger.finishes[key].cached_tokens == 4
+
+
+def test_without_permission_a_failed_transfer_is_an_error() -> None:
+    bench = DecodeBench()
+    key = bench.submit(PROMPT, allow_local_prefill=False)
+    bench.want(key)
+    bench.step()
+    bench.fail(key, PeerLost("the prefill engine is gone"))
+    assert code(bench, key) == "peer_lost"
+    bench.assert_idle()
+
+
+def test_a_cached_prefix_is_not_transferred() -> None:
+    bench = DecodeBench()
+    first = bench.submit(PROMPT)
+    bench.transfer(first)
+    bench.run()
+    second = bench.submit([*PROMPT[:18], 9, 9])
+    assert bench.receiver.transfers[second].have_tokens == 16
+    bench.transfer(second)
+    bench.run()
+    assert_complete(bench, second, first_index=1)
+    assert bench.ledger.finishes[second].cached_tokens == 16
+    bench.assert_idle()
+
+
+def test_a_wholly_cached_prompt_runs_without_a_grant() -> None:
+    bench = DecodeBench()
+    bench.submit(PROMPT[:8], transfer=False)
+    bench.run()
+    key = bench.submit(PROMPT[:8])
+    bench.commit(key)
+    bench.run()
+    assert_complete(bench, key, first_index=1)
+    assert bench.receiver.grants == []
+    bench.assert_idle()
+
+
+def test_generated_tokens_can_be_found_by_the_next_turn() -> None:
+    bench = DecodeBench()
+    key = bench.submit(PROMPT, transfer=False, max_tokens=10)
+    bench.run()
+    turn = [*PROMPT, *bench.ledger.tokens[key], 5]
+    second = bench.submit(turn, transfer=False)
+    bench.run()
+    assert bench.ledger.finishes[second].cached_tokens == 32, "all but the last, incomplete block"
+    assert_complete(bench, second, first_index=0)
+
+
+def test_blocks_are_named_only_after_the_transfer_was_verified() -> None:
+    bench = DecodeBench()
+    key = bench.submit(PROMPT)
+    bench.want(key)
+    bench.step()
+    other = bench.submit(PROMPT)
+    assert bench.receiver.transfers[other].have_tokens == 0
+    bench.commit(key)
+    third = bench.submit(PROMPT)
+    assert bench.receiver.transfers[third].have_tokens == 20
+
+
+def test_an_end_token_ends_the_request() -> None:
+    bench = DecodeBench()
+    tokens = echo_reference(PROMPT, 5)
+    key = bench.submit(PROMPT, max_tokens=20, stop=[tokens[4]])
+    bench.transfer(key)
+    bench.run()
+    assert_complete(bench, key, first_index=1)
+    assert bench.ledger.finishes[key].num_tokens == 5
+    bench.assert_idle()
+
+
+def test_the_context_ends_the_request() -> None:
+    bench = DecodeBench(max_context_tokens=len(PROMPT) + 6)
+    key = bench.submit(PROMPT, max_tokens=20)
+    bench.transfer(key)
+    bench.run()
+    assert bench.ledger.tokens[key] == echo_reference(PROMPT, 6)[1:]
+    assert bench.ledger.finishes[key].reason is FinishReason.LENGTH
+    bench.assert_idle()
+
+
+@pytest.mark.parametrize("state", ["fetching", "wanting", "granted"])
+def test_a_final_token_0_ends_silently_in_any_state(state: str) -> None:
+    bench = DecodeBench(num_blocks=8)
+    if state == "wanting":
+        bench.submit(PROMPT, transfer=False, max_tokens=30)
+        bench.step()
+    key = bench.submit(PROMPT[2:])
+    if state != "fetching":
+        bench.want(key)
+        bench.step()
+        assert (bench.receiver.transfers[key].blocks is not None) == (state == "granted")
+    bench.commit(key, final=True)
+    finish = bench.ledger.finishes[key]
+    assert (finish.reason, finish.num_tokens) == (FinishReason.CANCELLED, 1)
+    assert key not in bench.ledger.tokens
+    bench.run()
+    bench.assert_idle()
+
+
+def test_a_token_0_that_ends_the_request_here_ends_it_even_if_prefill_did_not_say_so() -> None:
+    """Engines may differ in their context limit; nothing may be generated after the end."""
+    bench = DecodeBench()
+    key = bench.submit(PROMPT, stop=echo_reference(PROMPT, 1))
+    bench.transfer(key)
+    assert bench.ledger.finishes[key].reason is FinishReason.STOP
+    assert key not in bench.ledger.tokens
+    bench.assert_idle()
+
+
+def test_one_step_serves_all_decoding_rows_then_prompts() -> None:
+    bench = DecodeBench(settings=settings(10))
+    decoding = [bench.submit(PROMPT[at:], max_tokens=30) for at in range(3)]
+    for key in decoding:
+        bench.transfer(key)
+    first, second = bench.submit([*PROMPT, 1], transfer=False), bench.submit(PROMPT[5:], transfer=False)
+    bench.trace.clear()
+    bench.step()
+    widths = [len(row[2]) for row in bench.trace[-1] if isinstance(row[2], tuple)]
+    assert widths == [1, 1, 1, 4, 3], "20 tokens of the first prompt are cached"
+    bench.step()
+    widths = [len(row[2]) for row in bench.trace[-1] if isinstance(row[2], tuple)]
+    assert widths == [1, 1, 1, 1, 6]
+    bench.run()
+    for key in decoding:
+        assert_complete(bench, key, first_index=1)
+    for key in (first, second):
+        assert_complete(bench, key, first_index=0)
+    bench.assert_idle()
+
+
+def test_a_small_budget_starves_nobody() -> None:
+    """More seats than tokens in a step would leave the same sequences out again and again."""
+    bench = DecodeBench(settings=settings(step_tokens=3, max_running=16))
+    keys = [bench.submit(PROMPT[at:], transfer=False, max_tokens=12) for at in range(5)]
+    for _ in range(4):
+        bench.step()
+    before = [len(plan) for plan in bench.trace]
+    assert max(before) <= 3
+    bench.run()
+    for key in keys:
+        assert_complete(bench, key, first_index=0)
+    bench.assert_idle()
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("num_blocks", [9, 10, 12, 17])
+def test_preemption_under_a_tiny_pool_gives_the_same_tokens(num_blocks: int, prefix_cache: bool) -> None:
+    bench = DecodeBench(num_blocks=num_blocks, prefix_cache=prefix_cache)
+    keys = [bench.submit(PROMPT[at * 5 : at * 5 + 6], transfer=False, max_tokens=25) for at in range(4)]
+    bench.run()
+    for key in keys:
+        assert_complete(bench, key, first_index=0)
+    assert bench.worker.counters()["decode_preemptions_total"] > 0
+    bench.assert_idle()
+
+
+def test_preemption_after_transfers_gives_the_same_tokens() -> None:
+    bench = DecodeBench(num_blocks=14, settings=settings(step_tokens=7))
+    keys = [bench.submit(PROMPT[at:][:18], max_tokens=16) for at in range(2)]
+    for key in keys:
+        bench.transfer(key)
+    bench.run()
+    for key in keys:
+        assert_complete(bench, key, first_index=1)
+    assert bench.worker.counters()["decode_preemptions_total"] > 0
+    bench.assert_idle()
+
+
+def test_the_youngest_gives_way_and_comes_back_first() -> None:
+    bench = DecodeBench(num_blocks=9)
+    old = bench.submit(PROMPT[:12], transfer=False, max_tokens=20)
+    young = bench.submit(PROMPT[8:20], transfer=False, max_tokens=20)
+    bench.step()
+    late = bench.submit([7] * 9, transfer=False, max_tokens=9)
+    while not bench.worker.counters()["decode_preemptions_total"]:
+        assert bench.step()
+    assert late not in bench.ledger.tokens
+    assert len(bench.ledger.tokens[young]) < len(bench.ledger.tokens[old])
+    assert [key for key, _ in bench.worker._scheduler.line.items()] == [young, late]
+    bench.run()
+    for key in (old, young, late):
+        assert_complete(bench, key, first_index=0)
+    bench.assert_idle()
+
+
+def test_the_seat_of_one_that_gave_way_goes_to_one_that_is_ready() -> None:
+    """The only one that runs is the youngest and lacks a block; the step must not be lost."""
+    bench = DecodeBench(num_blocks=13, settings=settings(max_running=1))
+    ready = bench.submit(PROMPT, max_tokens=5)
+    running = bench.submit([5] * 12, transfer=False, max_tokens=30)
+    bench.step()
+    bench.transfer(ready)
+    while not bench.worker.counters()["decode_preemptions_total"]:
+        assert bench.step()
+    assert len(bench.ledger.tokens[ready]) == 1
+    bench.run()
+    assert_complete(bench, ready, first_index=1)
+    assert_complete(bench, running, first_index=0)
+    bench.assert_idle()
+
+
+def test_one_that_outgrew_the_pool_while_it_shared_blocks_cannot_stop_the_line() -> None:
+    """It gave way to an older one in the step in which it outgrew the pool: at the head of the line it never fits."""
+    bench = DecodeBench(num_blocks=6)
+    bench.submit(PROMPT[:20], transfer=False, max_tokens=1)
+    bench.run()
+    older = bench.submit(PROMPT[:20], max_tokens=3)
+    big = bench.submit(PROMPT[:20], transfer=False, max_tokens=20)
+    while len(bench.ledger.tokens.get(big, [])) < 5:
+        bench.step()
+    assert bench.pool.counts().used == 6
+    bench.commit(older)
+    bench.run()
+    assert code(bench, big) == "no_kv_blocks"
+    assert_complete(bench, older, first_index=1)
+    bench.assert_idle()
+
+
+def test_a_sequence_that_outgrows_the_whole_pool_is_an_error() -> None:
+    bench = DecodeBench(num_blocks=7)
+    key = bench.submit(PROMPT, transfer=False, max_tokens=20)
+    bench.run()
+    assert code(bench, key) == "no_kv_blocks"
+    assert bench.ledger.tokens[key] == echo_reference(PROMPT, 6), (
+        "28 slots hold 23 tokens and 5 more; the 6th needs none"
+    )
+    bench.assert_idle()
+
+
+def test_outgrowing_the_pool_lets_the_next_in_line_run() -> None:
+    bench = DecodeBench(num_blocks=7)
+    key = bench.submit(PROMPT, transfer=False, max_tokens=20)
+    other = bench.submit(PROMPT[3:], transfer=False)
+    bench.run()
+    assert code(bench, key) == "no_kv_blocks"
+    assert_complete(bench, other, first_index=0)
+
+
+def test_grants_are_given_in_order_of_the_first_chunk() -> None:
+    bench = DecodeBench(num_blocks=14)
+    keys = [bench.submit(PROMPT[at:][:20], max_tokens=2) for at in range(4)]
+    for key in (keys[2], keys[0], keys[3], keys[1]):
+        bench.want(key)
+    bench.step()
+    assert bench.receiver.grants == [keys[2], keys[0]]
+    bench.commit(keys[0])
+    bench.step()
+    bench.step()
+    assert bench.receiver.grants == [keys[2], keys[0], keys[3]]
+    bench.commit(keys[2])
+    bench.commit(keys[3])
+    bench.run()
+    assert bench.receiver.grants == [keys[2], keys[0], keys[3], keys[1]]
+    bench.commit(keys[1])
+    bench.run()
+    for key in keys:
+        assert_complete(bench, key, first_index=1)
+    bench.assert_idle()
+
+
+def test_a_grant_leaves_room_for_those_that_run() -> None:
+    bench = DecodeBench(num_blocks=12)
+    running = bench.submit(PROMPT, transfer=False, max_tokens=3)
+    bench.step()
+    key = bench.submit([*PROMPT[1:], 1])
+    bench.want(key)
+    bench.step()
+    assert bench.receiver.grants == [], "six blocks are free, six are needed, and one is kept"
+    bench.run()
+    assert bench.receiver.grants == [key], "alone it may have the whole pool"
+    assert_complete(bench, running, first_index=0)
+    bench.commit(key)
+    bench.run()
+    assert_complete(bench, key, first_index=1)
+
+
+def test_pinned_prefixes_cannot_stop_the_line() -> None:
+    """Waiting transfers hold the cached prefixes that the head of the line lacks: the youngest gives way."""
+    bench = DecodeBench(num_blocks=10)
+    prefixes = [PROMPT[:16], PROMPT[7:23]]
+    for prefix in prefixes:
+        bench.submit(prefix, transfer=False, max_tokens=1)
+        bench.run()
+    head = bench.submit([1] * 20, max_tokens=3)
+    behind = [bench.submit([*prefix, 8], max_tokens=3) for prefix in prefixes]
+    assert [bench.receiver.transfers[key].have_tokens for key in behind] == [16, 16]
+    for key in (head, *behind):
+        bench.want(key)
+    bench.run()
+    assert bench.receiver.grants == [head]
+    assert bench.receiver.transfers[behind[1]].aborted is not None
+    assert bench.receiver.transfers[behind[0]].aborted is None
+    bench.commit(head)
+    bench.run()
+    bench.deliver(bench.receiver.close(behind[1]))
+    bench.commit(behind[0])
+    bench.run()
+    assert_complete(bench, head, first_index=1)
+    assert_complete(bench, behind[0], first_index=1)
+    assert_complete(bench, behind[1], first_index=0)
+    bench.assert_idle()
+
+
+def test_a_prefix_that_gives_way_is_an_error_where_nothing_may_be_computed_here() -> None:
+    bench = DecodeBench(num_blocks=6)
+    bench.submit(PROMPT[:16], transfer=False, max_tokens=1)
+    bench.run()
+    head = bench.submit([1] * 20, max_tokens=3)
+    behind = bench.submit([*PROMPT[:16], 8], allow_local_prefill=False)
+    bench.want(head)
+    bench.run()
+    assert code(bench, behind) == "no_kv_blocks"
+    bench.commit(head)
+    bench.run()
+    bench.end_transfers()
+    bench.assert_idle()
+
+
+def test_a_prefix_that_gave_way_where_nothing_may_be_computed_does_not_run() -> None:
+    """With two prefixes gone there is room for the smaller prompt at once; its transfer was its only way."""
+    bench = DecodeBench(num_blocks=8)
+    bench.submit(PROMPT[:16], transfer=False, max_tokens=1)
+    bench.run()
+    bench.submit([3] * 4, transfer=False, max_tokens=1)
+    bench.run()
+    head = bench.submit([1] * 20, max_tokens=3)
+    large = bench.submit([*PROMPT[:16], 8])
+    small = bench.submit([*[3] * 4, 8], allow_local_prefill=False)
+    bench.want(head)
+    bench.run()
+    assert bench.receiver.grants == [head]
+    assert code(bench, small) == "no_kv_blocks"
+    assert small not in bench.ledger.tokens
+    bench.commit(head)
+    bench.run()
+    bench.end_transfers()
+    bench.run()
+    assert_complete(bench, large, first_index=0)
+    bench.assert_idle()
+
+
+@pytest.mark.parametrize("state", ["fetching", "wanting", "granted", "waiting", "ready", "prefilling", "decoding"])
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_an_early_end_in_any_state_leaves_nothing(state: str, how: str) -> None:
+    bench = DecodeBench(num_blocks=32, settings=settings(step_tokens=10, max_running=1))
+    bench.submit(PROMPT[:20], transfer=False, max_tokens=1)
+    bench.run()  # something is cached, to be pinned
+    prompt = [*PROMPT[:20], 4, 4, 4, 4, 4]
+    transfer = state in {"fetching", "wanting", "granted", "ready"}
+    blocker = None
+    if state in {"waiting", "ready"}:
+        blocker = bench.submit([3] * 5, transfer=False, max_tokens=12)
+        bench.step()
+    if state == "wanting":
+        blocker = bench.submit([3] * 60, transfer=False, max_tokens=60)
+        while not bench.ledger.tokens.get(blocker):
+            bench.step()
+        while bench.pool.counts().free + bench.pool.counts().cached > 7:
+            bench.step()
+    key = bench.submit(prompt, transfer=transfer, deadline=bench.clock() + 5, max_tokens=40)
+    if state in {"wanting", "granted", "ready"}:
+        bench.want(key)
+        bench.step()
+    if state == "ready":
+        bench.commit(key)
+    if state in {"waiting", "prefilling", "decoding"}:
+        bench.step()
+    if state == "decoding":
+        bench.step()
+    assert bench.worker._sequences[key].state.value == {"prefilling": "running", "decoding": "running"}.get(
+        state, state
+    )
+    if how == "cancel":
+        bench.cancel(key)
+        assert bench.ledger.finishes[key].reason is FinishReason.CANCELLED
+    else:
+        assert bench.worker.next_wake() == bench.clock() + 5
+        bench.clock.advance(5)
+        bench.step()
+        assert code(bench, key) == "deadline_exceeded"
+    if state == "granted":
+        assert len(bench.receiver.transfers[key].blocks or ()) == 7
+        assert bench.pool.counts().used >= 7, "the receiver may still write"
+    finish = bench.ledger.finishes[key]
+    bench.cancel(key)
+    bench.run()
+    bench.end_transfers()
+    bench.run()
+    assert bench.ledger.finishes[key] is finish
+    if blocker is not None:
+        assert_complete(bench, blocker, first_index=0)
+    bench.assert_tokens(key)
+    bench.assert_idle()
+
+
+@pytest.mark.parametrize("end", ["close", "commit", "commit_final", "fail"])
+def test_a_cancelled_transfer_keeps_its_blocks_until_its_last_event(end: str) -> None:
+    """The receiver fake writes garbage into granted blocks all the time: a block given away early would show it."""
+    bench = DecodeBench(num_blocks=8)
+    key = bench.submit(PROMPT)
+    bench.want(key)
+    bench.step()
+    bench.cancel(key)
+    bench.deliver(WantBlocks(key))  # not a last event
+    other = bench.submit(PROMPT[2:], transfer=False)
+    bench.run()
+    assert other not in bench.ledger.tokens
+    if end == "close":
+        bench.deliver(bench.receiver.close(key))
+    elif end == "fail":
+        bench.fail(key)
+    else:
+        bench.commit(key, final=end == "commit_final")
+    bench.run()
+    assert_complete(bench, other, first_index=0)
+    assert bench.ledger.finishes[key].reason is FinishReason.CANCELLED
+    assert key not in bench.ledger.tokens
+    bench.assert_idle()
+
+
+def test_a_full_queue_refuses() -> None:
+    bench = DecodeBench(settings=settings(max_running=1, max_waiting=2))
+    keys = [bench.submit(PROMPT, transfer=at % 2 == 0) for at in range(4)]
+    assert set(bench.ledger.finishes) == {keys[3]}
+    assert code(bench, keys[3]) == "overloaded"
+    bench.cancel(keys[0])
+    assert bench.submit(PROMPT) not in bench.ledger.finishes, "there is room again"
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "max_tokens", "expected"),
+    [(0, 8, "invalid_request"), (200, 8, "context_length_exceeded"), (37, 1, "no_kv_blocks"), (36, 2, "no_kv_blocks")],
+)
+@pytest.mark.parametrize("transfer", [True, False])
+def test_an_impossible_request_ends_at_once(num_prompt: int, max_tokens: int, expected: str, transfer: bool) -> None:
+    bench = DecodeBench(num_blocks=9)
+    key = bench.submit([1] * num_prompt, transfer=transfer, max_tokens=max_tokens)
+    assert code(bench, key) == expected
+    bench.assert_idle()
+
+
+@pytest.mark.parametrize("where", ["launch", "collect"])
+def test_a_step_that_raises_ends_its_rows_and_nobody_else(where: Literal["launch", "collect"]) -> None:
+    bench = DecodeBench(settings=settings(max_running=2))
+    running = [bench.submit(PROMPT, transfer=False), bench.submit(PROMPT[1:])]
+    bench.transfer(running[1])
+    waiting = bench.submit(PROMPT[2:], transfer=False)
+    fetching = bench.submit(PROMPT[3:])
+    bench.step()
+    bench.runner.fault = where
+    assert bench.step()
+    assert [code(bench, key) for key in running] == ["engine_fault"] * 2
+    for key in running:
+        bench.assert_tokens(key)
+    bench.run()
+    bench.transfer(fetching)
+    bench.run()
+    assert_complete(bench, waiting, first_index=0)
+    assert_complete(bench, fetching, first_index=1)
+    bench.assert_idle()
+    assert bench.worker.counters()["decode_step_faults_total"] == 1
+
+
+def test_late_and_unknown_events_change_nothing() -> None:
+    bench = DecodeBench()
+    key = bench.submit(PROMPT, max_tokens=3)
+    bench.want(key)
+    bench.step()
+    event = bench.receiver.commit(key, PROMPT, echo_reference(PROMPT, 1)[0])
+    bench.deliver(event)
+    bench.deliver(event)
+    bench.run()
+    bench.deliver(event)
+    bench.cancel(key)
+    bench.cancel(TransferKey(b"?" * 16))
+    assert_complete(bench, key, first_index=1)
+    assert len(bench.ledger.finishes) == 1
+    bench.assert_idle()
+
+
+def test_a_commit_without_a_grant_is_not_believed() -> None:
+    """A peer that skips the grant has written nowhere: the prompt is computed here."""
+    bench = DecodeBench()
+    key = bench.submit(PROMPT)
+    receiving = bench.receiver.transfers[key]
+    receiving.blocks = ()
+    receiving.num_tokens = receiving.have_tokens
+    bench.commit(key)
+    bench.run()
+    assert_complete(bench, key, first_index=0)
+    bench.assert_idle()
+
+
+def test_a_second_order_with_a_living_key_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    bench = DecodeBench()
+    key = bench.submit(PROMPT, transfer=False)
+    request = bench.requests.pop(key)
+    assert bench.submit(PROMPT, transfer=False) == key
+    bench.requests[key] = request
+    bench.run()
+    assert "second decode order" in caplog.text
+    assert_complete(bench, key, first_index=0)
+    bench.assert_idle()
+
+
+def test_at_most_max_running_sequences_are_in_a_step_and_a_successor_is_ready() -> None:
+    bench = DecodeBench(settings=settings(max_running=2))
+    keys = [bench.submit(PROMPT[at:], max_tokens=6) for at in range(5)]
+    for key in keys:
+        bench.want(key)
+    bench.step()
+    assert bench.receiver.grants == keys[:3], "two seats and one successor"
+    for key in keys[:3]:
+        bench.commit(key)
+    while len(bench.receiver.transfers) or bench.step():
+        for key in [key for key, one in bench.receiver.transfers.items() if one.blocks is not None]:
+            bench.commit(key)
+        bench.step()
+    assert max(len(plan) for plan in bench.trace) == 2
+    for key in keys:
+        assert_complete(bench, key, first_index=1)
+    bench.assert_idle()
+
+
+def test_times_and_bytes_are_reported() -> None:
+    bench = DecodeBench()
+    key = bench.submit(PROMPT, max_tokens=3)
+    bench.clock.advance(1)
+    bench.want(key)
+    bench.step()
+    bench.clock.advance(2)
+    bench.commit(key)
+    bench.clock.advance(4)
+    bench.step()
+    bench.clock.advance(8)
+    bench.step()
+    finish = bench.ledger.finishes[key]
+    times = finish.times
+    assert (times.queue, times.transfer, times.prefill, times.decode) == (5, 2, 0, 8)
+    assert (finish.transfer_bytes, finish.transport) == (2300, "fake")
+
+
+def test_the_time_of_a_local_prompt_is_prefill() -> None:
+    bench = DecodeBench(settings=settings(20))
+    bench.submit(PROMPT, max_tokens=2, transfer=False)
+    bench.clock.advance(1)
+    bench.step()
+    bench.clock.advance(2)
+    bench.step()
+    bench.clock.advance(4)
+    bench.step()
+    (finish,) = bench.ledger.finishes.values()
+    assert (finish.times.queue, finish.times.prefill, finish.times.decode) == (1, 2, 4)
