@@ -30,8 +30,13 @@ def find_layers(module: nn.Module, config: Any, device: torch.device) -> dict[in
     """The layers that call our attention function, by their number; StartupError names one that does not or cannot."""
     seen: dict[int, LayerShape] = {}
     batch = build_batch([Segment(0, 1, 0, (0,))], _BLOCK_TOKENS, device)
-    _logits(module, [0], AttentionStep(batch, {}, seen), [0])
     name = type(module).__name__
+    try:
+        _logits(module, [0], AttentionStep(batch, {}, seen), [0])
+    except StartupError:
+        raise
+    except Exception as exc:  # whatever transformers' code raises when it cannot run like this
+        raise StartupError(f"{name} is refused: it cannot compute a row of tokens without a cache: {exc!r}") from exc
     for layer, shape in sorted(seen.items()):
         if shape.refusal is not None:
             raise StartupError(f"{name} is refused: layer {layer} ({shape.name}) {shape.refusal}.")

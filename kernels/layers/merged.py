@@ -69,7 +69,7 @@ def merge_linears(model: nn.Module) -> list[str]:
     for name, module in list(model.named_modules()):
         for names in MERGED_NAMES:
             parts = [getattr(module, part, None) for part in names]
-            if all(part is None for part in parts):
+            if any(part is None for part in parts):
                 continue
             linears = [part for part in parts if type(part) is nn.Linear]
             if len(linears) != len(names) or not _alike(linears):

@@ -314,6 +314,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 16},
     "gpt_neox": {},
     "phi3": {},
+    "gpt_bigcode": {},
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 1024},
+    "gpt_oss": {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "lfm2": {"layer_types": ["full_attention"] * 2},
     "olmo2": {},
     "cohere": {"logit_scale": 0.3},
     "granite": {"logits_scaling": 2.0, "attention_multiplier": 0.3},
@@ -321,7 +326,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# Importing a model's code takes a second or more: these run with every change, the others with the slow tests.
+QUICK = ("llama", "qwen3", "gemma2", "gpt_oss", "gpt2", "mixtral")
+
+
+@pytest.mark.parametrize(
+    "architecture", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
 def test_other_architectures_give_the_reference_tokens(architecture: str, tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path / "model", architecture, **ARCHITECTURES[architecture])
     reference = reference_of(folder)
@@ -340,3 +351,32 @@ def test_bfloat16_runs_and_mostly_agrees_with_itself_in_float32(folder: Path, mo
         driver.run(sequences)
         runs.append([sequence.tokens[0] for sequence in sequences])
     assert sum(one == two for one, two in zip(*runs, strict=True)) >= 6
+
+
+@pytest.mark.slow
+def test_smollm2_gives_the_reference_tokens_alone_and_ragged(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The default model, with text of its own vocabulary; the same prompt alone and in company, two chunk sizes."""
+    from tokenizers import Tokenizer
+
+    from diptych.cluster.models.source import resolve
+
+    folder = resolve("smollm2-135m-instruct", tmp_path_factory.mktemp("cache")).path
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = (
+        "The capital of France is",
+        "def fibonacci(n):\n    ",
+        "Once upon a time, in a small village by the sea, there lived",
+        "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
+        "1, 2, 3, 4, 5,",
+        "Water boils at",
+    )
+    encoded = [tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
+    model, reference = load_model(folder, dtype="float32"), reference_of(folder)
+    for block_tokens, chunk in ((16, 512), (4, 7)):
+        driver = Driver(model, block_tokens, chunk)
+        alone = driver.add(encoded[0])
+        driver.run([alone])
+        ragged = [driver.add(prompt) for prompt in encoded]
+        driver.run(ragged)
+        for sequence in (alone, *ragged):
+            reference.check(sequence)
