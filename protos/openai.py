@@ -1,7 +1,7 @@
 """OpenAI's request bodies for /v1/chat/completions and /v1/completions, as pure functions from bytes.
 
-A field is honoured or refused with an error that names it: the classes list what is honoured, FIXED lists known fields of
-which only the default is accepted, everything else is unknown. Nothing is coerced: "5" is not 5 and true is not 1.
+A field is honoured or refused with an error that names it: the classes list what is honoured, FIXED lists known fields
+of which only the default is accepted, everything else is unknown. Nothing is coerced: "5" is not 5 and true is not 1.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ class GenerationRequest(_Wire):
 
     @property
     def include_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage is True
 
 
@@ -170,6 +171,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def wanted_tokens(self) -> int | None:
+        """Under either of its two names; None when not given."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
@@ -200,6 +202,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def wanted_tokens(self) -> int:
+        """With the default."""
         return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's documented default
 
 

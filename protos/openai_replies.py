@@ -1,4 +1,4 @@
-"""OpenAI's answer bodies as pure functions: completions, usage, model list, errors. Chunks of a stream: cluster/api/sse.py."""
+"""OpenAI's answer bodies as pure functions: completions, usage, model list, errors. Chunks: cluster/api/sse.py."""
 
 from __future__ import annotations
 

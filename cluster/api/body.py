@@ -12,7 +12,7 @@ from diptych.protos.errors import InvalidRequest, RequestTooLarge
 
 from .errors import BodyTimeout, response_of
 
-# A connection closed with unread data resets, and the client may lose the answer; so up to this much is read and dropped.
+# A connection closed with unread data resets, and the client may lose the answer: so much is read and dropped.
 LINGER_BYTES = 256 << 20
 LINGER_S = 2.0
 
@@ -27,7 +27,7 @@ def header(scope: Scope, name: bytes) -> str:
 
 
 async def read_body(scope: Scope, receive: Receive, limits: LimitSettings) -> bytes:
-    """The whole body. Raises RequestTooLarge as early as can be known, BodyTimeout, InvalidRequest, ClientDisconnect."""
+    """The whole body. Raises RequestTooLarge as early as possible, BodyTimeout, InvalidRequest, ClientDisconnect."""
     content_type = header(scope, b"content-type").partition(";")[0].strip().lower()
     if content_type != "application/json":  # a web page can send other types across origins without being asked
         raise InvalidRequest("send the body with the header content-type: application/json")

@@ -1,7 +1,7 @@
 """The two generation endpoints: body to GenerateCall, tokens to one JSON answer or a stream of events.
 
-chat.py and completions.py say what differs between them; this file is what they share. No status line is sent before the
-first token, so that every earlier failure has its own HTTP status.
+chat.py and completions.py say what differs between them; this file is what they share. No status line is sent before
+the first token, so that every earlier failure has its own HTTP status.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Endpoint(Protocol):
     is_chat: bool
     id_prefix: str
 
-    def parse(self, body: bytes) -> GenerationRequest: ...
+    def parse(self, body: bytes) -> GenerationRequest:
+        """The checked body. Raises InvalidRequest."""
 
     async def prompt(self, request: GenerationRequest, model: ServedModel, room: int) -> tuple[int, ...]:
         """Token ids; `room` is the context's size in tokens."""
@@ -55,7 +56,8 @@ class Endpoint(Protocol):
 
     def answer(
         self, *, id: str, created: int, model: str, text: str, finish_reason: str, use: JsonObject
-    ) -> JsonObject: ...
+    ) -> JsonObject:
+        """The whole answer's body."""
 
 
 @dataclass(slots=True)
@@ -102,6 +104,7 @@ class GenerationApp:
         self._models = models
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
         try:
             body = await read_body(scope, receive, self._router.settings.limits)
             request, call = await self._prepare(body, header(scope, b"traceparent"))

@@ -1,6 +1,6 @@
 """The router's own HTTP listener: uvicorn on the running loop, with deadlines and bounds that uvicorn does not have.
 
-connection -> headers (bytes, count, deadline) -> app (body: bytes, deadline) -> writes (stall deadline) -> keep-alive (idle)
+connection -> headers (bytes, count, deadline) -> app (body: bytes, deadline) -> writes (stall) -> keep-alive (idle)
 """
 
 from __future__ import annotations
@@ -169,6 +169,11 @@ class Listener:
     def url(self) -> str:
         """Such as http://127.0.0.1:8000."""
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+
+    @property
+    def connections(self) -> int:
+        """Open now."""
+        return len(self._server.server_state.connections)
 
     async def stop(self, grace_s: float) -> None:
         """Accept nothing more, let running requests end for at most `grace_s` seconds, then cancel them."""

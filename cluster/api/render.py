@@ -1,7 +1,7 @@
 """Messages to token ids: the model's chat template in a sandbox, then its tokenizer. One Renderer per served model.
 
-Templates come with the model and never from a request. They run without access to Python's inner attributes, with a bound
-on the text they make and on the time they take.
+Templates come with the model and never from a request. They run without access to Python's inner attributes, with a
+bound on the text they make and on the time they take.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError
+from jinja2.exceptions import SecurityError
 from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from diptych.protos.errors import ContextTooLong, InvalidRequest, StartupError

@@ -1,4 +1,4 @@
-"""A model as the API knows it: its name, how to write its prompts, and the numbers that requests are checked against."""
+"""A model as the API knows it: its name, how to write its prompts, the numbers that requests are checked against."""
 
 from __future__ import annotations
 

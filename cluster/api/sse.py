@@ -15,7 +15,7 @@ from diptych.protos.openai_replies import error_body
 DONE = b"data: [DONE]\n\n"
 
 # C code of the standard library: 0.2 us for a token's text; orjson would save 0.1 us of about 60 us per event
-_escape: Callable[[str], str] = json.encoder.encode_basestring  # type: ignore[attr-defined]
+_escape: Callable[[str], str] = json.encoder.encode_basestring
 
 
 def _event(value: dict[str, Any]) -> bytes:

@@ -1,7 +1,7 @@
 """Token ids to text, piece by piece: UTF-8-safe detokenising and stop strings.
 
-The joined pieces equal the tokenizer's decode of the whole, for any tokens and any split, where the decoder is byte-level
-or of the sentencepiece kind (byte fallback). Other decoders go through the tokenizer with a window.
+The joined pieces equal the tokenizer's decode of the whole, for any tokens and any split, where the decoder is
+byte-level or of the sentencepiece kind (byte fallback). Other decoders go through the tokenizer with a window.
 
     tokens -> Detokenizer -> text that cannot change any more -> StopMatcher -> text that belongs to no stop string
 """
@@ -50,6 +50,7 @@ class TokenTable:
 
     @property
     def is_byte_level(self) -> bool:
+        """Whether each token stands for bytes, joined and read as UTF-8."""
         return isinstance(self.scheme, _ByteLevel)
 
     def new(self) -> Detokenizer:
@@ -285,6 +286,7 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
+        """Whether a stop string was found."""
         return self._matcher.matched
 
     def feed(self, tokens: Sequence[int]) -> str:

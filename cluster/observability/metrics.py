@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from diptych.protos.status import EngineStatus
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_TOKENS = tuple(float(1 << i) for i in range(0, 18))
+_TOKENS = tuple(float(1 << i) for i in range(18))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,8 @@ class _EngineCollector(Collector):
             values = (reading.engine, reading.roles, reading.model)
             up.add_metric(values, float(reading.is_up))
             steps.add_metric(values, reading.status.steps)
-            for name, (_, value) in ENGINE_GAUGES.items():
-                gauges[name].add_metric(values, value(reading.status))
+            for name, (_, read) in ENGINE_GAUGES.items():
+                gauges[name].add_metric(values, read(reading.status))
             for key, value in reading.status.counters.items():
                 name = engine_counter_name(key)
                 if name not in counters:

@@ -1,4 +1,4 @@
-"""How many requests a router takes in: a bounded number in work, a bounded queue before it, an honest refusal after it."""
+"""How many requests a router takes in: a bounded number in work, a bounded queue, an honest refusal beyond it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Admission:
 
     @property
     def waiting(self) -> int:
+        """Requests in the queue."""
         return len(self._queue)
 
     async def enter(self, deadline: float) -> None:

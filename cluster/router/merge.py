@@ -1,4 +1,4 @@
-"""One attempt's tokens and terminal events from two engines, made into one sequence with one end. Pure; no clock, no IO.
+"""One attempt's tokens and terminal events from two engines, made into one sequence with one end. Pure: no clock.
 
 prefill engine:  0, then HANDOFF (decode goes on) or STOP/LENGTH (token 0 was the last)
 decode engine:   1, 2, 3, ... then STOP/LENGTH; also 0 when it computed the prompt itself
@@ -30,6 +30,7 @@ class TokenMerge:
 
     @property
     def is_over(self) -> bool:
+        """Whether `finish` or `error` is set."""
         return self.finish is not None or self.error is not None
 
     def token(self, index: int, token: int) -> None:

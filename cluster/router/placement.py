@@ -15,10 +15,12 @@ class EngineLoad:
 
     ref: EngineRef
     in_flight: int  # phases of this router's requests that the engine works on
+    same_role: int  # those of them in the role that is being placed
     reported: int  # requests running and waiting there, other routers' included, as of its last status
 
     @property
     def load(self) -> int:
+        """Requests that a new one would wait beside."""
         return max(self.in_flight, self.reported)
 
 
@@ -33,7 +35,8 @@ class Placement:
 class PlacementPolicy(Protocol):
     """Chooses among live engines of one model. `decode` is not empty."""
 
-    def choose(self, prefill: Sequence[EngineLoad], decode: Sequence[EngineLoad]) -> Placement: ...
+    def choose(self, prefill: Sequence[EngineLoad], decode: Sequence[EngineLoad]) -> Placement:
+        """The engines for one attempt."""
 
 
 class LeastLoad:
@@ -46,5 +49,5 @@ class LeastLoad:
         return Placement(min(others, key=_rank).ref if others else None, best_decode)
 
 
-def _rank(engine: EngineLoad) -> tuple[int, str]:
-    return engine.load, engine.ref.engine_id
+def _rank(engine: EngineLoad) -> tuple[int, int, str]:
+    return engine.load, engine.same_role, engine.ref.engine_id

@@ -1,4 +1,4 @@
-"""Router.generate: from a request in token ids to its tokens, through admission, placement, engines, retries and metrics.
+"""Router.generate: from a request in token ids to its tokens: admission, placement, engines, retries, metrics.
 
 Called by cluster/api. Knows nothing of HTTP and text. Every call ends in one delta with `finish`, or in one exception.
 """

@@ -1,4 +1,4 @@
-"""The router's end of one engine's Session stream: submits and cancels out, step messages in, every request multiplexed.
+"""The router's end of one engine's Session stream: submits and cancels out, step messages in, all multiplexed.
 
     submit/cancel -> outbox -> writer --gRPC--> engine
     sinks <- one call per token, one wake-up per step <- reader <--gRPC-- engine
@@ -42,9 +42,11 @@ _OPTIONS = (
 class Sink(Protocol):
     """Where one phase of one request goes. Called in the event loop; must not block or raise."""
 
-    def on_token(self, index: int, token: int) -> None: ...
+    def on_token(self, index: int, token: int) -> None:
+        """Generated token number `index`."""
 
-    def on_end(self, role: Role, outcome: Finish | DiptychError) -> None: ...
+    def on_end(self, role: Role, outcome: Finish | DiptychError) -> None:
+        """The phase is over, or its engine is lost; nothing follows."""
 
 
 class EngineSession:
@@ -67,6 +69,7 @@ class EngineSession:
         self._clock = clock
         self._on_change = on_change  # after every change of `is_ready`
         self._sinks: dict[int, tuple[Sink, Role, TransferKey]] = {}
+        self._per_role = dict.fromkeys(Role, 0)
         self._outbox: deque[pb.RouterFrame] = deque()
         self._has_mail = asyncio.Event()
         self._next_handle = 1
@@ -75,7 +78,12 @@ class EngineSession:
 
     @property
     def in_flight(self) -> int:
+        """Phases of requests that the engine works on for this router."""
         return len(self._sinks)
+
+    def in_flight_as(self, role: Role) -> int:
+        """Those of one role."""
+        return self._per_role[role]
 
     def start(self) -> None:
         """Begin to dial; the engine is usable when `is_ready`."""
@@ -98,6 +106,7 @@ class EngineSession:
         self._next_handle = handle + 1 & 0xFFFF_FFFF or 1
         role = Role.PREFILL if isinstance(order, PrefillOrder) else Role.DECODE
         self._sinks[handle] = (sink, role, order.request.key)
+        self._per_role[role] += 1
         self._post(pb.RouterFrame(submit=submit_to_pb(handle, order, self._clock())))
         return handle
 
@@ -108,7 +117,13 @@ class EngineSession:
 
     def release(self, handle: int) -> None:
         """Nobody wants the events of `handle` any more."""
-        self._sinks.pop(handle, None)
+        self._pop(handle)
+
+    def _pop(self, handle: int) -> tuple[Sink, Role, TransferKey] | None:
+        entry = self._sinks.pop(handle, None)
+        if entry is not None:
+            self._per_role[entry[1]] -= 1
+        return entry
 
     def _post(self, frame: pb.RouterFrame) -> None:
         self._outbox.append(frame)
@@ -133,7 +148,7 @@ class EngineSession:
     async def _live(self) -> None:
         """One stream from dial to loss; raises what ended it."""
         async with grpc.aio.insecure_channel(self.info.ref.target, options=_OPTIONS) as channel:
-            call = EngineStub(channel).Session()
+            call = EngineStub(channel).Session()  # type: ignore[no-untyped-call]
             try:
                 async with asyncio.timeout(self._connect_timeout_s):
                     await call.write(
@@ -194,7 +209,7 @@ class EngineSession:
             if entry is not None:  # else: cancelled, and its last tokens were on the way
                 entry[0].on_token(index, token)
         for message in step.finishes:
-            entry = sinks.pop(message.handle, None)
+            entry = self._pop(message.handle)
             if entry is not None:
                 sink, role, key = entry
                 sink.on_end(role, finish_from_pb(message, lambda _, key=key: key, role))  # type: ignore[misc]
@@ -206,6 +221,7 @@ class EngineSession:
             self.losses += 1
             self._on_change()
         sinks, self._sinks = self._sinks, {}
+        self._per_role = dict.fromkeys(Role, 0)
         for sink, role, _ in sinks.values():
             sink.on_end(role, error)
 

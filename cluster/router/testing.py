@@ -1,7 +1,7 @@
 """Fakes of what stands around a router: an engine that echoes the prompt over the real protocol, and a directory.
 
-EchoEngine serves engine.proto in this process or, as `python -m diptych.cluster.router.testing`, in one of its own. Token i
-of an answer is the prompt's token i modulo its length. Used by tests, bench/router.py, and for measuring the API alone.
+EchoEngine serves engine.proto in this process or, as `python -m diptych.cluster.router.testing`, in one of its own.
+Token i of an answer is the prompt's token i modulo its length. Used by tests and bench/router.py.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Session:
     jobs: dict[TransferKey, set[asyncio.Task[None]]] = field(default_factory=dict)
 
 
-class EchoEngine(EngineServicer):  # type: ignore[misc]
+class EchoEngine(EngineServicer):
     """A gRPC server with an engine's manners. `orders` and `cancels` log what routers sent."""
 
     def __init__(
@@ -98,7 +98,7 @@ class EchoEngine(EngineServicer):  # type: ignore[misc]
     async def start(self) -> None:
         """Listen."""
         self._server = grpc.aio.server()
-        add_EngineServicer_to_server(self, self._server)
+        add_EngineServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
         self._server.add_insecure_port(self.info.ref.target)
         await self._server.start()
 
@@ -111,6 +111,7 @@ class EchoEngine(EngineServicer):  # type: ignore[misc]
 
     @property
     def open_orders(self) -> int:
+        """Phases in work, over all sessions."""
         return sum(len(tasks) for session in self._sessions for tasks in session.jobs.values())
 
     def drop_streams(self) -> None:
@@ -187,7 +188,7 @@ class EchoEngine(EngineServicer):  # type: ignore[misc]
         """One phase of one request, a step at a time."""
         request = order.request
         is_prefill = isinstance(order, PrefillOrder)
-        has_peer = is_prefill or order.prefill is not None
+        has_peer = isinstance(order, PrefillOrder) or order.prefill is not None
         total, reason = _length(request.prompt, request.sampling.max_tokens, request.sampling.stop_token_ids)
         begin = 0 if is_prefill or not has_peer or self.faults.also_first_token else 1
         end = 1 if is_prefill else total
@@ -233,7 +234,7 @@ class EchoEngine(EngineServicer):  # type: ignore[misc]
         error: DiptychError | None = None,
     ) -> None:
         is_prefill = isinstance(order, PrefillOrder)
-        crossed = not is_prefill and order.prefill is not None
+        crossed = isinstance(order, DecodeOrder) and order.prefill is not None
         finish = Finish(
             key=order.request.key,
             role=Role.PREFILL if is_prefill else Role.DECODE,

@@ -57,6 +57,7 @@ class ClusterView:
 
     @property
     def version(self) -> int:
+        """Of the membership in use."""
         return self._version
 
     def sessions(self) -> Iterable[EngineSession]:
@@ -73,6 +74,7 @@ class ClusterView:
             EngineLoad(
                 ref=session.info.ref,
                 in_flight=session.in_flight,
+                same_role=session.in_flight_as(role),
                 reported=session.status.running + session.status.waiting,
             )
             for session in self._sessions.values()

@@ -138,7 +138,7 @@ def test_a_bad_message_is_refused_with_its_path(message: Any, param: str) -> Non
 
 
 def test_what_clients_echo_back_from_an_answer_is_accepted() -> None:
-    echoed = {
+    echoed: dict[str, Any] = {
         "role": "assistant",
         "content": "x",
         "refusal": None,

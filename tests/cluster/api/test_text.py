@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def table(maker: Callable[[], Tokenizer]) -> TokenTable:
 
 def splits(tokens: Sequence[int], cuts: Sequence[int]) -> Iterator[Sequence[int]]:
     edges = [0, *sorted(cut % (len(tokens) + 1) for cut in cuts), len(tokens)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         yield tokens[begin:end]
 
 

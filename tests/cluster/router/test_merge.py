@@ -1,0 +1,146 @@
+"""Whatever the order of events, a request gets each token once, in order, and one end."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diptych.cluster.router.merge import TokenMerge
+from diptych.protos.errors import EngineFault, EngineLost, NoBlocks
+from diptych.protos.types import Finish, FinishReason, Role, TransferKey
+
+KEY = TransferKey(b"k" * 16)
+
+
+def finish(role: Role, reason: FinishReason, num_tokens: int = 0, code: str = "") -> Finish:
+    return Finish(key=KEY, role=role, reason=reason, num_tokens=num_tokens, error_code=code, error_message="said")
+
+
+def taken(merge: TokenMerge) -> list[int]:
+    merge.settle()
+    return merge.take()
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_any_interleaving_of_both_engines_gives_the_tokens_in_order_and_one_end(data: st.DataObject) -> None:
+    total = data.draw(st.integers(2, 12))
+    recomputes = data.draw(st.booleans())
+    prefill: list[tuple[str, int]] = [("token", 0), ("handoff", 0)]
+    decode = [("token", i) for i in range(0 if recomputes else 1, total)] + [("end", total)]
+    if data.draw(st.booleans()):
+        decode = [*data.draw(st.permutations(decode[:-1])), decode[-1]]
+    merge, out = TokenMerge(has_prefill=True), list[int]()
+    while prefill or decode:
+        source = prefill if prefill and (not decode or data.draw(st.booleans())) else decode
+        kind, number = source.pop(0)
+        if kind == "token":
+            merge.token(number, 100 + number)
+        elif kind == "handoff":
+            merge.end(Role.PREFILL, finish(Role.PREFILL, FinishReason.HANDOFF, 1))
+        else:
+            merge.end(Role.DECODE, finish(Role.DECODE, FinishReason.LENGTH, number))
+        if data.draw(st.booleans()):
+            out += taken(merge)
+    out += taken(merge)
+    assert out == [100 + i for i in range(total)]
+    assert merge.error is None
+    assert merge.finish is not None
+    assert merge.finish.reason is FinishReason.LENGTH
+    assert taken(merge) == []
+
+
+@pytest.mark.parametrize("decode_first", [False, True])
+def test_a_final_first_token_ends_the_request_whenever_decode_retires(decode_first: bool) -> None:
+    merge = TokenMerge(has_prefill=True)
+    if decode_first:
+        merge.end(Role.DECODE, finish(Role.DECODE, FinishReason.CANCELLED))
+        merge.settle()
+        assert not merge.is_over
+    merge.token(0, 7)
+    merge.end(Role.PREFILL, finish(Role.PREFILL, FinishReason.STOP, 1))
+    assert taken(merge) == [7]
+    assert merge.finish is not None
+    assert merge.finish.role is Role.PREFILL
+
+
+def test_a_lost_prefill_engine_leaves_the_answer_to_decode() -> None:
+    merge = TokenMerge(has_prefill=True)
+    merge.end(Role.PREFILL, EngineLost("gone"))
+    merge.settle()
+    assert not merge.is_over
+    for index in range(3):
+        merge.token(index, index)
+    merge.end(Role.DECODE, finish(Role.DECODE, FinishReason.STOP, 3))
+    assert taken(merge) == [0, 1, 2]
+    assert merge.finish is not None
+
+
+def test_a_first_token_lost_with_its_engine_after_the_handoff_is_a_retryable_error() -> None:
+    merge = TokenMerge(has_prefill=True)
+    merge.token(1, 11)
+    merge.settle()
+    assert not merge.is_over
+    merge.end(Role.PREFILL, EngineLost("gone"))
+    assert taken(merge) == []
+    assert merge.error is not None
+    assert merge.error.retryable
+
+
+def test_a_handoff_without_a_first_token_is_an_error_at_once() -> None:
+    merge = TokenMerge(has_prefill=True)
+    merge.end(Role.PREFILL, finish(Role.PREFILL, FinishReason.HANDOFF, 1))
+    merge.settle()
+    assert isinstance(merge.error, EngineLost)
+
+
+def test_decodes_error_is_the_requests_error_by_its_code() -> None:
+    merge = TokenMerge(has_prefill=True)
+    merge.end(Role.DECODE, finish(Role.DECODE, FinishReason.ERROR, code="no_kv_blocks"))
+    merge.settle()
+    assert isinstance(merge.error, NoBlocks)
+    assert str(merge.error) == "said"
+
+
+def test_when_both_give_up_the_prefill_engines_reason_is_told() -> None:
+    merge = TokenMerge(has_prefill=True)
+    merge.end(Role.DECODE, finish(Role.DECODE, FinishReason.CANCELLED))
+    merge.end(Role.PREFILL, finish(Role.PREFILL, FinishReason.ERROR, code="engine_fault"))
+    merge.settle()
+    assert isinstance(merge.error, EngineFault)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_two_engines_that_disagree_about_a_token_never_reach_the_client_as_an_answer(early: bool) -> None:
+    merge = TokenMerge(has_prefill=True)
+    index = 1 if early else 0
+    merge.token(index, 5)
+    merge.token(index, 6)
+    assert isinstance(merge.error, EngineFault)
+
+
+def test_an_end_that_names_fewer_tokens_than_arrived_wins() -> None:
+    merge = TokenMerge(has_prefill=False)
+    for index in range(5):
+        merge.token(index, index)
+    merge.end(Role.DECODE, finish(Role.DECODE, FinishReason.STOP, 3))
+    assert taken(merge) == [0, 1, 2]
+
+
+def test_an_end_before_its_tokens_is_an_error_not_a_short_answer() -> None:
+    merge = TokenMerge(has_prefill=False)
+    merge.token(0, 1)
+    merge.end(Role.DECODE, finish(Role.DECODE, FinishReason.LENGTH, 3))
+    assert taken(merge) == [1]
+    assert isinstance(merge.error, EngineLost)
+
+
+def test_only_the_first_end_of_a_role_counts() -> None:
+    merge = TokenMerge(has_prefill=False)
+    merge.end(Role.PREFILL, EngineLost("not part of this attempt"))
+    merge.token(0, 1)
+    merge.end(Role.DECODE, finish(Role.DECODE, FinishReason.LENGTH, 1))
+    merge.end(Role.DECODE, EngineLost("late"))
+    assert taken(merge) == [1]
+    assert merge.error is None

@@ -1,0 +1,387 @@
+"""The router against echo engines over real gRPC: order, loss, retries, cancellation, membership."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+from diptych.cluster.config import LimitSettings, RouterSettings
+from diptych.cluster.observability.tracing import JsonLinesExporter
+from diptych.cluster.router import router as router_module
+from diptych.cluster.router.router import Explanation, GenerateCall, Router
+from diptych.cluster.router.testing import EchoEngine, StaticDirectory
+from diptych.protos.errors import (
+    DeadlineExceeded,
+    EngineFault,
+    EngineLost,
+    NoBlocks,
+    Overloaded,
+    RequestError,
+)
+from diptych.protos.types import DecodeOrder, FinishReason, PrefillOrder, Role, SamplingParams
+
+PROMPT = tuple(range(10, 30))
+P, D = frozenset({Role.PREFILL}), frozenset({Role.DECODE})
+
+
+@dataclass
+class Rig:
+    router: Router
+    directory: StaticDirectory
+    engines: dict[str, EchoEngine]
+
+    async def ask(self, max_tokens: int = 8, **sampling: object) -> tuple[list[int], Explanation]:
+        tokens: list[int] = []
+        async for delta in self.router.generate(call(max_tokens)):
+            assert not tokens or delta.tokens or delta.finish
+            tokens += delta.tokens
+            if delta.finish is not None:
+                return tokens, delta.finish
+        raise AssertionError("the answer ended without a finish")
+
+    def ready(self) -> int:
+        return sum(session.is_ready for session in self.router.view.sessions())
+
+    def metric(self, name: str) -> float:
+        found = [s for f in self.router.metrics.registry.collect() for s in f.samples if s.name == name]
+        return sum(sample.value for sample in found)
+
+
+def call(max_tokens: int = 8, timeout_s: float | None = None, traceparent: str = "") -> GenerateCall:
+    return GenerateCall(
+        model="echo",
+        prompt=PROMPT,
+        sampling=SamplingParams(max_tokens=max_tokens),
+        timeout_s=timeout_s,
+        traceparent=traceparent,
+    )
+
+
+def wanted(count: int) -> list[int]:
+    return [PROMPT[i % len(PROMPT)] for i in range(count)]
+
+
+async def until(condition: object) -> None:
+    assert callable(condition)
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - conditions are plain functions over other tasks' state
+            await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def rig(
+    folder: Path, roles: dict[str, frozenset[Role]], *, step_s: float = 0.0, tokens_per_step: int = 1
+) -> AsyncIterator[Rig]:
+    async with AsyncExitStack() as stack:
+        engines = {}
+        for name, role in roles.items():
+            engine = EchoEngine(
+                f"unix:{folder}/{name}", engine_id=name, roles=role, step_s=step_s, tokens_per_step=tokens_per_step
+            )
+            await engine.start()
+            stack.push_async_callback(engine.stop)
+            engines[name] = engine
+        directory = StaticDirectory([engine.info for engine in engines.values()])
+        settings = RouterSettings(limits=LimitSettings(request_timeout_s=30), connect_timeout_s=2)
+        router = Router(directory=directory, settings=settings)
+        await router.start()
+        stack.push_async_callback(router.stop)
+        made = Rig(router, directory, engines)
+        await until(lambda: made.ready() == len(roles))
+        yield made
+        await until(lambda: router.in_flight == {} and router.admission.running == 0)
+        assert all(session.in_flight == 0 for session in router.view.sessions())
+
+
+PAIR = {"p": P, "d": D}
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 50])
+@pytest.mark.parametrize("tokens_per_step", [1, 7])
+async def test_the_answer_is_whole_and_explained(tmp_path: Path, max_tokens: int, tokens_per_step: int) -> None:
+    async with rig(tmp_path, PAIR, tokens_per_step=tokens_per_step) as r:
+        tokens, finish = await r.ask(max_tokens)
+        assert tokens == wanted(max_tokens)
+        assert (finish.reason, finish.num_tokens, finish.attempts) == (FinishReason.LENGTH, max_tokens, 1)
+        assert (finish.prefill_engine, finish.decode_engine) == ("p", "d")
+        assert finish.cached_tokens == 16
+        order = r.engines["p"].orders[0], r.engines["d"].orders[0]
+        assert isinstance(order[0], PrefillOrder)
+        assert isinstance(order[1], DecodeOrder)
+        assert order[0].request.key == order[1].request.key
+        assert len(order[0].request.key.transfer_id) == 16
+        assert order[0].decode == r.engines["d"].info.ref
+        assert order[1].prefill == r.engines["p"].info.ref
+        assert order[1].allow_local_prefill
+
+
+@pytest.mark.parametrize("fault", ["swap_pairs", "also_first_token"])
+async def test_unordered_and_repeated_tokens_are_put_right(tmp_path: Path, fault: str) -> None:
+    async with rig(tmp_path, PAIR) as r:
+        setattr(r.engines["d"].faults, fault, True)
+        assert (await r.ask(9))[0] == wanted(9)
+
+
+async def test_decode_may_be_first(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR) as r:
+        r.engines["p"].faults.silent = True
+        task = asyncio.create_task(r.ask(4))
+        await until(lambda: r.engines["d"].status().steps == 3)
+        assert not task.done()
+        frames = r.engines["p"]
+        frames.faults.silent = False
+        order = frames.orders[0]
+        session = next(iter(frames._sessions))
+        await frames._work(session, 1, order)
+        assert (await task)[0] == wanted(4)
+
+
+async def test_engines_that_disagree_about_the_first_token_give_an_error(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR) as r:
+        r.engines["d"].faults.also_first_token = r.engines["d"].faults.wrong_first_token = True
+        with pytest.raises(EngineFault, match="disagree"):
+            await r.ask()
+        await until(lambda: bool(r.engines["d"].cancels))
+
+
+async def test_a_lost_prefill_engine_does_not_disturb_the_answer(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR, step_s=0.002) as r:
+        r.engines["p"].faults.drop_stream_at = 0
+        r.engines["d"].faults.also_first_token = True  # what a decode engine does when the transfer fails
+        assert (await r.ask(20))[0] == wanted(20)
+        assert r.metric("diptych_engine_sessions_lost_total") == 1
+
+
+async def test_without_a_prefill_engine_decode_gets_the_whole_request(tmp_path: Path) -> None:
+    async with rig(tmp_path, {"d": D}) as r:
+        assert (await r.ask())[0] == wanted(8)
+        order = r.engines["d"].orders[0]
+        assert isinstance(order, DecodeOrder)
+        assert order.prefill is None
+
+
+async def test_one_engine_with_both_roles_is_asked_once(tmp_path: Path) -> None:
+    async with rig(tmp_path, {"both": P | D}) as r:
+        assert (await r.ask())[0] == wanted(8)
+        assert len(r.engines["both"].orders) == 1
+
+
+async def test_two_engines_with_both_roles_share_the_work(tmp_path: Path) -> None:
+    async with rig(tmp_path, {"a": P | D, "b": P | D}) as r:
+        answers = await asyncio.gather(*(r.ask(20) for _ in range(8)))
+        assert all(tokens == wanted(20) for tokens, _ in answers)
+        assert {finish.decode_engine for _, finish in answers} == {"a", "b"}
+        assert all(finish.prefill_engine != finish.decode_engine for _, finish in answers)
+
+
+async def test_a_retryable_error_before_the_first_token_is_tried_elsewhere(tmp_path: Path) -> None:
+    async with rig(tmp_path, {"d0": D, "d1": D}) as r:
+        r.engines["d0"].faults.error = NoBlocks("full")
+        tokens, finish = await r.ask()
+        assert tokens == wanted(8)
+        assert (finish.decode_engine, finish.attempts) == ("d1", 2)
+        first, second = r.engines["d0"].orders[0].request.key, r.engines["d1"].orders[0].request.key
+        assert second == replace(first, attempt=1)
+        assert r.metric("diptych_retries_total") == 1
+
+
+async def test_a_full_engine_without_a_sibling_is_not_asked_again(tmp_path: Path) -> None:
+    async with rig(tmp_path, {"d": D}) as r:
+        r.engines["d"].faults.error = NoBlocks("full")
+        with pytest.raises(NoBlocks):
+            await r.ask()
+        assert len(r.engines["d"].orders) == 1
+
+
+async def test_an_error_that_a_retry_cannot_mend_is_not_retried(tmp_path: Path) -> None:
+    async with rig(tmp_path, {"d0": D, "d1": D}) as r:
+        r.engines["d0"].faults.error = RequestError("no")
+        with pytest.raises(RequestError):
+            await r.ask()
+        assert r.engines["d1"].orders == []
+
+
+async def test_a_stream_that_breaks_before_the_first_token_is_retried_on_the_same_engine_when_it_is_back(
+    tmp_path: Path,
+) -> None:
+    async with rig(tmp_path, {"d": D}) as r:
+        engine = r.engines["d"]
+        engine.faults.drop_stream_at = 0
+        engine.on_order = lambda: setattr(engine.faults, "drop_stream_at", 0 if len(engine.orders) < 2 else None)
+        tokens, finish = await r.ask()
+        assert tokens == wanted(8)
+        assert finish.attempts == 2
+
+
+async def test_retries_are_bounded(tmp_path: Path) -> None:
+    async with rig(tmp_path, {"d": D}) as r:
+        r.engines["d"].faults.drop_stream_at = 0
+        with pytest.raises(EngineLost):
+            await r.ask()
+        assert len(r.engines["d"].orders) == r.router.settings.max_attempts
+
+
+async def test_a_break_after_the_first_token_is_an_error_and_cancels_the_other_engine(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR) as r:
+        r.engines["d"].faults.drop_stream_at = 3
+        got: list[int] = []
+
+        async def read() -> None:
+            async for delta in r.router.generate(call()):
+                got.extend(delta.tokens)
+
+        with pytest.raises(EngineLost):
+            await read()
+        assert got == wanted(3)
+        assert len(r.engines["d"].orders) == 1
+
+
+async def test_a_lost_first_token_is_retried(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR) as r:
+        engine = r.engines["p"]
+        engine.faults.no_first_token = True
+        engine.on_order = lambda: setattr(engine.faults, "no_first_token", len(engine.orders) < 2)
+        tokens, finish = await r.ask()
+        assert tokens == wanted(8)
+        assert finish.attempts == 2
+
+
+async def test_closing_the_iterator_cancels_on_both_engines(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR, step_s=0.005) as r:
+        r.engines["p"].faults.silent = True
+        r.engines["d"].faults.also_first_token = True
+        async with aclosing(r.router.generate(call(1000))) as deltas:
+            await anext(deltas)
+        key = r.engines["d"].orders[0].request.key
+        await until(lambda: r.engines["p"].cancels == [key] and r.engines["d"].cancels == [key])
+        await until(lambda: r.engines["d"].open_orders == 0)
+
+
+async def test_sending_true_ends_the_answer_with_an_explanation(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR, step_s=0.002) as r:
+        async with aclosing(r.router.generate(call(1000))) as deltas:
+            delta, got = await anext(deltas), list[int]()
+            while delta.finish is None:
+                got += delta.tokens
+                delta = await deltas.asend(len(got) >= 5)
+        assert delta.finish.reason is FinishReason.STOP
+        assert delta.finish.num_tokens == len(got)
+        assert delta.finish.cached_tokens == 16
+        await until(lambda: bool(r.engines["d"].cancels))
+        assert r.metric("diptych_requests_total") == 1
+
+
+async def test_a_deadline_ends_the_request_and_its_work(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR) as r:
+        r.engines["p"].faults.silent = r.engines["d"].faults.silent = True
+        with pytest.raises(DeadlineExceeded):
+            async for _ in r.router.generate(call(timeout_s=0.1)):
+                pass
+        await until(lambda: bool(r.engines["p"].cancels) and bool(r.engines["d"].cancels))
+
+
+async def test_a_new_life_of_an_engine_replaces_the_old_one(tmp_path: Path) -> None:
+    async with rig(tmp_path, {"d": D}) as r:
+        old = r.engines["d"]
+        r.directory.set([])
+        await until(lambda: not r.router.is_ready("echo"))
+        with pytest.raises(Overloaded):
+            await r.ask()
+        await old.stop()
+        new = EchoEngine(f"unix:{tmp_path}/d2", engine_id="d", roles=D, epoch=2)
+        await new.start()
+        r.directory.set([new.info])
+        await until(lambda: r.router.is_ready("echo"))
+        assert (await r.ask())[0] == wanted(8)
+        assert len(new.orders) == 1
+        await r.router.stop()
+        await new.stop()
+
+
+async def test_a_stale_epoch_is_never_used(tmp_path: Path) -> None:
+    async with rig(tmp_path, {"d": D}) as r:
+        info = r.engines["d"].info
+        r.directory.set([replace(info, ref=replace(info.ref, epoch=7))])
+        await until(lambda: not r.router.is_ready("echo"))
+        with pytest.raises(EngineLost):
+            await r.ask()
+        assert r.engines["d"].orders == []
+
+
+async def test_a_directory_that_fails_leaves_the_known_engines_in_use(tmp_path: Path) -> None:
+    async with rig(tmp_path, {"d": D}) as r:
+
+        async def broken(version: int) -> None:
+            raise RuntimeError("the manager is gone")
+
+        r.directory.wait_change = broken  # type: ignore[assignment, method-assign]
+        r.directory.set([r.engines["d"].info])
+        await asyncio.sleep(0)
+        assert (await r.ask())[0] == wanted(8)
+
+
+async def test_200_requests_with_a_fifth_cancelled_leave_nothing_behind(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR, step_s=0.0005) as r:
+
+        async def one(number: int) -> None:
+            if number % 5:
+                assert (await r.ask(10))[0] == wanted(10)
+                return
+            async with aclosing(r.router.generate(call(1000))) as deltas:
+                for _ in range(number % 7 + 1):
+                    await anext(deltas)
+
+        await asyncio.gather(*(one(number) for number in range(200)))
+        await until(lambda: all(engine.open_orders == 0 for engine in r.engines.values()))
+        assert r.metric("diptych_requests_in_flight") == 0
+
+
+async def test_stopping_the_router_fails_open_requests_and_leaves_no_task(tmp_path: Path) -> None:
+    before = asyncio.all_tasks()
+    async with rig(tmp_path, PAIR) as r:
+        r.engines["d"].faults.silent = True
+        task = asyncio.create_task(r.ask())
+        await until(lambda: len(r.engines["d"].orders) > 0)
+        await r.router.stop()
+        with pytest.raises((EngineLost, Overloaded)):
+            await task
+    await until(lambda: not {t for t in asyncio.all_tasks() - before if "grpc" not in repr(t)})
+
+
+async def test_spans_join_the_callers_trace_and_travel_to_the_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = TracerProvider(shutdown_on_exit=False)
+    file = tmp_path / "spans.jsonl"
+    provider.add_span_processor(SimpleSpanProcessor(JsonLinesExporter(file)))
+    monkeypatch.setattr(router_module, "_TRACER", provider.get_tracer("test"))
+    trace_id, span_id = "ab" * 16, "cd" * 8
+    async with rig(tmp_path, PAIR) as r:
+        async for _ in r.router.generate(call(traceparent=f"00-{trace_id}-{span_id}-01")):
+            pass
+        sent = r.engines["p"].orders[0].request.traceparent.split("-")
+    provider.shutdown()
+    spans = {span["name"]: span for span in map(json.loads, file.read_text().splitlines())}
+    assert spans.keys() == {"router", "queue"}
+    assert spans["router"]["parent_id"] == span_id
+    assert spans["queue"]["parent_id"] == spans["router"]["span_id"]
+    assert {span["trace_id"] for span in spans.values()} == {trace_id}
+    assert spans["router"]["attributes"]["outcome"] == "ok"
+    assert sent[1:3] == [trace_id, spans["router"]["span_id"]]
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+async def test_without_a_tracer_the_callers_traceparent_still_reaches_the_engines(tmp_path: Path) -> None:
+    header = f"00-{'12' * 16}-{'34' * 8}-01"
+    async with rig(tmp_path, PAIR) as r:
+        async for _ in r.router.generate(call(traceparent=header)):
+            pass
+        assert r.engines["d"].orders[0].request.traceparent == header

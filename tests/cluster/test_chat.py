@@ -1,0 +1,109 @@
+"""`diptych chat` with piped input, against a front door of echo engines."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from typing import Any
+
+import httpx2
+import pytest
+
+from diptych.cluster.api.testing import FrontDoor, front_door, until
+from diptych.cluster.chat import ChatError, Conversation, chat
+from diptych.protos.errors import EngineFault
+
+
+async def talk(url: str, lines: str, **options: Any) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    code = await asyncio.to_thread(chat, url, stdin=io.StringIO(lines), stdout=out, stderr=err, **options)
+    return code, out.getvalue(), err.getvalue()
+
+
+def prompts(door: FrontDoor) -> list[str]:
+    return [door.tokenizer.decode(order.request.prompt, skip_special_tokens=False) for order in door.decode.orders]
+
+
+async def test_each_line_is_a_question_and_the_conversation_grows() -> None:
+    async with front_door() as door:
+        code, out, err = await talk(door.listener.url, "hello\n\nagain\n", system="be brief", max_tokens=200)
+        assert (code, err) == (0, "")
+        assert out == "system\nbe brief\nsystem\nbe brief\n"  # the echo ends at the first turn's end token
+        first, second = prompts(door)
+        assert first.count("<|im_end|>") == 2
+        assert second.startswith(first)
+        assert second.count("<|im_end|>") == 4
+        assert door.decode.orders[0].request.sampling.max_tokens == 200
+
+
+async def test_exit_leaves_before_the_input_ends() -> None:
+    async with front_door() as door:
+        assert (await talk(door.listener.url + "/v1/", "/exit\nhello\n"))[0] == 0
+        assert door.decode.orders == []
+
+
+async def test_no_server_is_said_in_one_sentence() -> None:
+    code, out, err = await talk("http://127.0.0.1:9", "hello\n")
+    assert code == 1
+    assert out == ""
+    assert "no server answers" in err
+    assert "diptych serve" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("url", ["nonsense", "ftp://x", "http://"])
+async def test_an_address_that_is_none_is_said_in_one_sentence(url: str) -> None:
+    code, _, err = await talk(url, "hello\n")
+    assert code == 1
+    assert err.count("\n") == 1
+
+
+async def test_a_refusal_is_shown_and_the_next_question_goes_on() -> None:
+    async with front_door() as door:
+        long = "x" * 9000
+        code, out, err = await talk(door.listener.url, f"{long}\nhello\n")
+        assert code == 1
+        assert "context holds 2048" in err
+        assert out == "user\nhello\n"
+
+
+async def test_an_unknown_model_is_named() -> None:
+    async with front_door() as door:
+        _, _, err = await talk(door.listener.url, "hello\n", model="gpt-99")
+        assert "gpt-99" in err
+
+
+async def test_an_answer_that_breaks_is_told_and_forgotten() -> None:
+    async with front_door() as door:
+        door.decode.faults.error = EngineFault("the step failed")
+        door.decode.faults.error_at = 3
+        code, _, err = await talk(door.listener.url, "hello\n")
+        assert code == 1
+        assert "the step failed" in err
+
+
+async def test_an_interrupted_answer_stops_the_engines_and_is_kept() -> None:
+    async with front_door(step_s=0.005) as door:
+
+        def interrupted() -> Conversation:
+            with httpx2.Client(base_url=door.listener.url, timeout=10) as client:
+                conversation = Conversation(client, "echo", max_tokens=1000)
+                pieces = conversation.ask("a long question that is echoed for a while")
+                next(pieces)
+                pieces.close()  # type: ignore[attr-defined]
+                return conversation
+
+        conversation = await asyncio.to_thread(interrupted)
+        assert [turn["role"] for turn in conversation.turns] == ["user", "assistant"]
+        await until(lambda: door.router.in_flight == {} and bool(door.decode.cancels))
+
+
+async def test_a_stream_without_an_end_is_no_answer() -> None:
+    event = json.dumps({"choices": [{"delta": {"content": "half"}}]})
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(200, text=f"data: {event}\n\n"))
+    with httpx2.Client(base_url="http://x", transport=transport) as client:
+        conversation = Conversation(client, "m")
+        with pytest.raises(ChatError, match="broke off"):
+            list(conversation.ask("hi"))
+        assert conversation.turns == []
