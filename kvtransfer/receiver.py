@@ -272,6 +272,8 @@ class ReceiverMachine:
         transfer = self._open.get(message.key)
         if self._history.is_stale(message.key) or (transfer is not None and transfer.link != link):
             self.counters["kv_fenced_messages_total"] += 1
+            if isinstance(message, Abort):
+                self._acknowledge(link, message.key)  # changes nothing here, and the peer's slots wait for it
             return
         match message:
             case ChunkReady() | PrefillFinished():
@@ -347,10 +349,14 @@ class ReceiverMachine:
         transfer = self._live(message.key)
         if transfer is not None:
             self._fail(transfer, error_from_code(message.code, message.message), now)
-        if self._reading[message.key] > 0:
-            self._owes_abort_ack[message.key] = link
+        self._acknowledge(link, message.key)
+
+    def _acknowledge(self, link: Link, key: TransferKey) -> None:
+        """Confirm an Abort, as soon as no fetch reads the transfer's slots."""
+        if self._reading[key] > 0:
+            self._owes_abort_ack[key] = link
         else:
-            self._send(link, AbortAck(message.key))
+            self._send(link, AbortAck(key))
 
     # ---- within -------------------------------------------------------------------------------
 

@@ -244,7 +244,8 @@ class SenderMachine:
             self._on_heartbeat(link, message, now)
             return
         # An old attempt that ended here may still have slots in quarantine: its last words count.
-        stale = self._is_stale(message.key, now) and message.key not in self._quarantine
+        last_word = isinstance(message, FinalAck | Abort | AbortAck) and message.key in self._quarantine
+        stale = self._is_stale(message.key, now) and not last_word
         transfer = self._open.get(message.key)
         if stale or (transfer is not None and transfer.link not in (None, link)):
             self.counters["kv_fenced_messages_total"] += 1

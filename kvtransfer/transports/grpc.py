@@ -35,6 +35,8 @@ class GrpcOwner:
                 await context.write(pb.KvBytes(data=self._ring.frame(ref, at, FRAME_BYTES)))
         except (TornRead, TransferError) as exc:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(exc))
+        except ValueError:  # the word of a mapping that was closed meanwhile
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine is going down")
 
     def close(self) -> None:
         """See RingOwner."""

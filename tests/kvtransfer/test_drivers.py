@@ -226,6 +226,26 @@ async def test_many_transfers_share_few_slots(tmp_path: Path) -> None:
         assert p.driver.ring_slots_busy == 0
 
 
+async def test_both_roles_may_live_in_one_engine(tmp_path: Path) -> None:
+    """Same identity, same process, same arena: the handoff goes from blocks to other blocks."""
+    async with make_hinge(tmp_path) as hinge:
+        p = await hinge.prefill(make_layout(16), settings("auto"))
+        d = hinge.decode(make_layout(16), settings("auto"), name=p.me.engine_id, epoch=p.me.epoch)
+        d.driver._arena = p.arena
+        source, target = list(range(10)), list(range(20, 30))
+        p.driver.open(make_key(1), d.me, 150)
+        d.driver.expect(make_key(1), p.me, 150, 0)
+        p.driver.computed(make_key(1), 150, source)
+        p.driver.finish(make_key(1), 1, final=False)
+        assert await take(d.events) == WantBlocks(make_key(1))
+        d.driver.grant(make_key(1), target)
+        committed = await take(d.events)
+        assert isinstance(committed, Committed)
+        assert committed.transport == "local"
+        assert wire(p.arena, source, 0, 150) == wire(p.arena, target, 0, 150)
+        assert (await take(p.events)).error is None
+
+
 async def test_token_0_may_end_the_request_without_a_transfer(tmp_path: Path) -> None:
     async with make_hinge(tmp_path) as hinge:
         p = await hinge.prefill(make_layout(16), settings("shm"))
