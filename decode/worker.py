@@ -138,7 +138,7 @@ class DecodeWorker:
         self._flush()
 
     def step(self) -> bool:
-        """See ports.Worker. Also True when a sequence was given up, for its blocks may let others run."""
+        """See ports.Worker."""
         for key in self._deadlines.pop_due(self._clock()):
             error = DeadlineExceeded("the request's deadline passed before its answer was complete")
             self._end(self._sequences[key], FinishReason.ERROR, error)
@@ -157,7 +157,7 @@ class DecodeWorker:
                 for share, token in zip(decision.shares, tokens, strict=True):
                     self._computed(share, token)
         self._flush()
-        return plan is not None or bool(decision.impossible or decision.unpinned)
+        return plan is not None
 
     def next_wake(self) -> float | None:
         """The earliest deadline."""

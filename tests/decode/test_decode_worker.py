@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pytest
 
 from diptych.decode.testing import DecodeBench
+from diptych.kvtransfer.pool import BlockTable
 from diptych.protos.errors import PeerLost
 from diptych.protos.ports import WantBlocks
 from diptych.protos.settings import DecodeSettings
@@ -282,6 +284,42 @@ def test_the_seat_of_one_that_gave_way_goes_to_one_that_is_ready() -> None:
     assert_complete(bench, ready, first_index=1)
     assert_complete(bench, running, first_index=0)
     bench.assert_idle()
+
+
+def test_one_that_is_ready_gives_way_to_an_older_one_that_runs() -> None:
+    bench = DecodeBench(num_blocks=13, settings=settings(max_running=1))
+    running = bench.submit([5] * 12, transfer=False, max_tokens=30)
+    bench.step()
+    ready = bench.submit(PROMPT, max_tokens=5)
+    bench.transfer(ready)
+    for num_tokens in range(3, 31):
+        bench.step()
+        assert len(bench.ledger.tokens[running]) == num_tokens, "the older one never loses a step"
+    assert bench.worker.counters()["decode_preemptions_total"] == 1
+    bench.run()
+    assert_complete(bench, ready, first_index=1)
+    assert_complete(bench, running, first_index=0)
+    bench.assert_idle()
+
+
+def test_a_blocked_prompt_is_not_named_again_until_the_pool_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = DecodeBench(num_blocks=10)
+    bench.submit(PROMPT[:5], transfer=False, max_tokens=3)
+    blocked = bench.submit(list(range(30)), transfer=False)
+    bench.step()
+    opened: list[int] = []
+    real = bench.pool.open
+
+    def spy(prompt: Sequence[int], salt: bytes, *, max_cached_tokens: int) -> BlockTable:
+        opened.append(len(prompt))
+        return real(prompt, salt, max_cached_tokens=max_cached_tokens)
+
+    monkeypatch.setattr(bench.pool, "open", spy)
+    bench.step()
+    assert not opened
+    bench.run()
+    assert opened == [30]
+    assert_complete(bench, blocked, first_index=0)
 
 
 def test_one_that_outgrew_the_pool_while_it_shared_blocks_cannot_stop_the_line() -> None:
