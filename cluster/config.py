@@ -108,7 +108,7 @@ class RouterSettings(Settings):
 class ModelSettings(Settings):
     """One served model and its two pools."""
 
-    source: str = Field(DEFAULT_MODEL, min_length=1, description="name of a built-in model, or a folder")
+    source: str = Field(DEFAULT_MODEL, min_length=1, description="a built-in model, a folder or a GGUF file")
     runner: Literal["model", "echo"] = Field(
         "model", description="echo: load no model; tokens are hashes of what lies in the KV (to measure all the rest)"
     )
@@ -172,7 +172,7 @@ class DiptychConfig(Settings):
 
 def load_config(file: Path | None = None, overrides: Sequence[str] = (), model: str | None = None) -> DiptychConfig:
     """The configuration from a YAML file, then `a.b=c` overrides, then `model` (a configured name, a built-in
-    name or a folder), which becomes the only one served. Raises StartupError with a sentence per mistake.
+    name, a folder or a GGUF file), which becomes the only one served. Raises StartupError with a sentence per mistake.
     """
     tree: dict[str, Any] = {} if file is None else _read_file(file)
     if not tree.get("models"):
@@ -206,8 +206,9 @@ def _only(models: Any, model: str) -> dict[str, Any]:
     if isinstance(models, dict) and model in models:
         return {model: models[model]}
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._").lower() or "model"
+    if folder.exists():
+        stem = folder.resolve().name.removesuffix(".gguf")
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._").lower() or "model"
         return {name: {"source": str(folder.resolve())}}
     return {model: {"source": model}}
 

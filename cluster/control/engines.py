@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -31,7 +31,7 @@ class EngineFleet:
 
     def __init__(self) -> None:
         self._manager: Any = (
-            ray.remote(PoolManagerActor)
+            cast("Any", ray.remote(PoolManagerActor))
             .options(
                 name=MANAGER_NAME,
                 namespace=NAMESPACE,
@@ -43,7 +43,7 @@ class EngineFleet:
             )
             .remote()
         )
-        ray.get(self._manager.engines.remote(), timeout=_CALL_TIMEOUT_S)
+        ray.get(self._manager.members.remote(), timeout=_CALL_TIMEOUT_S)
         self._engines: list[_Launched] = []
 
     def launch(self, spec: EngineSpec) -> None:

@@ -4,6 +4,7 @@ merely happens to run.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import secrets
@@ -146,3 +147,10 @@ def _spawn(command: list[str], log: Path, environment: Mapping[str, str]) -> sub
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return " | ".join(lines[-3:]) or "it said nothing"
+
+
+def kill_family() -> None:
+    """End all descendants of this process at once."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()

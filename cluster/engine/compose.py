@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from diptych.decode.worker import DecodeWorker
@@ -46,18 +46,20 @@ class Brain:
 BrainFactory = Callable[[EngineSpec], Brain]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, kw_only=True)
 class EngineParts:
     """An engine before its threads start."""
 
     info: EngineInfo
     runner: Runner
     pool: BlockPool
+    slots: SlotPool
     inbox: Inbox
     outbox: Outbox
-    workers: dict[Role, Worker]
-    sender: SendDriver | None
-    receiver: ReceiveDriver | None
+    clock: Clock
+    workers: dict[Role, Worker] = field(default_factory=dict)
+    sender: SendDriver | None = None
+    receiver: ReceiveDriver | None = None
 
 
 def model_brain(spec: EngineSpec) -> Brain:
@@ -132,44 +134,65 @@ def compose(
         root=compat,
         prefix_cache=settings.kv.prefix_cache,
     )
-    inbox = Inbox(settings.prefill.max_waiting + settings.decode.max_waiting + slots.max_slots)
-    outbox = Outbox(MAX_OUTPUTS_BEHIND)
-    workers: dict[Role, Worker] = {}
-    sender: SendDriver | None = None
-    receiver: ReceiveDriver | None = None
-    shared = {"me": spec.ref, "layout": loaded.layout, "compat": compat, "arena": arena, "settings": spec.transfer}
+    parts = EngineParts(
+        info=info,
+        runner=runner,
+        pool=pool,
+        slots=slots,
+        inbox=Inbox(settings.prefill.max_waiting + settings.decode.max_waiting + slots.max_slots),
+        outbox=Outbox(MAX_OUTPUTS_BEHIND),
+        clock=clock,
+    )
     if Role.PREFILL in spec.roles:
-        sender = SendDriver(
-            **shared,
-            run_dir=spec.run_dir,
-            deliver=lambda event: inbox.put(TransferNews(Role.PREFILL, event)),
-            clock=clock,
-        )
-        workers[Role.PREFILL] = PrefillWorker(
-            settings=settings.prefill,
-            runner=runner,
-            pool=pool,
-            slots=slots,
-            sender=sender,
-            emit=partial(outbox.put, Role.PREFILL),
-            clock=clock,
-            max_context_tokens=info.max_context_tokens,
-        )
+        _add_prefill(parts, spec, arena, compat)
     if Role.DECODE in spec.roles:
-        receiver = ReceiveDriver(
-            **shared, deliver=lambda event: inbox.put(TransferNews(Role.DECODE, event)), clock=clock
-        )
-        workers[Role.DECODE] = DecodeWorker(
-            settings=settings.decode,
-            runner=runner,
-            pool=pool,
-            slots=slots,
-            receiver=receiver,
-            emit=partial(outbox.put, Role.DECODE),
-            clock=clock,
-            max_context_tokens=info.max_context_tokens,
-        )
-    return EngineParts(info, runner, pool, inbox, outbox, workers, sender, receiver)
+        _add_decode(parts, spec, arena, compat)
+    return parts
+
+
+def _add_prefill(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: bytes) -> None:
+    parts.sender = SendDriver(
+        me=spec.ref,
+        layout=arena.layout,
+        compat=compat,
+        arena=arena,
+        settings=spec.transfer,
+        run_dir=spec.run_dir,
+        deliver=lambda event: parts.inbox.put(TransferNews(Role.PREFILL, event)),
+        clock=parts.clock,
+    )
+    parts.workers[Role.PREFILL] = PrefillWorker(
+        settings=spec.settings.prefill,
+        runner=parts.runner,
+        pool=parts.pool,
+        slots=parts.slots,
+        sender=parts.sender,
+        emit=partial(parts.outbox.put, Role.PREFILL),
+        clock=parts.clock,
+        max_context_tokens=parts.info.max_context_tokens,
+    )
+
+
+def _add_decode(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: bytes) -> None:
+    parts.receiver = ReceiveDriver(
+        me=spec.ref,
+        layout=arena.layout,
+        compat=compat,
+        arena=arena,
+        settings=spec.transfer,
+        deliver=lambda event: parts.inbox.put(TransferNews(Role.DECODE, event)),
+        clock=parts.clock,
+    )
+    parts.workers[Role.DECODE] = DecodeWorker(
+        settings=spec.settings.decode,
+        runner=parts.runner,
+        pool=parts.pool,
+        slots=parts.slots,
+        receiver=parts.receiver,
+        emit=partial(parts.outbox.put, Role.DECODE),
+        clock=parts.clock,
+        max_context_tokens=parts.info.max_context_tokens,
+    )
 
 
 def _max_running(spec: EngineSpec, role: Role) -> int:

@@ -1,0 +1,69 @@
+"""The command `diptych`. Every verb imports what it needs when it runs, so that the command itself starts at once."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="YAML file; see docs for its keys.")]  # noqa: UP045
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads annotations at run time
+    typer.Option("--set", help="Override a key: a.b=value. May be repeated.", metavar="KEY=VALUE"),
+]
+Url = Annotated[Optional[str], typer.Option(help="A running cluster; by default the one started last here.")]  # noqa: UP045
+
+
+@app.callback()
+def diptych() -> None:
+    """A serving cluster for language models: separate prefill and decode pools on Ray."""
+
+
+@app.command()
+def serve(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    model: Annotated[Optional[str], typer.Option(help="Model to serve: a name, folder or GGUF file.")] = None,  # noqa: UP045
+    port: Annotated[Optional[int], typer.Option(help="Port of the API.")] = None,  # noqa: UP045
+    address: Annotated[Optional[str], typer.Option(help="Ray cluster to join (host:port).")] = None,  # noqa: UP045
+) -> None:
+    """Start a cluster and serve until Ctrl-C."""
+    began = _process_start()
+    from diptych.cluster.config import load_config
+    from diptych.protos.errors import StartupError
+
+    short = [f"router.port={port}"] if port is not None else []
+    short += [f"ray.address={address}"] if address is not None else []
+    try:
+        loaded = load_config(config, [*(overrides or []), *short], model)
+    except StartupError as exc:
+        print(f"diptych: {exc}", file=sys.stderr)
+        raise typer.Exit(1) from exc
+    from diptych.cluster.serve import run_serve
+
+    raise typer.Exit(run_serve(loaded, began))
+
+
+@app.command()
+def status(config: ConfigFile = None, overrides: Overrides = None, url: Url = None) -> None:
+    """Show pools, engines, blocks and queues of a running cluster."""
+    from diptych.cluster.status import run_status
+
+    raise typer.Exit(run_status(config, overrides or [], url))
+
+
+def _process_start() -> float:
+    """When this process began, on the monotonic clock: the interpreter's start is part of the start-up."""
+    import psutil
+
+    return time.monotonic() - max(time.time() - psutil.Process().create_time(), 0.0)
+
+
+def main() -> None:
+    """Entry point."""
+    app()

@@ -1,0 +1,245 @@
+"""One whole cluster: starts it stage by stage and ends it in the reverse order, whatever stage it had reached.
+
+model -> memory plan -> ray -> manager -> engines and serve -> ready
+router drains -> serve (on a Ray that is not ours) -> engines -> manager -> driver -> ray
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from diptych.cluster.config import DiptychConfig
+from diptych.cluster.engine.spec import EngineSpec, EngineStarted
+from diptych.cluster.models import ModelFolder, resolve
+from diptych.protos.errors import StartupError
+from diptych.protos.types import EngineId, Role
+
+from . import host
+from .launch import RayHead, ray_environment, start_ray
+from .memory import MemoryPlan, plan_memory
+from .state import ClusterState, make_folder, write_state
+from .timeline import Timeline
+
+PROXY_DRAIN_S = 2.0
+NO_BFLOAT16 = "float32 instead of bfloat16: this CPU has no native bfloat16"
+
+log = logging.getLogger(__name__)
+
+
+class Cluster:
+    """`start` once, then `stop` once, also after a failed start."""
+
+    def __init__(self, config: DiptychConfig, timeline: Timeline, say: Callable[[str], None]) -> None:
+        self._config = config
+        self._timeline = timeline
+        self._say = say
+        self._head: RayHead | None = None
+        self._fleet: Any = None
+        self._router: Any = None
+        self._membership: Any = None
+        self._version = -1
+        self._known_dead: set[str] = set()
+        self._ending = contextlib.ExitStack()  # what to undo, last first
+        self.degraded: list[str] = []
+
+    def start(self) -> ClusterState:
+        """Up to the first request that would be answered. Raises StartupError."""
+        config, stage = self._config, self._timeline.stage
+        self._check_ports()
+        with stage("prepare model"):
+            folders = {
+                name: resolve(settings.source, config.cache_dir, lambda line: self._say(f"    {line}"))
+                for name, settings in config.models.items()
+            }
+        folder = make_folder(config.run_dir)
+        self._ending.callback(shutil.rmtree, folder, ignore_errors=True)
+        specs = engine_specs(config, folders, folder)
+        plan = plan_memory(specs, host.available_memory(), ray_is_ours=config.ray.address is None)
+        self._print_plan(plan)
+        plan.check()
+        with stage("ray"):
+            address = self._start_ray(folder)
+        with stage("manager"):
+            self._start_manager()
+            for spec in specs:
+                self._fleet.launch(spec)
+        with stage("serve"):
+            serve_url = self._start_router(folders)
+        with stage("engines") as notes:  # they load while Serve starts; these are the seconds that remain
+            started = self._fleet.wait_ready(config.ray.engine_timeout_s)
+            notes += [_engine_note(engine) for engine in started]
+        with stage("ready"):
+            self._router.ready.remote(config.router.connect_timeout_s * 2).result()
+            url = self._router.url.remote().result()
+        self.degraded = sorted({choice for engine in started for choice in engine.info.degraded})
+        state = ClusterState(
+            pid=os.getpid(),
+            url=url,
+            serve_url=serve_url,
+            ray_address=address,
+            token_path=None if self._head is None else str(self._head.token_path),
+            folder=str(folder),
+            models=tuple(config.models),
+        )
+        write_state(state)
+        return state
+
+    def poll(self) -> list[str]:
+        """Sentences about engines that died since the last call. Raises StartupError when Ray itself is gone."""
+        import ray
+
+        if self._head is not None and self._head.process.poll() is not None:
+            raise StartupError(f"Ray ended by itself with code {self._head.process.returncode}; restart the cluster")
+        if self._membership is None:
+            self._membership = self._fleet.changes(self._version)
+        if not ray.wait([self._membership], timeout=0)[0]:
+            return []
+        membership, self._membership = self._membership, None
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._version, _ = ray.get(membership)
+            sentences = [line for line in self._fleet.obituaries() if line not in self._known_dead]
+            self._known_dead.update(sentences)
+            return sentences
+        return []
+
+    def stop(self) -> None:
+        """Drain and end everything that was started. Never raises."""
+        if self._router is not None:
+            self._say("draining: no new requests, running ones may finish")
+            grace_s = self._config.router.drain_grace_s
+            try:
+                self._router.drain.remote(grace_s).result(timeout_s=grace_s + PROXY_DRAIN_S)
+            except Exception as exc:
+                log.warning("the router did not drain: %r", exc)
+        while True:
+            try:
+                self._ending.close()
+                return
+            except Exception as exc:  # ExitStack has forgotten the callback that raised: go on with the next
+                log.warning("while stopping: %r", exc)
+
+    def _check_ports(self) -> None:
+        router = self._config.router
+        for option, port in (("port", router.port), ("serve_port", router.serve_port)):
+            if port and not host.is_port_free(router.host, port):
+                flag = "--port N or " if option == "port" else ""
+                raise StartupError(
+                    f"port {port} on {router.host} is in use by another program: end that program, or choose another "
+                    f"port with {flag}--set router.{option}=N"
+                )
+
+    def _print_plan(self, plan: MemoryPlan) -> None:
+        self._say("\nmemory plan (MiB)")
+        self._say(plan.table() + "\n")
+
+    def _start_ray(self, folder: Path) -> str:
+        address = self._config.ray.address
+        if address is None:
+            self._head = start_ray(folder, self._config.ray)
+            self._ending.callback(self._head.stop)
+            address = self._head.address
+        import ray
+
+        from .manager_actor import NAMESPACE
+
+        try:
+            ray.init(
+                address=address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+                include_dashboard=False,
+            )
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as exc:
+            raise StartupError(f"cannot join the Ray cluster at {address}: {' '.join(str(exc).split())[:300]}") from exc
+        self._ending.callback(ray.shutdown)
+        return str(address)
+
+    def _start_manager(self) -> None:
+        from .engines import EngineFleet
+
+        self._fleet = EngineFleet()
+        self._ending.callback(self._fleet.stop)
+
+    def _start_router(self, folders: dict[str, ModelFolder]) -> str:
+        from ray import serve
+
+        from diptych.cluster.entry import APP_NAME, RoutedModel, RouterDeployment, RouterPlan
+
+        config = self._config
+        port = config.router.serve_port or host.free_ports(1)[0]
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": config.router.host, "port": port},
+            logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        )
+        # Serve says on this terminal what it does and what it misses while it ends; only errors are of use here.
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        if self._head is None:  # our own Ray takes Serve down with it, and other people's apps live on theirs
+            self._ending.callback(serve.delete, APP_NAME)
+        models = tuple(
+            RoutedModel(
+                name=name,
+                folder=folders[name],
+                max_context_tokens=settings.max_context_tokens,
+                seed=settings.seed,
+            )
+            for name, settings in config.models.items()
+        )
+        plan = RouterPlan(settings=config.router, models=models, trace_file=config.telemetry.trace_file)
+        try:
+            self._router = serve.run(cast("Any", RouterDeployment).bind(plan), name=APP_NAME, route_prefix="/")
+        except RuntimeError as exc:
+            raise StartupError(f"the router did not start: {' '.join(str(exc).split())[-600:]}") from exc
+        return f"http://{config.router.host}:{port}"
+
+
+def engine_specs(config: DiptychConfig, folders: dict[str, ModelFolder], run_dir: Path) -> list[EngineSpec]:
+    """What every engine of the configuration is told; engine ids are numbered over all models. Epochs come later."""
+    specs = []
+    count = dict.fromkeys(Role, 0)
+    bfloat16 = host.has_native_bfloat16()
+    for name, settings in config.models.items():
+        degraded: tuple[str, ...] = ()
+        dtype: str = settings.dtype
+        if settings.runner == "echo":
+            dtype = "float32"
+        elif dtype == "auto":
+            dtype = "bfloat16" if bfloat16 else "float32"
+            degraded = () if bfloat16 else (NO_BFLOAT16,)
+        pools = ((Role.PREFILL, settings.prefill.engines), (Role.DECODE, settings.decode.engines))
+        for role in [role for role, engines in pools for _ in range(engines)]:
+            spec = EngineSpec(
+                engine_id=EngineId(f"{role}-{count[role]}"),
+                epoch=0,
+                roles=frozenset({role}),
+                model=name,
+                settings=settings,
+                transfer=config.transfer,
+                folder=folders[name].path,
+                facts=folders[name].facts,
+                dtype=dtype,
+                run_dir=run_dir,
+                trace_file=config.telemetry.trace_file,
+                degraded=degraded,
+            )
+            count[role] += 1
+            specs.append(spec)
+    return specs
+
+
+def driver_environment(token_path: str | None) -> dict[str, str]:
+    """What another process must set before it imports ray to join a running cluster; see ClusterState."""
+    return {} if token_path is None else ray_environment(Path(token_path))
+
+
+def _engine_note(engine: EngineStarted) -> str:
+    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in engine.timeline)
+    return f"{engine.info.ref.engine_id} (pid {engine.info.pid}, {engine.info.dtype}): {parts}"

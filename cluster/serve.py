@@ -1,0 +1,103 @@
+"""The verb `diptych serve`: prints, waits for signals, ends the cluster. control/cluster.py does the rest."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+from diptych.cluster.config import DiptychConfig
+from diptych.cluster.control.cluster import Cluster
+from diptych.cluster.control.launch import kill_family
+from diptych.cluster.control.state import ClusterState
+from diptych.cluster.control.timeline import Timeline
+from diptych.protos.errors import StartupError
+
+POLL_S = 0.25
+INTERRUPTED = 130
+
+
+class Interrupted(BaseException):
+    """The first Ctrl-C or SIGTERM, while starting."""
+
+
+class Signals:
+    """First signal: end in order. Second: end at once."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self.is_serving = False
+        self.is_ending = False
+
+    def install(self) -> None:
+        """For SIGINT and SIGTERM; ray.init installs its own, so call again after it."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.came:
+            say("stopping at once")
+            kill_family()
+            os._exit(INTERRUPTED)
+        self.came = True
+        if not self.is_serving and not self.is_ending:
+            raise Interrupted
+
+
+def say(line: str) -> None:
+    """To the terminal, at once."""
+    print(line, flush=True)
+
+
+def run_serve(config: DiptychConfig, began: float) -> int:
+    """Serve until a signal; the exit code. `began` is the monotonic time at which the command started."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    timeline = Timeline(began, say)
+    timeline.add("command", time.monotonic() - began)
+    signals = Signals()
+    signals.install()
+    cluster = Cluster(config, timeline, say)
+    try:
+        say(f"Diptych starts: {', '.join(config.models)}")
+        state = cluster.start()
+        signals.is_serving = True
+        signals.install()
+        _print_ready(state, timeline, cluster.degraded)
+        while not signals.came:
+            time.sleep(POLL_S)
+            for sentence in cluster.poll():
+                print(sentence, file=sys.stderr, flush=True)
+        code = 0
+    except Interrupted:
+        code = INTERRUPTED
+    except StartupError as exc:
+        print(f"diptych: {exc}", file=sys.stderr, flush=True)
+        if exc.detail:
+            logging.getLogger(__name__).info("%s", exc.detail)
+        code = 1
+    finally:
+        signals.is_ending = True
+        signals.install()
+        cluster.stop()
+    if code == 0:
+        say("stopped")
+    return code
+
+
+def _print_ready(state: ClusterState, timeline: Timeline, degraded: list[str]) -> None:
+    say("\nstart-up")
+    say(timeline.table())
+    say("\ndegraded choices")
+    for choice in degraded or ["none"]:
+        say(f"  {choice}")
+    say(f"\nready: {state.url}  (OpenAI API; also /info, /metrics)")
+    say(f"       {state.serve_url}  (the same through Ray Serve)")
+    say(f"       ray address {state.ray_address}, state in {state.folder}")
+    body = '{"model": "%s", "messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'
+    say("\ntry it:")
+    say(f"  curl -N {state.url}/v1/chat/completions -H 'Content-Type: application/json' \\")
+    say(f"    -d '{body % state.models[0]}'")
+    say("\nCtrl-C drains and stops; a second Ctrl-C stops at once.")

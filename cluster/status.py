@@ -1,0 +1,73 @@
+"""The verb `diptych status`: /info of a running cluster as tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diptych.cluster.config import load_config
+from diptych.cluster.control.state import find_cluster
+from diptych.protos.errors import DiptychError, StartupError
+
+TIMEOUT_S = 5.0
+
+
+def run_status(config: Path | None, overrides: Sequence[str], url: str | None) -> int:
+    """Print; the exit code."""
+    try:
+        if url is None:
+            run_dir = load_config(config, overrides).run_dir
+            state = find_cluster(run_dir)
+            if state is None:
+                raise StartupError(f"no cluster of yours runs here (looked in {run_dir}); start one, or give --url")
+            url = state.url
+        print(render(url, fetch_info(url)))
+    except DiptychError as exc:
+        print(f"diptych: {exc}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def fetch_info(url: str) -> dict[str, Any]:
+    """The answer of GET /info. Raises StartupError."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/info", timeout=TIMEOUT_S) as reply:
+            info = json.load(reply)
+    except (OSError, ValueError, urllib.error.URLError) as exc:
+        raise StartupError(f"{url} does not answer: {exc}") from exc
+    if not isinstance(info, dict) or not isinstance(info.get("engines"), list):
+        raise StartupError(f"{url} is no Diptych cluster")
+    return info
+
+
+def render(url: str, info: dict[str, Any]) -> str:
+    """Tables for a terminal of 100 columns."""
+    rows = [("engine", "model", "state", "pid", "running", "waiting", "blocks used/cached/free", "steps")]
+    for engine in info["engines"]:
+        blocks = engine["blocks"]
+        rows.append(
+            (
+                engine["engine"],
+                engine["model"],
+                "connected" if engine["connected"] else "lost",
+                str(engine["pid"]),
+                str(engine["running"]),
+                str(engine["waiting"]),
+                f"{blocks['used']}/{blocks['cached']}/{blocks['free']}",
+                str(engine["steps"]),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [f"{url}: {', '.join(model['id'] for model in info['models'])}", ""]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append("")
+    for router in info["routers"]:
+        in_flight = sum(router["in_flight"].values())
+        lines.append(f"{router['id']} (pid {router['pid']}): {in_flight} in work, {router['waiting']} waiting")
+    lines += [f"degraded: {choice}" for choice in info["degraded"]]
+    return "\n".join(lines)
