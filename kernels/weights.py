@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diptych.protos.errors import StartupError
+
+from .conversion import has_conversion, load_converted
 
 _SAMPLE_BYTES = 4096
 _SAMPLES_PER_FILE = 256
@@ -70,35 +72,73 @@ def load_weights(
     `prefix` is the attribute of the base model in the full one: checkpoints of the base model leave it out. Tied
     parameters may be missing. Missing, unexpected and misshapen tensors are a StartupError that names them.
     """
+    files = weight_files(folder)
     expected = dict(model.state_dict(keep_vars=True))
     optional = set(getattr(model, "all_tied_weights_keys", {}) or {})
     ignored = [re.compile(pattern) for pattern in ignorable]
-    unexpected: list[str] = []
+    targets, unexpected = _match_names(files, expected, prefix)
     wrong: list[str] = []
-    loaded: set[str] = set()
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                target = _target(name, expected, prefix)
-                if target is None:
-                    if not any(pattern.search(name) for pattern in ignored):
-                        unexpected.append(name)
-                    continue
-                tensor = file.get_tensor(name)
-                if tensor.shape != expected[target].shape:
-                    wrong.append(f"{name} {list(tensor.shape)} instead of {list(expected[target].shape)}")
-                    continue
-                _assign(model, target, tensor.to(expected[target].dtype))
-                loaded.add(target)
-    missing = sorted(set(expected) - loaded - optional)
+    own_names = set(targets.values()) >= set(expected) - optional
+    if not own_names and has_conversion(model):
+        dtype = next(model.parameters()).dtype
+        missing, unexpected, wrong = load_converted(model, files, dtype=dtype, device=device)
+        loaded = set(expected) - missing
+    else:
+        wrong = _load_named(model, files, targets, expected, device)
+        loaded = set(targets.values())
     problems = [
         f"{kind}: {_some(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        for kind, names in (
+            ("missing", sorted(set(expected) - loaded - optional)),
+            ("unexpected", [name for name in unexpected if not any(pattern.search(name) for pattern in ignored)]),
+            ("not fitting", wrong),
+        )
         if names
     ]
     if problems:
         raise StartupError(f"The weights in {folder} do not fit {type(model).__name__}; tensors {'; '.join(problems)}.")
     _retie(model, loaded)
+
+
+def _match_names(files: list[Path], expected: Mapping[str, Any], prefix: str) -> tuple[dict[str, str], list[str]]:
+    """The parameter of each tensor in the files, and the tensors that have none."""
+    targets: dict[str, str] = {}
+    unexpected: list[str] = []
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+        except SafetensorError as exc:
+            raise StartupError(f"{path} is not a readable safetensors file: {exc}") from exc
+        for name in names:
+            target = _target(name, expected, prefix)
+            if target is None:
+                unexpected.append(name)
+            else:
+                targets[name] = target
+    return targets, unexpected
+
+
+def _load_named(
+    model: nn.Module,
+    files: list[Path],
+    targets: Mapping[str, str],
+    expected: Mapping[str, Tensor],
+    device: torch.device,
+) -> list[str]:
+    """Load the tensors that have a target; gives those of another shape."""
+    wrong = []
+    for path in files:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if name not in targets:
+                    continue
+                tensor, goal = file.get_tensor(name), expected[targets[name]]
+                if tensor.shape != goal.shape:
+                    wrong.append(f"{name} {list(tensor.shape)} instead of {list(goal.shape)}")
+                    continue
+                _assign(model, targets[name], tensor.to(goal.dtype))
+    return wrong
 
 
 def _target(name: str, expected: Mapping[str, Any], prefix: str) -> str | None:

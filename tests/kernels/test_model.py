@@ -87,6 +87,37 @@ def test_shards_and_base_model_names_load_like_one_file(folder: Path) -> None:
         load_model(folder, dtype="float32")
 
 
+def test_experts_in_separate_tensors_load_like_merged_ones(tmp_path: Path) -> None:
+    """The layout of the Mixtral checkpoints that people have."""
+    folder = make_tiny_checkpoint(tmp_path / "moe", "mixtral", num_local_experts=4, num_experts_per_tok=2)
+    wanted = logits_of(load_model(folder, dtype="float32"))
+    separate: dict[str, Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        stem = name.replace(".mlp.", ".block_sparse_moe.")
+        for expert in range(4):
+            if name.endswith("experts.gate_up_proj"):
+                gate, up = tensor[expert].chunk(2)
+                old = stem.removesuffix("gate_up_proj")
+                separate |= {f"{old}{expert}.w1.weight": gate.clone(), f"{old}{expert}.w3.weight": up.clone()}
+            elif name.endswith("experts.down_proj"):
+                separate[f"{stem.removesuffix('down_proj')}{expert}.w2.weight"] = tensor[expert].clone()
+            else:
+                separate[stem] = tensor
+    save_file(separate, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(logits_of(load_model(folder, dtype="float32")), wanted)
+    lost = next(name for name in separate if name.endswith("3.w2.weight"))
+    edit_tensors(folder, {}, drop=lost)
+    with pytest.raises(StartupError, match=r"down_proj|w2"):
+        load_model(folder, dtype="float32")
+
+
+def test_a_truncated_file_is_named(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(StartupError, match=r"model\.safetensors is not a readable"):
+        load_model(folder, dtype="float32")
+
+
 def test_an_index_cannot_reach_outside_of_its_folder(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
     with pytest.raises(StartupError, match="outside"):
