@@ -10,7 +10,15 @@ from diptych.protos.ports import ReceiveEvent
 from diptych.protos.settings import DecodeSettings
 from diptych.protos.step import SlotPool
 from diptych.protos.testing import EchoRunner, FakeClock, FakeReceiver, Ledger, echo_reference, snapshot
-from diptych.protos.types import DecodeOrder, EngineId, EngineRef, GenerateRequest, SamplingParams, TransferKey
+from diptych.protos.types import (
+    DecodeOrder,
+    EngineId,
+    EngineRef,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    TransferKey,
+)
 
 from .worker import DecodeWorker
 
@@ -137,6 +145,22 @@ class DecodeBench:
         first = self.ledger.first_index.get(key, 0)
         tokens = self.ledger.tokens.get(key, [])
         assert tokens == self.expected(key)[first : first + len(tokens)]
+
+    def assert_complete(self, key: TransferKey, *, first_index: int) -> None:
+        """The whole answer was emitted, from token `first_index` on, and ended for the right reason."""
+        expected = self.expected(key)
+        assert self.ledger.first_index[key] == first_index
+        assert self.ledger.tokens[key] == expected[first_index:]
+        finish = self.ledger.finishes[key]
+        assert finish.num_tokens == len(expected)
+        stopped = expected[-1] in self.requests[key].sampling.stop_token_ids
+        assert finish.reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
+
+    def error_code(self, key: TransferKey) -> str:
+        """Of a request that ended with an error."""
+        finish = self.ledger.finishes[key]
+        assert finish.reason is FinishReason.ERROR
+        return finish.error_code
 
     def assert_idle(self) -> None:
         """Nothing is held, nothing is awaited."""

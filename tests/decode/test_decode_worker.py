@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import pytest
 
 from diptych.decode.testing import DecodeBench
-from diptych.kvtransfer.pool import BlockTable
 from diptych.protos.errors import PeerLost
 from diptych.protos.ports import WantBlocks
 from diptych.protos.settings import DecodeSettings
@@ -22,21 +20,6 @@ def settings(step_tokens: int = 512, max_running: int = 16, max_waiting: int = 2
     return DecodeSettings(step_tokens=step_tokens, max_running=max_running, max_waiting=max_waiting)
 
 
-def code(bench: DecodeBench, key: TransferKey) -> str:
-    finish = bench.ledger.finishes[key]
-    assert finish.reason is FinishReason.ERROR
-    return finish.error_code
-
-
-def assert_complete(bench: DecodeBench, key: TransferKey, *, first_index: int) -> None:
-    assert bench.ledger.first_index[key] == first_index
-    assert bench.ledger.tokens[key] == bench.expected(key)[first_index:]
-    finish = bench.ledger.finishes[key]
-    assert finish.num_tokens == len(bench.expected(key))
-    stopped = bench.expected(key)[-1] in bench.requests[key].sampling.stop_token_ids
-    assert finish.reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
-
-
 @pytest.mark.parametrize("num_prompt", [1, 3, 4, 5, 8, 23])
 def test_generation_goes_on_after_a_transfer_with_token_1(num_prompt: int) -> None:
     bench = DecodeBench()
@@ -44,7 +27,7 @@ def test_generation_goes_on_after_a_transfer_with_token_1(num_prompt: int) -> No
     assert not bench.step()
     bench.transfer(key)
     assert bench.run() == 19
-    assert_complete(bench, key, first_index=1)
+    bench.assert_complete(key, first_index=1)
     bench.assert_idle()
 
 
@@ -54,7 +37,7 @@ def test_a_prompt_computed_here_gives_the_same_tokens_from_token_0(step_tokens: 
     bench = DecodeBench(settings=settings(step_tokens))
     key = bench.submit(PROMPT[:num_prompt], transfer=False)
     assert bench.run() == -(-num_prompt // step_tokens) + 7
-    assert_complete(bench, key, first_index=0)
+    bench.assert_complete(key, first_index=0)
     bench.assert_idle()
 
 
@@ -66,8 +49,8 @@ def test_a_failed_transfer_is_computed_here() -> None:
     bench.step()
     bench.fail(after, PeerLost("gone"))
     bench.run()
-    assert_complete(bench, before, first_index=0)
-    assert_complete(bench, after, first_index=0)
+    bench.assert_complete(before, first_index=0)
+    bench.assert_complete(after, first_index=0)
     bench.assert_idle()
     assert bench.worker.counters()["decode_local_prefills_total"] == 2
 
@@ -81,7 +64,7 @@ def test_a_failed_transfer_of_a_cached_prompt_computes_its_last_block_anew() -> 
     assert bench.receiver.transfers[key].have_tokens == 8
     bench.fail(key)
     bench.run()
-    assert_complete(bench, key, first_index=0)
+    bench.assert_complete(key, first_index=0)
     assert bench.ledger.finishes[key].cached_tokens == 4
 
 
@@ -91,7 +74,7 @@ def test_without_permission_a_failed_transfer_is_an_error() -> None:
     bench.want(key)
     bench.step()
     bench.fail(key, PeerLost("the prefill engine is gone"))
-    assert code(bench, key) == "peer_lost"
+    assert bench.error_code(key) == "peer_lost"
     bench.assert_idle()
 
 
@@ -104,7 +87,7 @@ def test_a_cached_prefix_is_not_transferred() -> None:
     assert bench.receiver.transfers[second].have_tokens == 16
     bench.transfer(second)
     bench.run()
-    assert_complete(bench, second, first_index=1)
+    bench.assert_complete(second, first_index=1)
     assert bench.ledger.finishes[second].cached_tokens == 16
     bench.assert_idle()
 
@@ -116,7 +99,7 @@ def test_a_wholly_cached_prompt_runs_without_a_grant() -> None:
     key = bench.submit(PROMPT[:8])
     bench.commit(key)
     bench.run()
-    assert_complete(bench, key, first_index=1)
+    bench.assert_complete(key, first_index=1)
     assert bench.receiver.grants == []
     bench.assert_idle()
 
@@ -129,7 +112,7 @@ def test_generated_tokens_can_be_found_by_the_next_turn() -> None:
     second = bench.submit(turn, transfer=False)
     bench.run()
     assert bench.ledger.finishes[second].cached_tokens == 32, "all but the last, incomplete block"
-    assert_complete(bench, second, first_index=0)
+    bench.assert_complete(second, first_index=0)
 
 
 def test_blocks_are_named_only_after_the_transfer_was_verified() -> None:
@@ -150,7 +133,7 @@ def test_an_end_token_ends_the_request() -> None:
     key = bench.submit(PROMPT, max_tokens=20, stop=[tokens[4]])
     bench.transfer(key)
     bench.run()
-    assert_complete(bench, key, first_index=1)
+    bench.assert_complete(key, first_index=1)
     assert bench.ledger.finishes[key].num_tokens == 5
     bench.assert_idle()
 
@@ -209,9 +192,9 @@ def test_one_step_serves_all_decoding_rows_then_prompts() -> None:
     assert widths == [1, 1, 1, 1, 6]
     bench.run()
     for key in decoding:
-        assert_complete(bench, key, first_index=1)
+        bench.assert_complete(key, first_index=1)
     for key in (first, second):
-        assert_complete(bench, key, first_index=0)
+        bench.assert_complete(key, first_index=0)
     bench.assert_idle()
 
 
@@ -225,240 +208,7 @@ def test_a_small_budget_starves_nobody() -> None:
     assert max(before) <= 3
     bench.run()
     for key in keys:
-        assert_complete(bench, key, first_index=0)
-    bench.assert_idle()
-
-
-@pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize("num_blocks", [9, 10, 12, 17])
-def test_preemption_under_a_tiny_pool_gives_the_same_tokens(num_blocks: int, prefix_cache: bool) -> None:
-    bench = DecodeBench(num_blocks=num_blocks, prefix_cache=prefix_cache)
-    keys = [bench.submit(PROMPT[at * 5 : at * 5 + 6], transfer=False, max_tokens=25) for at in range(4)]
-    bench.run()
-    for key in keys:
-        assert_complete(bench, key, first_index=0)
-    assert bench.worker.counters()["decode_preemptions_total"] > 0
-    bench.assert_idle()
-
-
-def test_preemption_after_transfers_gives_the_same_tokens() -> None:
-    bench = DecodeBench(num_blocks=14, settings=settings(step_tokens=7))
-    keys = [bench.submit(PROMPT[at:][:18], max_tokens=16) for at in range(2)]
-    for key in keys:
-        bench.transfer(key)
-    bench.run()
-    for key in keys:
-        assert_complete(bench, key, first_index=1)
-    assert bench.worker.counters()["decode_preemptions_total"] > 0
-    bench.assert_idle()
-
-
-def test_the_youngest_gives_way_and_comes_back_first() -> None:
-    bench = DecodeBench(num_blocks=9)
-    old = bench.submit(PROMPT[:12], transfer=False, max_tokens=20)
-    young = bench.submit(PROMPT[8:20], transfer=False, max_tokens=20)
-    bench.step()
-    late = bench.submit([7] * 9, transfer=False, max_tokens=9)
-    while not bench.worker.counters()["decode_preemptions_total"]:
-        assert bench.step()
-    assert late not in bench.ledger.tokens
-    assert len(bench.ledger.tokens[young]) < len(bench.ledger.tokens[old])
-    assert [key for key, _ in bench.worker._scheduler.line.items()] == [young, late]
-    bench.run()
-    for key in (old, young, late):
-        assert_complete(bench, key, first_index=0)
-    bench.assert_idle()
-
-
-def test_the_seat_of_one_that_gave_way_goes_to_one_that_is_ready() -> None:
-    """The only one that runs is the youngest and lacks a block; the step must not be lost."""
-    bench = DecodeBench(num_blocks=13, settings=settings(max_running=1))
-    ready = bench.submit(PROMPT, max_tokens=5)
-    running = bench.submit([5] * 12, transfer=False, max_tokens=30)
-    bench.step()
-    bench.transfer(ready)
-    while not bench.worker.counters()["decode_preemptions_total"]:
-        assert bench.step()
-    assert len(bench.ledger.tokens[ready]) == 1
-    bench.run()
-    assert_complete(bench, ready, first_index=1)
-    assert_complete(bench, running, first_index=0)
-    bench.assert_idle()
-
-
-def test_one_that_is_ready_gives_way_to_an_older_one_that_runs() -> None:
-    bench = DecodeBench(num_blocks=13, settings=settings(max_running=1))
-    running = bench.submit([5] * 12, transfer=False, max_tokens=30)
-    bench.step()
-    ready = bench.submit(PROMPT, max_tokens=5)
-    bench.transfer(ready)
-    for num_tokens in range(3, 31):
-        bench.step()
-        assert len(bench.ledger.tokens[running]) == num_tokens, "the older one never loses a step"
-    assert bench.worker.counters()["decode_preemptions_total"] == 1
-    bench.run()
-    assert_complete(bench, ready, first_index=1)
-    assert_complete(bench, running, first_index=0)
-    bench.assert_idle()
-
-
-def test_a_blocked_prompt_is_not_named_again_until_the_pool_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = DecodeBench(num_blocks=10)
-    bench.submit(PROMPT[:5], transfer=False, max_tokens=3)
-    blocked = bench.submit(list(range(30)), transfer=False)
-    bench.step()
-    opened: list[int] = []
-    real = bench.pool.open
-
-    def spy(prompt: Sequence[int], salt: bytes, *, max_cached_tokens: int) -> BlockTable:
-        opened.append(len(prompt))
-        return real(prompt, salt, max_cached_tokens=max_cached_tokens)
-
-    monkeypatch.setattr(bench.pool, "open", spy)
-    bench.step()
-    assert not opened
-    bench.run()
-    assert opened == [30]
-    assert_complete(bench, blocked, first_index=0)
-
-
-def test_one_that_outgrew_the_pool_while_it_shared_blocks_cannot_stop_the_line() -> None:
-    """It gave way to an older one in the step in which it outgrew the pool: at the head of the line it never fits."""
-    bench = DecodeBench(num_blocks=6)
-    bench.submit(PROMPT[:20], transfer=False, max_tokens=1)
-    bench.run()
-    older = bench.submit(PROMPT[:20], max_tokens=3)
-    big = bench.submit(PROMPT[:20], transfer=False, max_tokens=20)
-    while len(bench.ledger.tokens.get(big, [])) < 5:
-        bench.step()
-    assert bench.pool.counts().used == 6
-    bench.commit(older)
-    bench.run()
-    assert code(bench, big) == "no_kv_blocks"
-    assert_complete(bench, older, first_index=1)
-    bench.assert_idle()
-
-
-def test_a_sequence_that_outgrows_the_whole_pool_is_an_error() -> None:
-    bench = DecodeBench(num_blocks=7)
-    key = bench.submit(PROMPT, transfer=False, max_tokens=20)
-    bench.run()
-    assert code(bench, key) == "no_kv_blocks"
-    assert bench.ledger.tokens[key] == echo_reference(PROMPT, 6), (
-        "28 slots hold 23 tokens and 5 more; the 6th needs none"
-    )
-    bench.assert_idle()
-
-
-def test_outgrowing_the_pool_lets_the_next_in_line_run() -> None:
-    bench = DecodeBench(num_blocks=7)
-    key = bench.submit(PROMPT, transfer=False, max_tokens=20)
-    other = bench.submit(PROMPT[3:], transfer=False)
-    bench.run()
-    assert code(bench, key) == "no_kv_blocks"
-    assert_complete(bench, other, first_index=0)
-
-
-def test_grants_are_given_in_order_of_the_first_chunk() -> None:
-    bench = DecodeBench(num_blocks=14)
-    keys = [bench.submit(PROMPT[at:][:20], max_tokens=2) for at in range(4)]
-    for key in (keys[2], keys[0], keys[3], keys[1]):
-        bench.want(key)
-    bench.step()
-    assert bench.receiver.grants == [keys[2], keys[0]]
-    bench.commit(keys[0])
-    bench.step()
-    bench.step()
-    assert bench.receiver.grants == [keys[2], keys[0], keys[3]]
-    bench.commit(keys[2])
-    bench.commit(keys[3])
-    bench.run()
-    assert bench.receiver.grants == [keys[2], keys[0], keys[3], keys[1]]
-    bench.commit(keys[1])
-    bench.run()
-    for key in keys:
-        assert_complete(bench, key, first_index=1)
-    bench.assert_idle()
-
-
-def test_a_grant_leaves_room_for_those_that_run() -> None:
-    bench = DecodeBench(num_blocks=12)
-    running = bench.submit(PROMPT, transfer=False, max_tokens=3)
-    bench.step()
-    key = bench.submit([*PROMPT[1:], 1])
-    bench.want(key)
-    bench.step()
-    assert bench.receiver.grants == [], "six blocks are free, six are needed, and one is kept"
-    bench.run()
-    assert bench.receiver.grants == [key], "alone it may have the whole pool"
-    assert_complete(bench, running, first_index=0)
-    bench.commit(key)
-    bench.run()
-    assert_complete(bench, key, first_index=1)
-
-
-def test_pinned_prefixes_cannot_stop_the_line() -> None:
-    """Waiting transfers hold the cached prefixes that the head of the line lacks: the youngest gives way."""
-    bench = DecodeBench(num_blocks=10)
-    prefixes = [PROMPT[:16], PROMPT[7:23]]
-    for prefix in prefixes:
-        bench.submit(prefix, transfer=False, max_tokens=1)
-        bench.run()
-    head = bench.submit([1] * 20, max_tokens=3)
-    behind = [bench.submit([*prefix, 8], max_tokens=3) for prefix in prefixes]
-    assert [bench.receiver.transfers[key].have_tokens for key in behind] == [16, 16]
-    for key in (head, *behind):
-        bench.want(key)
-    bench.run()
-    assert bench.receiver.grants == [head]
-    assert bench.receiver.transfers[behind[1]].aborted is not None
-    assert bench.receiver.transfers[behind[0]].aborted is None
-    bench.commit(head)
-    bench.run()
-    bench.deliver(bench.receiver.close(behind[1]))
-    bench.commit(behind[0])
-    bench.run()
-    assert_complete(bench, head, first_index=1)
-    assert_complete(bench, behind[0], first_index=1)
-    assert_complete(bench, behind[1], first_index=0)
-    bench.assert_idle()
-
-
-def test_a_prefix_that_gives_way_is_an_error_where_nothing_may_be_computed_here() -> None:
-    bench = DecodeBench(num_blocks=6)
-    bench.submit(PROMPT[:16], transfer=False, max_tokens=1)
-    bench.run()
-    head = bench.submit([1] * 20, max_tokens=3)
-    behind = bench.submit([*PROMPT[:16], 8], allow_local_prefill=False)
-    bench.want(head)
-    bench.run()
-    assert code(bench, behind) == "no_kv_blocks"
-    bench.commit(head)
-    bench.run()
-    bench.end_transfers()
-    bench.assert_idle()
-
-
-def test_a_prefix_that_gave_way_where_nothing_may_be_computed_does_not_run() -> None:
-    """With two prefixes gone there is room for the smaller prompt at once; its transfer was its only way."""
-    bench = DecodeBench(num_blocks=8)
-    bench.submit(PROMPT[:16], transfer=False, max_tokens=1)
-    bench.run()
-    bench.submit([3] * 4, transfer=False, max_tokens=1)
-    bench.run()
-    head = bench.submit([1] * 20, max_tokens=3)
-    large = bench.submit([*PROMPT[:16], 8])
-    small = bench.submit([*[3] * 4, 8], allow_local_prefill=False)
-    bench.want(head)
-    bench.run()
-    assert bench.receiver.grants == [head]
-    assert code(bench, small) == "no_kv_blocks"
-    assert small not in bench.ledger.tokens
-    bench.commit(head)
-    bench.run()
-    bench.end_transfers()
-    bench.run()
-    assert_complete(bench, large, first_index=0)
+        bench.assert_complete(key, first_index=0)
     bench.assert_idle()
 
 
@@ -500,7 +250,7 @@ def test_an_early_end_in_any_state_leaves_nothing(state: str, how: str) -> None:
         assert bench.worker.next_wake() == bench.clock() + 5
         bench.clock.advance(5)
         bench.step()
-        assert code(bench, key) == "deadline_exceeded"
+        assert bench.error_code(key) == "deadline_exceeded"
     if state == "granted":
         assert len(bench.receiver.transfers[key].blocks or ()) == 7
         assert bench.pool.counts().used >= 7, "the receiver may still write"
@@ -511,7 +261,7 @@ def test_an_early_end_in_any_state_leaves_nothing(state: str, how: str) -> None:
     bench.run()
     assert bench.ledger.finishes[key] is finish
     if blocker is not None:
-        assert_complete(bench, blocker, first_index=0)
+        bench.assert_complete(blocker, first_index=0)
     bench.assert_tokens(key)
     bench.assert_idle()
 
@@ -535,7 +285,7 @@ def test_a_cancelled_transfer_keeps_its_blocks_until_its_last_event(end: str) ->
     else:
         bench.commit(key, final=end == "commit_final")
     bench.run()
-    assert_complete(bench, other, first_index=0)
+    bench.assert_complete(other, first_index=0)
     assert bench.ledger.finishes[key].reason is FinishReason.CANCELLED
     assert key not in bench.ledger.tokens
     bench.assert_idle()
@@ -545,7 +295,7 @@ def test_a_full_queue_refuses() -> None:
     bench = DecodeBench(settings=settings(max_running=1, max_waiting=2))
     keys = [bench.submit(PROMPT, transfer=at % 2 == 0) for at in range(4)]
     assert set(bench.ledger.finishes) == {keys[3]}
-    assert code(bench, keys[3]) == "overloaded"
+    assert bench.error_code(keys[3]) == "overloaded"
     bench.cancel(keys[0])
     assert bench.submit(PROMPT) not in bench.ledger.finishes, "there is room again"
 
@@ -558,7 +308,7 @@ def test_a_full_queue_refuses() -> None:
 def test_an_impossible_request_ends_at_once(num_prompt: int, max_tokens: int, expected: str, transfer: bool) -> None:
     bench = DecodeBench(num_blocks=9)
     key = bench.submit([1] * num_prompt, transfer=transfer, max_tokens=max_tokens)
-    assert code(bench, key) == expected
+    assert bench.error_code(key) == expected
     bench.assert_idle()
 
 
@@ -572,14 +322,14 @@ def test_a_step_that_raises_ends_its_rows_and_nobody_else(where: Literal["launch
     bench.step()
     bench.runner.fault = where
     assert bench.step()
-    assert [code(bench, key) for key in running] == ["engine_fault"] * 2
+    assert [bench.error_code(key) for key in running] == ["engine_fault"] * 2
     for key in running:
         bench.assert_tokens(key)
     bench.run()
     bench.transfer(fetching)
     bench.run()
-    assert_complete(bench, waiting, first_index=0)
-    assert_complete(bench, fetching, first_index=1)
+    bench.assert_complete(waiting, first_index=0)
+    bench.assert_complete(fetching, first_index=1)
     bench.assert_idle()
     assert bench.worker.counters()["decode_step_faults_total"] == 1
 
@@ -596,7 +346,7 @@ def test_late_and_unknown_events_change_nothing() -> None:
     bench.deliver(event)
     bench.cancel(key)
     bench.cancel(TransferKey(b"?" * 16))
-    assert_complete(bench, key, first_index=1)
+    bench.assert_complete(key, first_index=1)
     assert len(bench.ledger.finishes) == 1
     bench.assert_idle()
 
@@ -610,7 +360,7 @@ def test_a_commit_without_a_grant_is_not_believed() -> None:
     receiving.num_tokens = receiving.have_tokens
     bench.commit(key)
     bench.run()
-    assert_complete(bench, key, first_index=0)
+    bench.assert_complete(key, first_index=0)
     bench.assert_idle()
 
 
@@ -622,7 +372,7 @@ def test_a_second_order_with_a_living_key_is_ignored(caplog: pytest.LogCaptureFi
     bench.requests[key] = request
     bench.run()
     assert "second decode order" in caplog.text
-    assert_complete(bench, key, first_index=0)
+    bench.assert_complete(key, first_index=0)
     bench.assert_idle()
 
 
@@ -641,7 +391,7 @@ def test_at_most_max_running_sequences_are_in_a_step_and_a_successor_is_ready() 
         bench.step()
     assert max(len(plan) for plan in bench.trace) == 2
     for key in keys:
-        assert_complete(bench, key, first_index=1)
+        bench.assert_complete(key, first_index=1)
     bench.assert_idle()
 
 
