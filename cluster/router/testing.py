@@ -12,7 +12,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -50,10 +50,39 @@ class Faults:
     wrong_first_token: bool = False  # decode: with also_first_token, another one than prefill's
 
 
+class _Tokens(NamedTuple):
+    handles: list[int]  # the same one, as often as there are tokens
+    indexes: list[int]
+    tokens: list[int]
+
+
 @dataclass(eq=False)
 class _Session:
-    outbox: asyncio.Queue[pb.EngineFrame | None] = field(default_factory=asyncio.Queue)
+    outbox: asyncio.Queue[pb.EngineFrame | _Tokens | None] = field(default_factory=asyncio.Queue)
     jobs: dict[TransferKey, set[asyncio.Task[None]]] = field(default_factory=dict)
+    kept: pb.EngineFrame | _Tokens | None = None  # taken from the outbox, but part of the next frame
+
+    async def next_frame(self) -> pb.EngineFrame | None:
+        """As an engine packs it: one step's tokens of all requests together, each request in it once."""
+        first, self.kept = self.kept, None
+        if first is None:
+            first = await self.outbox.get()
+        if not isinstance(first, _Tokens):
+            return first
+        handles, indexes, tokens = list(first.handles), list(first.indexes), list(first.tokens)
+        seen = {first.handles[0]}
+        while not self.outbox.empty():
+            piece = self.outbox.get_nowait()
+            if not isinstance(piece, _Tokens) or piece.handles[0] in seen:
+                self.kept = piece
+                if piece is None:
+                    self.outbox.put_nowait(None)
+                break
+            seen.add(piece.handles[0])
+            handles += piece.handles
+            indexes += piece.indexes
+            tokens += piece.tokens
+        return pb.EngineFrame(tokens=pb.StepTokens(handle=handles, index=indexes, token=tokens))
 
 
 class EchoEngine(EngineServicer):
@@ -142,7 +171,7 @@ class EchoEngine(EngineServicer):
         session.outbox.put_nowait(pb.EngineFrame(status=status_to_pb(self.status())))
         reader = asyncio.create_task(self._read(requests, session))
         try:
-            while (frame := await session.outbox.get()) is not None:
+            while (frame := await session.next_frame()) is not None:
                 yield frame
         finally:
             self._end(session)
@@ -215,14 +244,14 @@ class EchoEngine(EngineServicer):
             reason = FinishReason.HANDOFF
         self._finish(session, handle, order, reason, end if not is_prefill else 1)
 
-    def _tokens(self, handle: int, order: PrefillOrder | DecodeOrder, indexes: list[int], end: int) -> pb.EngineFrame:
+    def _tokens(self, handle: int, order: PrefillOrder | DecodeOrder, indexes: list[int], end: int) -> _Tokens:
         prompt = order.request.prompt
         if self.faults.swap_pairs and isinstance(order, DecodeOrder):  # 1<->2, 3<->4; the last one stays
             indexes = [min(i + 1, end - 1) if i % 2 else i - 1 if i and i < end else i for i in indexes]
         tokens = [prompt[i % len(prompt)] for i in indexes]
         if self.faults.wrong_first_token and isinstance(order, DecodeOrder) and 0 in indexes:
             tokens[indexes.index(0)] += 1
-        return pb.EngineFrame(tokens=pb.StepTokens(handle=[handle] * len(indexes), index=indexes, token=tokens))
+        return _Tokens([handle] * len(indexes), indexes, tokens)
 
     def _finish(
         self,

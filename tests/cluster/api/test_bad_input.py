@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from diptych.cluster.api import chat
 from diptych.cluster.api.testing import FrontDoor, front_door, until
 from diptych.cluster.config import LimitSettings
 
@@ -145,9 +146,12 @@ async def test_neighbours_are_unaffected_by_bad_requests() -> None:
     async with front_door(step_s=0.001) as door, httpx2.AsyncClient(base_url=door.listener.url, timeout=20) as http:
         good = {**HELLO, "max_tokens": 100, "ignore_eos": True, "stream": True, "seed": 1}
 
-        async def answer() -> list[Any]:
+        async def answer() -> str:
+            """The text; how it is cut into events depends on who was busy when."""
             lines = (await http.post(CHAT, json=good)).text.split("\n\n")
-            return [json.loads(line[6:])["choices"][0]["delta"] for line in lines if line[6:7] == "{"]
+            assert lines[-2] == "data: [DONE]"
+            deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines if line[6:7] == "{"]
+            return "".join(delta.get("content", "") for delta in deltas)
 
         alone = await answer()
         victims = [asyncio.create_task(answer()) for _ in range(8)]
@@ -184,3 +188,16 @@ async def test_a_request_deadline_is_504_and_ends_the_work_on_both_engines() -> 
         door.prefill.faults.silent = door.decode.faults.silent = True
         assert error_of(await http.post(CHAT, json=HELLO), 504)["code"] == "deadline_exceeded"
         await until(lambda: bool(door.prefill.cancels) and bool(door.decode.cancels))
+
+
+async def test_an_unexpected_exception_is_a_500_without_its_text(
+    http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(body: bytes) -> None:
+        raise RuntimeError("the secret of the house")
+
+    monkeypatch.setattr(chat, "parse_chat", broken)
+    response = await http.post(CHAT, json=HELLO)
+    assert error_of(response, 500)["code"] == "internal_error"
+    assert "secret" not in response.text
+    assert (await http.post(TEXT, json={"model": "echo", "prompt": "hello"})).status_code == 200
