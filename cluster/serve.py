@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from diptych.cluster.config import DiptychConfig
@@ -28,6 +29,7 @@ class Signals:
     """First signal: end in order. Second: end at once."""
 
     def __init__(self) -> None:
+        self.cleanup: Callable[[], None] = lambda: None  # for the second signal
         self.came = False
         self.is_serving = False
         self.is_ending = False
@@ -41,6 +43,7 @@ class Signals:
         if self.came:
             say("stopping at once")
             kill_family()
+            self.cleanup()
             os._exit(INTERRUPTED)
         self.came = True
         if not self.is_serving and not self.is_ending:
@@ -60,6 +63,7 @@ def run_serve(config: DiptychConfig, began: float) -> int:
     signals = Signals()
     signals.install()
     cluster = Cluster(config, timeline, say)
+    signals.cleanup = cluster.remove_folder
     try:
         say(f"Diptych starts: {', '.join(config.models)}")
         state = cluster.start()

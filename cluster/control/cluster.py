@@ -39,6 +39,7 @@ class Cluster:
         self._config = config
         self._timeline = timeline
         self._say = say
+        self._folder: Path | None = None
         self._head: RayHead | None = None
         self._fleet: Any = None
         self._router: Any = None
@@ -57,8 +58,8 @@ class Cluster:
                 name: resolve(settings.source, config.cache_dir, lambda line: self._say(f"    {line}"))
                 for name, settings in config.models.items()
             }
-        folder = make_folder(config.run_dir)
-        self._ending.callback(shutil.rmtree, folder, ignore_errors=True)
+        self._folder = folder = make_folder(config.run_dir)
+        self._ending.callback(self.remove_folder)
         specs = engine_specs(config, folders, folder)
         plan = plan_memory(specs, host.available_memory(), ray_is_ours=config.ray.address is None)
         self._print_plan(plan)
@@ -123,6 +124,11 @@ class Cluster:
                 return
             except Exception as exc:  # ExitStack has forgotten the callback that raised: go on with the next
                 log.warning("while stopping: %r", exc)
+
+    def remove_folder(self) -> None:
+        """Sockets, token, state and Ray's session."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _check_ports(self) -> None:
         router = self._config.router

@@ -31,9 +31,10 @@ class EngineActor:
         os.environ["HF_HUB_OFFLINE"] = "1"
         from diptych.cluster.tracing import configure_tracing
 
-        from .engine import Engine
+        from .engine import Engine, prepare_process
 
         configure_tracing(self._spec.trace_file, self._spec.engine_id)
+        prepare_process(self._spec)
         self._engine = Engine(self._spec, on_failure=self._fail)
         imports = ("imports", time.monotonic() - began)
         started = self._engine.start()

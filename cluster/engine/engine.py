@@ -12,15 +12,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import grpc
 import torch
 
-from diptych.protos.ports import Runner
+from diptych.protos.ports import Runner, Worker
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.step import SampleSpec, StepPlan, StepRow
+from diptych.protos.types import Role
 
 from .compose import BrainFactory, EngineParts, brain_of, compose
 from .loop import StepLoop
@@ -55,7 +56,7 @@ class Engine:
         self._loop: StepLoop
         self._sessions: EngineSessions
         self._server: grpc.aio.Server
-        self._asyncio = asyncio.new_event_loop()
+        self._asyncio: asyncio.AbstractEventLoop
         self._asyncio_thread = threading.Thread(target=self._run_asyncio, name="asyncio", daemon=True)
         self._step_thread = threading.Thread(target=self._run_steps, name="step", daemon=True)
 
@@ -70,8 +71,6 @@ class Engine:
             timeline.append((stage, now - last))
             last = now
 
-        torch.set_num_threads(self._spec.threads or len(os.sched_getaffinity(0)))
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._parts = compose(self._spec, brain=self._brain, mark=mark)
         warm_up(self._parts.runner, self._parts.info)
         mark("warm-up")
@@ -80,6 +79,7 @@ class Engine:
         self._sessions = EngineSessions(
             info=parts.info, inbox=parts.inbox, outbox=parts.outbox, reading=self.status, clock=time.monotonic
         )
+        self._asyncio = asyncio.new_event_loop()
         self._asyncio_thread.start()
         if parts.sender is not None:
             parts.sender.start()
@@ -103,6 +103,16 @@ class Engine:
             transfers += receiver.open_transfers
         counters["engine_outputs_lost_total"] = float(self._parts.outbox.outputs_lost)
         return dataclasses.replace(reading, transfers=transfers, ring_slots_busy=busy, counters=counters)
+
+    @property
+    def workers(self) -> Mapping[Role, Worker]:
+        """The step thread's; others may look, not call."""
+        return self._parts.workers
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._sessions.draining
 
     def drain(self, grace_s: float) -> bool:
         """Refuse new requests and wait for the running ones. False: some were still running after `grace_s`."""
@@ -154,6 +164,12 @@ class Engine:
     async def _unlisten(self) -> None:
         await self._sessions.close()
         await self._server.stop(0.2)
+
+
+def prepare_process(spec: EngineSpec) -> None:
+    """What one engine may set for its whole process."""
+    torch.set_num_threads(spec.threads or len(os.sched_getaffinity(0)))
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
 def warm_up(runner: Runner, info: EngineInfo) -> None:

@@ -1,0 +1,310 @@
+"""Whole engines in this process: real threads, gRPC, workers and drivers. The echo runner stands in for the model: its
+every token depends on all KV before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from diptych.cluster.config import ModelSettings
+from diptych.cluster.engine.engine import Engine
+from diptych.cluster.engine.spec import EngineSpec
+from diptych.cluster.models import ModelFacts
+from diptych.cluster.router.session import EngineSession
+from diptych.protos.errors import DiptychError, StartupError
+from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
+from diptych.protos.testing import echo_reference
+from diptych.protos.types import (
+    DecodeOrder,
+    EngineId,
+    EngineRef,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    PoolCounts,
+    PrefillOrder,
+    Role,
+    SamplingParams,
+    TransferKey,
+)
+
+WAIT_S = 60
+VOCAB = 1000
+FACTS = ModelFacts(
+    name="tiny",
+    architecture="LlamaForCausalLM",
+    layers=2,
+    kv_heads=2,
+    head_dim=8,
+    vocab_size=VOCAB,
+    max_context_tokens=512,
+    weights_bytes=0,
+    num_parameters=0,
+    eos_token_ids=(),
+    bos_token_id=None,
+    dtype="float32",
+    chat_template=None,
+)
+SETTINGS = ModelSettings(
+    source="tiny",
+    runner="echo",
+    kv=KvSettings(memory_mib=1, block_tokens=16),
+    prefill=PrefillSettings(step_tokens=32, threads=1),
+    decode=DecodeSettings(step_tokens=32, threads=1),
+)
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    """A short one: unix socket paths hold 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="dt-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def spec_of(run_dir: Path, name: str, *roles: Role, transport: str = "auto") -> EngineSpec:
+    return EngineSpec(
+        engine_id=EngineId(name),
+        epoch=3,
+        roles=frozenset(roles),
+        model="tiny",
+        settings=SETTINGS,
+        transfer=TransferSettings.model_validate(
+            {"transport": transport, "slot_kib": 64, "slots": 4, "dial_timeout_s": 0.5}
+        ),
+        folder=Path("/nowhere"),
+        facts=FACTS,
+        dtype="float32",
+        run_dir=run_dir,
+    )
+
+
+class Sink:
+    """Collects one phase of one request."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, int] = {}
+        self.end: asyncio.Future[Finish | DiptychError] = asyncio.get_running_loop().create_future()
+        self.got_token = asyncio.Event()
+
+    def on_token(self, index: int, token: int) -> None:
+        assert index not in self.tokens
+        self.tokens[index] = token
+        self.got_token.set()
+
+    def on_end(self, role: Role, outcome: Finish | DiptychError) -> None:
+        assert not self.end.done(), "a second terminal event"
+        self.end.set_result(outcome)
+
+    async def finish(self) -> Finish:
+        async with asyncio.timeout(WAIT_S):
+            outcome = await self.end
+        assert isinstance(outcome, Finish), outcome
+        return outcome
+
+
+class Site:
+    """Engines and one client session to each."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self.engines: dict[str, Engine] = {}
+        self.sessions: dict[str, EngineSession] = {}
+        self.failures: list[BaseException] = []
+
+    async def add(self, name: str, *roles: Role, transport: str = "auto") -> EngineRef:
+        engine = Engine(spec_of(self._run_dir, name, *roles, transport=transport), on_failure=self.failures.append)
+        info = (await asyncio.to_thread(engine.start)).info
+        ready = asyncio.Event()
+        session = EngineSession(info, router_id="test", connect_timeout_s=10, clock=time.monotonic, on_change=ready.set)
+        session.start()
+        async with asyncio.timeout(WAIT_S):
+            await ready.wait()
+        self.engines[name], self.sessions[name] = engine, session
+        return info.ref
+
+    async def stop(self, name: str) -> None:
+        await self.sessions.pop(name).stop()
+        await asyncio.to_thread(self.engines.pop(name).stop)
+
+    async def counts(self, name: str) -> PoolCounts:
+        """The pool once nothing runs any more."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                status = self.engines[name].status()
+                if not (status.running or status.waiting or status.transfers):
+                    return status.blocks
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def site(run_dir: Path) -> AsyncIterator[Site]:
+    made = Site(run_dir)
+    yield made
+    for name in list(made.engines):
+        await made.stop(name)
+    assert not made.failures
+
+
+def request(n: int, prompt: list[int], max_tokens: int = 12) -> GenerateRequest:
+    return GenerateRequest(
+        key=TransferKey(n.to_bytes(16, "big")),
+        prompt=tuple(prompt),
+        sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0),
+    )
+
+
+def ask(site: Site, p: EngineRef, d: EngineRef, req: GenerateRequest) -> tuple[Sink, Sink]:
+    prefill, decode = Sink(), Sink()
+    site.sessions[d.engine_id].submit(DecodeOrder(request=req, prefill=p), decode)
+    site.sessions[p.engine_id].submit(PrefillOrder(request=req, decode=d), prefill)
+    return prefill, decode
+
+
+def prompt_of(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(VOCAB) for _ in range(length)]
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+async def test_a_prompt_computed_in_one_engine_is_continued_in_the_other(site: Site, transport: str) -> None:
+    p = await site.add("p", Role.PREFILL, transport=transport)
+    d = await site.add("d", Role.DECODE, transport=transport)
+    rng = random.Random(1)
+    prompts = [prompt_of(rng, length) for length in (1, 15, 16, 17, 100, 300)]
+    pairs = [ask(site, p, d, request(n, prompt)) for n, prompt in enumerate(prompts)]
+    for prompt, (prefill, decode) in zip(prompts, pairs, strict=True):
+        assert (await prefill.finish()).reason is FinishReason.HANDOFF
+        done = await decode.finish()
+        assert (done.reason, done.num_tokens) == (FinishReason.LENGTH, 12)
+        assert (done.transport, done.transfer_bytes > 0) == (transport, True)
+        assert prefill.tokens.keys() == {0}
+        assert 0 not in decode.tokens
+        answer = prefill.tokens | decode.tokens
+        assert [answer[i] for i in range(12)] == echo_reference(prompt, 12, VOCAB)
+    for name in ("p", "d"):
+        assert (await site.counts(name)).used == 0
+        assert site.engines[name].status().counters["kv_transfer_bytes_total"] > 0
+
+
+async def test_an_engine_of_both_roles_hands_over_within_itself(site: Site) -> None:
+    both = await site.add("both", Role.PREFILL, Role.DECODE)
+    rng = random.Random(2)
+    prompts = [prompt_of(rng, length) for length in (5, 40, 200)]
+    pairs = [ask(site, both, both, request(n, prompt)) for n, prompt in enumerate(prompts)]
+    for prompt, (prefill, decode) in zip(prompts, pairs, strict=True):
+        await prefill.finish()
+        assert (await decode.finish()).transport == "local"
+        answer = prefill.tokens | decode.tokens
+        assert [answer[i] for i in range(12)] == echo_reference(prompt, 12, VOCAB)
+    assert (await site.counts("both")).used == 0
+
+
+async def test_a_decode_engine_computes_the_prompt_when_its_prefill_engine_is_gone(site: Site) -> None:
+    p = await site.add("p", Role.PREFILL)
+    d = await site.add("d", Role.DECODE)
+    await site.stop("p")
+    prompt = prompt_of(random.Random(3), 50)
+    decode = Sink()
+    site.sessions["d"].submit(DecodeOrder(request=request(1, prompt), prefill=p), decode)
+    assert (await decode.finish()).reason is FinishReason.LENGTH
+    assert [decode.tokens[i] for i in range(12)] == echo_reference(prompt, 12, VOCAB)
+    assert d.epoch == 3
+
+
+async def test_random_cancels_leave_both_pools_as_they_were(site: Site) -> None:
+    p = await site.add("p", Role.PREFILL)
+    d = await site.add("d", Role.DECODE)
+    rng = random.Random(4)
+    sinks = []
+    for n in range(60):
+        req = request(n, prompt_of(rng, rng.randrange(1, 200)), max_tokens=rng.randrange(1, 30))
+        prefill, decode = ask(site, p, d, req)
+        sinks.append((req, prefill, decode))
+        if rng.random() < 0.3:
+            await asyncio.sleep(rng.random() * 0.02)
+            for name in ("p", "d"):
+                site.sessions[name].cancel(req.key)
+    for req, prefill, decode in sinks:
+        ends = [await prefill.finish(), await decode.finish()]
+        assert FinishReason.ERROR not in {end.reason for end in ends}
+        answer = prefill.tokens | decode.tokens
+        expected = echo_reference(req.prompt, req.sampling.max_tokens, VOCAB)
+        assert all(expected[index] == token for index, token in answer.items())
+    for name in ("p", "d"):
+        counts = await site.counts(name)
+        assert counts.used == 0
+        assert counts.free + counts.cached == counts.total
+        status = site.engines[name].status()
+        assert status.ring_slots_busy == 0
+
+
+async def test_a_client_that_vanishes_frees_its_blocks(site: Site) -> None:
+    p = await site.add("p", Role.PREFILL)
+    d = await site.add("d", Role.DECODE)
+    _, decode = ask(site, p, d, request(1, prompt_of(random.Random(5), 100), max_tokens=400))
+    async with asyncio.timeout(WAIT_S):
+        await decode.got_token.wait()
+    for session in site.sessions.values():
+        await session.stop()
+    for name in ("p", "d"):
+        assert (await site.counts(name)).used == 0
+
+
+async def test_draining_waits_for_running_requests_and_refuses_new_ones(site: Site) -> None:
+    p = await site.add("p", Role.PREFILL)
+    d = await site.add("d", Role.DECODE)
+    prompt = prompt_of(random.Random(6), 30)
+    prefill, decode = ask(site, p, d, request(1, prompt, max_tokens=100))
+    async with asyncio.timeout(WAIT_S):
+        await decode.got_token.wait()
+    draining = asyncio.create_task(asyncio.to_thread(site.engines["d"].drain, float(WAIT_S)))
+    while not site.engines["d"].is_draining:  # noqa: ASYNC110 - set by another thread
+        await asyncio.sleep(0.001)
+    late = Sink()
+    site.sessions["d"].submit(DecodeOrder(request=request(2, prompt), prefill=None), late)
+    assert (await late.finish()).error_code == "overloaded"
+    assert await draining
+    assert (await decode.finish()).num_tokens == 100
+    assert prefill.end.done()
+
+
+async def test_a_step_thread_that_cannot_go_on_says_so(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine without its step thread looks alive to gRPC; whoever owns the process must be told."""
+    await site.add("d", Role.DECODE)
+
+    def broken() -> float | None:
+        raise RuntimeError("a defect")
+
+    engine = site.engines["d"]
+    monkeypatch.setattr(next(iter(engine.workers.values())), "next_wake", broken)
+    async with asyncio.timeout(WAIT_S):
+        while not site.failures:  # noqa: ASYNC110 - filled by another thread
+            await asyncio.sleep(0.01)
+    assert str(site.failures.pop()) == "a defect"
+
+
+def test_an_arena_too_small_for_one_block_is_refused_with_the_key(run_dir: Path) -> None:
+    facts = dataclasses.replace(FACTS, layers=200, kv_heads=64, head_dim=128)
+    spec = dataclasses.replace(spec_of(run_dir, "p", Role.PREFILL), facts=facts)
+    with pytest.raises(StartupError, match=r"models\.tiny\.kv\.memory_mib: 1 MiB hold no single block"):
+        Engine(spec, on_failure=lambda error: None).start()
+
+
+async def test_an_arena_smaller_than_the_context_is_told_as_degraded(site: Site, run_dir: Path) -> None:
+    facts = dataclasses.replace(FACTS, max_context_tokens=1 << 20)
+    engine = Engine(
+        dataclasses.replace(spec_of(run_dir, "x", Role.DECODE), facts=facts), on_failure=site.failures.append
+    )
+    info = (await asyncio.to_thread(engine.start)).info
+    await asyncio.to_thread(engine.stop)
+    assert info.max_context_tokens == info.num_blocks * 16
+    assert any("kv.memory_mib is the bound" in choice for choice in info.degraded)
