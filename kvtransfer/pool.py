@@ -109,8 +109,7 @@ class BlockPool:
     def _name(self, name: BlockHash, block: int) -> None:
         # A block that holds the same content under that name already stays the one that is found; this one stays
         # private to its table and becomes free with it.
-        if not self._index.has_name(block):
-            self._index.bind(name, block)
+        self._index.bind(name, block)
 
     def _release(self, table: BlockTable) -> None:
         self._tables.discard(table)

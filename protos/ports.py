@@ -51,7 +51,10 @@ class SendPort(Protocol):
         """Token 0 is sampled. `final`: it ended the request, so nothing needs to cross."""
 
     def abort(self, key: TransferKey, error: DiptychError) -> None:
-        """Stop; unknown keys are ignored. `Released` follows when nothing reads the blocks any more."""
+        """Stop. `Released` follows when nothing reads the blocks any more.
+
+        For a key that was never opened the peer is told, and no `Released` follows; ended keys are ignored.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,6 +207,23 @@ def test_d_closes_only_when_its_last_write_is_over() -> None:
     pair.check_quiet()
 
 
+def test_d_confirms_an_abort_only_when_no_fetch_reads_the_slot() -> None:
+    pair = HingePair(auto_grant=False)
+    pair.whole(key(), 4)
+    pair.run(0.5)
+    pair.weather.copy_s = 1.0
+    pair.grant(key())
+    pair.abort_p(key(), EngineFault("boom"))
+    pair.run(0.01)
+    assert isinstance(pair.failure(key()), EngineFault)  # nothing writes, so that D's blocks are free at once
+    assert said(pair, "d", AbortAck) == 0
+    assert pair.sender.ledger.num_busy == 1
+    pair.run(1)
+    assert said(pair, "d", AbortAck) == 1
+    assert not pair._d_kv
+    pair.check_quiet()
+
+
 def test_p_learns_of_a_cancel_before_it_has_opened_and_the_other_way_round() -> None:
     pair = HingePair()
     pair.expect(key(1), 10)
@@ -486,6 +503,20 @@ def test_an_ack_for_another_generation_frees_nothing() -> None:
         pair.inject("p", ChunkAck(key(), 0, slot, gen, ChunkStatus.OK))
     assert pair.sender.ledger.num_busy == 1
     assert pair.sender.counters["kv_fenced_messages_total"] == 2
+
+
+def test_a_final_ack_before_the_end_releases_nothing() -> None:
+    pair = HingePair()
+    pair.expect(key(), 10)
+    pair.open(key(), 10)
+    pair.run(0.5)
+    pair.inject("p", FinalAck(key()))
+    assert not pair.released
+    pair.compute(key(), 10)
+    pair.finish(key())
+    pair.run(0.5)
+    assert pair.committed(key())
+    pair.check_quiet()
 
 
 def test_a_transfer_meant_for_another_engine_is_not_given_away() -> None:

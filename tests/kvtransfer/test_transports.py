@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
 from diptych.kvtransfer.ring import RingMemory, RingView, TornRead
@@ -87,6 +88,24 @@ def test_it_conforms(transport: str, tmp_path: Path) -> None:
         ring.close()
 
     check_transport({"local": local_pair, "shm": shm_pair, "grpc": grpc_pair}[transport])
+
+
+def test_a_slot_reused_during_the_copy_is_a_torn_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = RingMemory(2, 4096)
+    ref = publish(ring, 0, b"first")
+    real = np.copyto
+
+    def slow_copy(target: np.ndarray, source: np.ndarray) -> None:
+        real(target, source)
+        ring.retire(0, ref.generation + 1)
+
+    monkeypatch.setattr("diptych.kvtransfer.ring.np.copyto", slow_copy)
+    with pytest.raises(TornRead, match="while it was read"):
+        ring.read(ref, memoryview(bytearray(5)))
+    with pytest.raises(TornRead, match="while it was read"):
+        ring.frame(ref, 0, 5)
+    monkeypatch.undo()
+    ring.close()
 
 
 def test_a_capability_is_good_for_one_attachment_and_none_is_good_for_nothing(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_in_fair_weather_everything_arrives() -> None:
 
 
 def test_random_words_break_nothing() -> None:
-    """A peer that says anything (but lies about being finished): no crash, no wrong commit, no block or slot is lost."""
+    """A peer that says anything but a lie about its end: no crash, no wrong commit, no block or slot is lost."""
     for seed in range(20):
         rng = random.Random(seed)
         pair = HingePair(seed=seed, weather=Weather(copy_s=0.1))
