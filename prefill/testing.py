@@ -91,6 +91,10 @@ class PrefillBench:
             if sending.first_token is not None or sending.aborted is not None:
                 self.release(key)
 
+    def announced(self) -> list[TransferKey]:
+        """The transfers with KV that the sender was told of and has not released."""
+        return [key for key, sending in self.sender.transfers.items() if sending.upto]
+
     def cancel(self, key: TransferKey) -> None:
         """The router gives the request up."""
         self.worker.cancel(key)

@@ -91,8 +91,12 @@ class PrefillWorker:
             self._jobs[key] = job
             self._deadlines.add(key, order.request.deadline)
             self._scheduler.add(job)
+            # At once, not when its turn comes: the decode engine's Expect must find it however long the queue is.
+            self._sender.open(key, order.decode, len(order.request.prompt))
         else:
             self._finish(job, FinishReason.ERROR, error)
+            if earlier is None:
+                self._sender.abort(key, error)  # never opened: tells the decode engine not to wait
         self._flush()
 
     def cancel(self, key: TransferKey) -> None:
@@ -105,7 +109,7 @@ class PrefillWorker:
         """The sender released a job's blocks."""
         assert isinstance(event, Released)
         job = self._jobs.get(event.key)
-        if job is None or job.state is State.WAITING:
+        if job is None:
             return
         if job.state is State.SENDING and event.error is None:
             self._finish(job, FinishReason.HANDOFF, released=event)
@@ -166,7 +170,6 @@ class PrefillWorker:
         job.state = State.RUNNING
         job.timer.enter("prefill", self._clock())
         self._counters["cached_tokens"] += job.cached_tokens
-        self._sender.open(job.key, job.order.decode, len(job.request.prompt))
         if job.computed:
             self._sender.computed(job.key, job.computed, tuple(job.blocks))
 
@@ -202,11 +205,8 @@ class PrefillWorker:
             return
         self._scheduler.stop(job)
         self._finish(job, reason, error)
-        if job.state is State.WAITING:
-            self._forget(job)
-        else:
-            job.state = State.DRAINING
-            self._sender.abort(job.key, error)
+        job.state = State.DRAINING
+        self._sender.abort(job.key, error)
 
     def _forget(self, job: Job) -> None:
         self._scheduler.stop(job)

@@ -243,6 +243,20 @@ def test_a_deadline_in_the_past_never_starts() -> None:
     bench.run()
     assert code(bench, key) == "deadline_exceeded"
     assert bench.trace == []
+    bench.release_sent()
+    bench.assert_idle()
+
+
+def test_a_transfer_is_open_while_its_prompt_still_waits() -> None:
+    """The decode engine asks at once; a transfer unknown for as long as a queue lasts would be given up."""
+    bench = PrefillBench(settings=settings(max_running=1))
+    first, second = bench.submit(PROMPT), bench.submit(PROMPT)
+    assert set(bench.sender.transfers) == {first, second}
+    bench.release(second, PeerLost("the decode engine is gone"))
+    assert code(bench, second) == "peer_lost"
+    bench.run()
+    assert second not in bench.ledger.tokens
+    bench.release_sent()
     bench.assert_idle()
 
 
@@ -304,10 +318,10 @@ def test_at_most_max_running_requests_hold_blocks() -> None:
     bench = PrefillBench(settings=settings(max_running=2))
     keys = [bench.submit(PROMPT[at:]) for at in range(4)]
     bench.run()
-    assert len(bench.sender.transfers) == 2
+    assert bench.announced() == keys[:2]
     bench.release(keys[0])
     bench.run()
-    assert set(bench.sender.transfers) == set(keys[1:3])
+    assert bench.announced() == keys[1:3]
     bench.release_sent()
     bench.run()
     bench.release_sent()
@@ -318,9 +332,9 @@ def test_without_a_free_slot_a_prompt_waits() -> None:
     bench = PrefillBench(slots=1, settings=settings(4))
     first, second = bench.submit(PROMPT), bench.submit(PROMPT[2:])
     bench.step()
-    assert list(bench.sender.transfers) == [first]
+    assert bench.announced() == [first]
     bench.run()
-    assert list(bench.sender.transfers) == [first, second], "a slot is free as soon as token 0 is sampled"
+    assert bench.announced() == [first, second], "a slot is free as soon as token 0 is sampled"
 
 
 def test_a_full_queue_refuses() -> None:
@@ -329,6 +343,7 @@ def test_a_full_queue_refuses() -> None:
     assert set(bench.ledger.finishes) == {keys[3]}
     assert code(bench, keys[3]) == "overloaded"
     bench.cancel(keys[1])
+    bench.release_sent()
     assert bench.submit(PROMPT) not in bench.ledger.finishes, "there is room again"
 
 
