@@ -57,6 +57,20 @@ def status(config: ConfigFile = None, overrides: Overrides = None, url: Url = No
     raise typer.Exit(run_status(config, overrides or [], url))
 
 
+@app.command()
+def chat(
+    url: Annotated[Optional[str], typer.Option(help="The server; by default port 8000 on this host.")] = None,  # noqa: UP045
+    model: Annotated[Optional[str], typer.Option(help="Model to ask; by default the first one served.")] = None,  # noqa: UP045
+    system: Annotated[Optional[str], typer.Option(help="System message of the conversation.")] = None,  # noqa: UP045
+    max_tokens: Annotated[Optional[int], typer.Option(min=1, help="Longest answer.")] = None,  # noqa: UP045
+) -> None:
+    """Talk to a model in the terminal; piped input is one question per line."""
+    from diptych.cluster.chat import DEFAULT_URL
+    from diptych.cluster.chat import chat as run_chat
+
+    raise typer.Exit(run_chat(url or DEFAULT_URL, model=model, system=system, max_tokens=max_tokens))
+
+
 def _process_start() -> float:
     """When this process began, on the monotonic clock: the interpreter's start is part of the start-up."""
     import psutil
