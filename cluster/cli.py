@@ -71,6 +71,29 @@ def chat(
     raise typer.Exit(run_chat(url or DEFAULT_URL, model=model, system=system, max_tokens=max_tokens))
 
 
+@app.command()
+def chat(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    url: Url = None,
+    model: Annotated[Optional[str], typer.Option(help="Model; by default the first one served.")] = None,  # noqa: UP045
+    system: Annotated[Optional[str], typer.Option(help="System message.")] = None,  # noqa: UP045
+    max_tokens: Annotated[Optional[int], typer.Option(help="Tokens per answer.")] = None,  # noqa: UP045
+    temperature: Annotated[Optional[float], typer.Option(help="0 is greedy.")] = None,  # noqa: UP045
+) -> None:
+    """Talk to a running cluster in the terminal."""
+    from diptych.cluster.chat import chat as converse
+    from diptych.cluster.status import cluster_url
+    from diptych.protos.errors import StartupError
+
+    try:
+        where = cluster_url(config, overrides or [], url)
+    except StartupError as exc:
+        print(f"diptych: {exc}", file=sys.stderr)
+        raise typer.Exit(1) from exc
+    raise typer.Exit(converse(where, model=model, system=system, max_tokens=max_tokens, temperature=temperature))
+
+
 def _process_start() -> float:
     """When this process began, on the monotonic clock: the interpreter's start is part of the start-up."""
     import psutil

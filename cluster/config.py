@@ -123,10 +123,19 @@ class ModelSettings(Settings):
 class RaySettings(Settings):
     """Which Ray cluster to use."""
 
-    address: str | None = Field(None, min_length=1, description="host:port of a cluster to join; null: start our own")
+    address: str | None = Field(None, description="host:port of a cluster to join; null: start our own")
     start_timeout_s: Seconds = Field(60.0, description="time for our own Ray to come up")
     engine_timeout_s: Seconds = Field(300.0, description="time for an engine to load its model and be ready")
     object_store_mib: int = Field(96, ge=76, description="Ray's object store; Diptych moves no data through it")
+
+    @field_validator("address")
+    @classmethod
+    def _host_and_port(cls, address: str | None) -> str | None:
+        if address is not None and not re.fullmatch(r"[^:/\s]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", address):
+            raise ValueError(
+                f"{address!r} is not host:port; a cluster is joined by its address, never because it happens to run"
+            )
+        return address
 
 
 class TelemetrySettings(Settings):
@@ -205,12 +214,12 @@ def _read_file(file: Path) -> dict[str, Any]:
 def _only(models: Any, model: str) -> dict[str, Any]:
     if isinstance(models, dict) and model in models:
         return {model: models[model]}
-    folder = Path(model).expanduser()
-    if folder.exists():
-        stem = folder.resolve().name.removesuffix(".gguf")
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._").lower() or "model"
-        return {name: {"source": str(folder.resolve())}}
-    return {model: {"source": model}}
+    path = Path(model).expanduser()
+    if not path.exists() and MODEL_NAME.fullmatch(model):
+        return {model: {"source": model}}
+    path = path.resolve()
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.name.removesuffix(".gguf")).strip("-._").lower() or "model"
+    return {name: {"source": str(path)}}
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

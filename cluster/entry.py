@@ -16,6 +16,7 @@ from typing import Any
 from ray import serve
 
 from diptych.cluster.config import RouterSettings
+from diptych.cluster.inprocess import post_json
 from diptych.cluster.models import ModelFolder
 from diptych.cluster.tracing import configure_tracing, flush_tracing
 from diptych.protos.errors import EngineLost, InvalidRequest, error_from_code
@@ -121,47 +122,8 @@ class RouterDeployment:
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if body.get("stream"):
             raise InvalidRequest("streaming goes through HTTP; a handle call returns the whole answer", "stream")
-        status, answer = await call_app(self._app, path, json.dumps(body).encode())
+        status, answer = await post_json(self._app, path, json.dumps(body).encode())
         if status != 200:
             error = answer["error"]
             raise error_from_code(error.get("code") or "internal_error", error["message"])
         return answer
-
-
-async def call_app(app: Any, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
-    """POST `body` as JSON to an ASGI app in this process; status and JSON answer."""
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "root_path": "",
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())],
-        "client": None,
-        "server": None,
-    }
-    sent_body = False
-    status = 500
-    parts: list[bytes] = []
-
-    async def receive() -> dict[str, Any]:
-        nonlocal sent_body
-        if sent_body:
-            await asyncio.Event().wait()  # the caller never disconnects; its cancellation ends this task
-        sent_body = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def send(message: dict[str, Any]) -> None:
-        nonlocal status
-        if message["type"] == "http.response.start":
-            status = message["status"]
-        elif message["type"] == "http.response.body":
-            parts.append(message.get("body", b""))
-
-    await app(scope, receive, send)
-    answer: dict[str, Any] = json.loads(b"".join(parts))
-    return status, answer

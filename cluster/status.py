@@ -20,17 +20,23 @@ TIMEOUT_S = 5.0
 def run_status(config: Path | None, overrides: Sequence[str], url: str | None) -> int:
     """Print; the exit code."""
     try:
-        if url is None:
-            run_dir = load_config(config, overrides).run_dir
-            state = find_cluster(run_dir)
-            if state is None:
-                raise StartupError(f"no cluster of yours runs here (looked in {run_dir}); start one, or give --url")
-            url = state.url
+        url = cluster_url(config, overrides, url)
         print(render(url, fetch_info(url)))
     except DiptychError as exc:
         print(f"diptych: {exc}", file=sys.stderr)
         return 1
     return 0
+
+
+def cluster_url(config: Path | None, overrides: Sequence[str], url: str | None) -> str:
+    """`url`, or that of the cluster started last on this machine. Raises StartupError when none runs."""
+    if url is not None:
+        return url
+    run_dir = load_config(config, overrides).run_dir
+    state = find_cluster(run_dir)
+    if state is None:
+        raise StartupError(f"no cluster of yours runs here (looked in {run_dir}); start one, or give --url")
+    return state.url
 
 
 def fetch_info(url: str) -> dict[str, Any]:

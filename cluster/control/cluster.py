@@ -21,7 +21,7 @@ from diptych.protos.errors import StartupError
 from diptych.protos.types import EngineId, Role
 
 from . import host
-from .launch import RayHead, ray_environment, start_ray
+from .launch import RayHead, start_ray
 from .memory import MemoryPlan, plan_memory
 from .state import ClusterState, make_folder, write_state
 from .timeline import Timeline
@@ -150,6 +150,8 @@ class Cluster:
             self._head = start_ray(folder, self._config.ray)
             self._ending.callback(self._head.stop)
             address = self._head.address
+        elif not host.is_reachable(address):
+            raise StartupError(f"nothing answers at {address}, the Ray cluster to join; check ray.address")
         import ray
 
         from .manager_actor import NAMESPACE
@@ -239,11 +241,6 @@ def engine_specs(config: DiptychConfig, folders: dict[str, ModelFolder], run_dir
             count[role] += 1
             specs.append(spec)
     return specs
-
-
-def driver_environment(token_path: str | None) -> dict[str, str]:
-    """What another process must set before it imports ray to join a running cluster; see ClusterState."""
-    return {} if token_path is None else ray_environment(Path(token_path))
 
 
 def _engine_note(engine: EngineStarted) -> str:

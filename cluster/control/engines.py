@@ -82,7 +82,9 @@ class EngineFleet:
     def obituaries(self) -> list[str]:
         """A sentence for each engine that has died."""
         members = ray.get(self._manager.members.remote(), timeout=_CALL_TIMEOUT_S)
-        return [f"engine {m.engine_id} (epoch {m.epoch}) died: {m.reason}" for m in members if m.state == "dead"]
+        return [
+            f"engine {m.engine_id} (epoch {m.epoch}) died: {_cause(m.reason)}" for m in members if m.state == "dead"
+        ]
 
     def stop(self) -> None:
         """End engines and manager by handle. Never raises: whatever is left ends with Ray."""
@@ -114,3 +116,9 @@ class EngineFleet:
                 f"{' '.join(str(exc).split())[:400]}"
             ) from exc
         return started
+
+
+def _cause(reason: str) -> str:
+    """The telling part of what Ray says about a death."""
+    _, found, detail = reason.partition("Worker exit detail: ")
+    return detail.split(". Some common causes")[0] if found else reason[:200]

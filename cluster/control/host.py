@@ -52,6 +52,16 @@ def is_port_free(host: str, port: int) -> bool:
     return True
 
 
+def is_reachable(address: str, timeout_s: float = 5.0) -> bool:
+    """Whether something listens at host:port."""
+    name, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((name.strip("[]"), int(port)), timeout_s).close()
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     """Ports that were free a moment ago, all different."""
     with contextlib.ExitStack() as stack:

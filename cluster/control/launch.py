@@ -52,8 +52,8 @@ def ray_environment(token_path: Path) -> dict[str, str]:
         # Off, this variable makes Ray treat the machine as a cluster of its own and bind to loopback only. On Linux
         # nothing else depends on it; without it Ray replaces 127.0.0.1 by the address of the network card.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # On SIGTERM end now: who could move elsewhere has been drained, and a single node has no elsewhere.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
 
 
@@ -66,7 +66,7 @@ def start_ray(folder: Path, settings: RaySettings) -> RayHead:
     # For this process too: Ray reads them when it is first imported.
     os.environ |= environment
     log = folder / "ray.log"
-    process = _spawn(_command(folder, settings), log, environment)
+    process = spawn(_command(folder, settings), log, environment)
     address_file = folder / "ray" / "ray_current_cluster"
     deadline = time.monotonic() + settings.start_timeout_s
     try:
@@ -85,19 +85,19 @@ def start_ray(folder: Path, settings: RaySettings) -> RayHead:
     return RayHead(process, address, token_path, log)
 
 
-def end_tree(process: subprocess.Popen[bytes]) -> None:
-    """End a child and its descendants: politely, then for good. Knows them by pid and start time, never by name."""
+def end_tree(process: subprocess.Popen[bytes], grace_s: float = _TERM_GRACE_S) -> None:
+    """End a child and its descendants: politely, then after `grace_s` for good. By pid, never by name."""
     try:
         family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         family = []
     process.terminate()
     try:
-        process.wait(_TERM_GRACE_S)
+        process.wait(grace_s)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait(_KILL_GRACE_S)
-    _, alive = psutil.wait_procs(family, timeout=_TERM_GRACE_S)
+    _, alive = psutil.wait_procs(family, timeout=grace_s)
     for survivor in alive:
         survivor.kill()
     psutil.wait_procs(alive, timeout=_KILL_GRACE_S)
@@ -123,7 +123,8 @@ def _command(folder: Path, settings: RaySettings) -> list[str]:
     return [*start, *flags, *(f"--{name}={value}" for name, value in options.items())]
 
 
-def _spawn(command: list[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def spawn(command: list[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A child in a session of its own that the kernel ends when this process dies. Call from the main thread."""
     libc = ctypes.CDLL(None, use_errno=True)
     parent = os.getpid()
 

@@ -63,14 +63,14 @@ def write_state(state: ClusterState) -> None:
     partial.replace(path)
 
 
-def find_cluster(run_dir: Path) -> ClusterState | None:
-    """The cluster below `run_dir` that was started last and whose process lives, or None."""
+def find_cluster(run_dir: Path, url: str | None = None) -> ClusterState | None:
+    """The cluster below `run_dir` (at `url`, if given) that was started last and whose process lives, or None."""
     files = sorted(run_dir.glob(f"*/{STATE_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for file in files:
         with contextlib.suppress(OSError, ValueError, TypeError):
             raw = json.loads(file.read_text(encoding="utf-8"))
             state = ClusterState(**(raw | {"models": tuple(raw["models"])}))
-            if psutil.pid_exists(state.pid):
+            if psutil.pid_exists(state.pid) and url in (None, state.url):
                 return state
     return None
 

@@ -31,6 +31,8 @@ def refusal(*overrides: str) -> str:
         ("models.x.decode.engines=0", "models.x.decode.engines: should be greater than or equal to 1, not 0"),
         ("transfer.lease_s=0", "transfer.lease_s: should be greater than 0, not 0"),
         ("transfer.transport=pigeon", "transfer.transport: should be 'auto', 'shm' or 'grpc', not 'pigeon'"),
+        ("ray.address=auto", "ray.address: 'auto' is not host:port"),
+        ("ray.address=ray://head:10001", "ray.address: 'ray://head:10001' is not host:port"),
         ("models={}", "models: should have at least 1 entry, not {}"),
         ("run_dir=/a/very/long/path/that/goes/on/and/on/and/on", "run_dir: "),
         ('models."a b"={}', "models: 'a b' is not a model name"),
@@ -105,6 +107,7 @@ def test_model_option_names_a_folder_a_configured_model_or_a_built_in_one(tmp_pa
     file.write_text("models: {a: {source: /a}, b: {source: /b}}\n")
     assert {n: m.source for n, m in load_config(file, model="b").models.items()} == {"b": "/b"}
     assert load_config(None, model="other").models["other"].source == "other"
+    assert load_config(None, model="/no/such").models["such"].source == "/no/such"
 
 
 @pytest.mark.parametrize(

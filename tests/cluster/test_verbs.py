@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from diptych.cluster.cli import app
+from diptych.cluster.inprocess import post_json
+from diptych.cluster.status import render, run_status
+from diptych.protos.errors import StartupError
+
+INFO = {
+    "models": [{"id": "tiny"}],
+    "engines": [
+        {
+            "engine": "prefill-0",
+            "model": "tiny",
+            "connected": True,
+            "pid": 41,
+            "running": 2,
+            "waiting": 3,
+            "steps": 77,
+            "blocks": {"total": 10, "free": 5, "cached": 4, "used": 1},
+        }
+    ],
+    "routers": [{"id": "router-a", "pid": 43, "in_flight": {"tiny": 5}, "waiting": 6}],
+    "degraded": ["slow"],
+}
+
+
+def test_status_shows_engines_blocks_and_queues() -> None:
+    text = render("http://u", INFO)
+    assert "prefill-0  tiny   connected  41   2        3        1/4/5                    77" in text
+    assert "router-a (pid 43): 5 in work, 6 waiting" in text
+    assert "degraded: slow" in text
+
+
+def test_status_without_a_cluster_is_a_sentence_and_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diptych.cluster.config.default_run_dir", lambda: Path("/tmp/none"))
+    assert run_status(None, ["run_dir=/tmp/diptych-none"], None) == 1
+    assert "no cluster of yours runs here (looked in /tmp/diptych-none)" in capsys.readouterr().err
+    assert run_status(None, [], "http://127.0.0.1:1") == 1
+    assert "does not answer" in capsys.readouterr().err
+
+
+def test_the_verbs_and_options_of_the_command_are_these() -> None:
+    """The command line is an interface: a change here is a change for users."""
+    import typer.main
+
+    group = typer.main.get_command(app)
+    verbs = {name: {o for p in verb.params for o in p.opts} for name, verb in group.commands.items()}  # type: ignore[attr-defined]
+    where = {"--config", "--set"}
+    assert verbs == {
+        "serve": where | {"--model", "--port", "--address"},
+        "status": where | {"--url"},
+        "chat": where | {"--url", "--model", "--system", "--max-tokens", "--temperature"},
+    }
+
+
+async def test_a_handle_call_is_an_ordinary_request_to_the_app() -> None:
+    async def echo(request: Request) -> JSONResponse:
+        return JSONResponse({"got": await request.json(), "type": request.headers["content-type"]}, 201)
+
+    starlette = Starlette(routes=[Route("/v1/echo", echo, methods=["POST"])])
+    status, answer = await post_json(starlette, "/v1/echo", json.dumps({"a": [1, "x" * 5000]}).encode())
+    assert status == 201
+    assert answer == {"got": {"a": [1, "x" * 5000]}, "type": "application/json"}
+
+
+def test_errors_keep_their_message_through_pickle() -> None:
+    """They cross Ray on the way from an engine to the terminal."""
+    import pickle
+
+    error = pickle.loads(pickle.dumps(StartupError("a sentence", detail="d")))
+    assert (str(error), error.detail) == ("a sentence", "d")
