@@ -59,29 +59,15 @@ def status(config: ConfigFile = None, overrides: Overrides = None, url: Url = No
 
 @app.command()
 def chat(
-    url: Annotated[Optional[str], typer.Option(help="The server; by default port 8000 on this host.")] = None,  # noqa: UP045
-    model: Annotated[Optional[str], typer.Option(help="Model to ask; by default the first one served.")] = None,  # noqa: UP045
-    system: Annotated[Optional[str], typer.Option(help="System message of the conversation.")] = None,  # noqa: UP045
-    max_tokens: Annotated[Optional[int], typer.Option(min=1, help="Longest answer.")] = None,  # noqa: UP045
-) -> None:
-    """Talk to a model in the terminal; piped input is one question per line."""
-    from diptych.cluster.chat import DEFAULT_URL
-    from diptych.cluster.chat import chat as run_chat
-
-    raise typer.Exit(run_chat(url or DEFAULT_URL, model=model, system=system, max_tokens=max_tokens))
-
-
-@app.command()
-def chat(
     config: ConfigFile = None,
     overrides: Overrides = None,
     url: Url = None,
     model: Annotated[Optional[str], typer.Option(help="Model; by default the first one served.")] = None,  # noqa: UP045
     system: Annotated[Optional[str], typer.Option(help="System message.")] = None,  # noqa: UP045
-    max_tokens: Annotated[Optional[int], typer.Option(help="Tokens per answer.")] = None,  # noqa: UP045
+    max_tokens: Annotated[Optional[int], typer.Option(min=1, help="Longest answer.")] = None,  # noqa: UP045
     temperature: Annotated[Optional[float], typer.Option(help="0 is greedy.")] = None,  # noqa: UP045
 ) -> None:
-    """Talk to a running cluster in the terminal."""
+    """Talk to a model in the terminal; piped input is one question per line."""
     from diptych.cluster.chat import chat as converse
     from diptych.cluster.status import cluster_url
     from diptych.protos.errors import StartupError
