@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -24,7 +22,7 @@ Transport = Literal["auto", "shm", "grpc"]
 
 @pytest.fixture(scope="module")
 def folder() -> ModelFolder:
-    return resolve("smollm2-135m-instruct", Path(os.environ.get("DIPTYCH_TEST_CACHE", default_cache_dir())))
+    return resolve("smollm2-135m-instruct", default_cache_dir())
 
 
 @pytest.fixture(scope="module")

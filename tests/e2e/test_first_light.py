@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,9 @@ import psutil
 import pytest
 from reference import TIE, Reference
 from serving import Cluster
+
+from diptych.cluster.config import default_cache_dir
+from diptych.cluster.models import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smollm2-135m-instruct"
@@ -29,15 +33,15 @@ def engines(cluster: Cluster) -> dict[str, dict[str, Any]]:
     return {role: engine for engine in cluster.get("/info")["engines"] for role in engine["roles"]}
 
 
-def metric(cluster: Cluster, name: str) -> float:
-    """Sum of a metric's samples over all labels."""
-    lines = [line for line in cluster.text("/metrics").splitlines() if line.startswith((name + "{", name + " "))]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+def bytes_across(cluster: Cluster) -> dict[str, float]:
+    """KV bytes that each role has sent or received, from /metrics."""
+    pattern = r'^diptych_engine_kv_transfer_bytes_total\{.*role="(\w+)"\} (\S+)$'
+    return {role: float(value) for role, value in re.findall(pattern, cluster.text("/metrics"), re.MULTILINE)}
 
 
 @pytest.fixture(scope="module")
 def reference(cluster: Cluster) -> Reference:
-    return Reference(Path(cluster.get("/info")["models"][0]["folder"]))
+    return Reference(resolve(MODEL, default_cache_dir()).path)
 
 
 def check_text(reference: Reference, prompt: list[int], text: str) -> None:
@@ -64,7 +68,7 @@ def test_prompt_and_answer_are_computed_in_two_processes_and_the_kv_crosses(clus
     assert all(psutil.pid_exists(pid) for pid in pids.values())
     assert cluster.process.pid not in pids.values()
 
-    before = metric(cluster, "kv_transfer_bytes_total")
+    before = bytes_across(cluster)
     steps = {role: by_role[role]["steps"] for role in pids}
     answer = cluster.post(
         "/v1/chat/completions",
@@ -80,7 +84,11 @@ def test_prompt_and_answer_are_computed_in_two_processes_and_the_kv_crosses(clus
     prompt_tokens = answer["usage"]["prompt_tokens"]
     assert prompt_tokens > 16
 
-    wait_until(lambda: metric(cluster, "kv_transfer_bytes_total") > before, "no byte crossed the hinge")
+    def crossed() -> bool:
+        now = bytes_across(cluster)
+        return all(now[role] > before.get(role, 0) for role in ("prefill", "decode"))
+
+    wait_until(crossed, "no byte crossed the hinge")
     after = {role: engine["steps"] for role, engine in engines(cluster).items()}
     assert after["prefill"] > steps["prefill"]
     assert after["decode"] - steps["decode"] >= answer["usage"]["completion_tokens"] - 1
