@@ -75,13 +75,15 @@ def run_serve(config: DiptychConfig, began: float) -> int:
             for sentence in cluster.poll():
                 print(sentence, file=sys.stderr, flush=True)
         code = 0
-    except Interrupted:
-        code = INTERRUPTED
-    except StartupError as exc:
-        print(f"diptych: {exc}", file=sys.stderr, flush=True)
-        if exc.detail:
-            logging.getLogger(__name__).info("%s", exc.detail)
-        code = 1
+    except BaseException as exc:
+        if signals.came:  # what was raised need not be Interrupted: out of Ray's C code it comes as a SystemError
+            code = INTERRUPTED
+            say("interrupted")
+        elif isinstance(exc, StartupError):
+            code = 1
+            print(f"diptych: {exc}", file=sys.stderr, flush=True)
+        else:
+            raise
     finally:
         signals.is_ending = True
         signals.install()
