@@ -18,7 +18,7 @@ from ray import serve
 from diptych.cluster.config import RouterSettings
 from diptych.cluster.inprocess import post_json
 from diptych.cluster.models import ModelFolder
-from diptych.cluster.tracing import configure_tracing, flush_tracing
+from diptych.cluster.observability.tracing import configure_tracing, flush_tracing
 from diptych.protos.errors import EngineLost, InvalidRequest, error_from_code
 
 APP_NAME = "diptych"

@@ -29,7 +29,7 @@ class EngineActor:
         began = time.monotonic()
         os.environ |= OPENMP | {"OMP_NUM_THREADS": str(self._spec.threads or len(os.sched_getaffinity(0)))}
         os.environ["HF_HUB_OFFLINE"] = "1"
-        from diptych.cluster.tracing import configure_tracing
+        from diptych.cluster.observability.tracing import configure_tracing
 
         from .engine import Engine, prepare_process
 
@@ -54,7 +54,7 @@ class EngineActor:
 
     def stop(self) -> None:
         """End everything but the process, which ends with the actor."""
-        from diptych.cluster.tracing import flush_tracing
+        from diptych.cluster.observability.tracing import flush_tracing
 
         self._engine.stop()
         flush_tracing()

@@ -92,15 +92,14 @@ class Engine:
         """A reading of the loop, with the drivers' counters; from any thread."""
         reading = self._loop.reading()
         counters = dict(reading.counters)
-        transfers = busy = 0
         sender, receiver = self._parts.sender, self._parts.receiver
-        if sender is not None:
-            counters |= sender.counters()
-            transfers += sender.open_transfers
-            busy = sender.ring_slots_busy
-        if receiver is not None:
-            counters |= receiver.counters()
-            transfers += receiver.open_transfers
+        transfers = 0
+        for end in (sender, receiver):
+            if end is not None:
+                transfers += end.open_transfers
+                for name, value in end.counters().items():  # both ends count under the same names
+                    counters[name] = counters.get(name, 0.0) + value
+        busy = sender.ring_slots_busy if sender is not None else 0
         counters["engine_outputs_lost_total"] = float(self._parts.outbox.outputs_lost)
         return dataclasses.replace(reading, transfers=transfers, ring_slots_busy=busy, counters=counters)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from diptych.cluster.tracing import record_phase
+from diptych.cluster.observability.tracing import record_phase
 from diptych.protos import codec, engine_pb2_grpc
 from diptych.protos import engine_pb2 as pb
 from diptych.protos.errors import DiptychError, EngineError, InvalidRequest, Overloaded

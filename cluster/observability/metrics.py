@@ -91,13 +91,11 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         labels = ("engine", "role", "model")
         up = GaugeMetricFamily("diptych_engine_up", "Whether the session to the engine is open", labels=labels)
-        steps = CounterMetricFamily("diptych_engine_steps", "Engine steps", labels=labels)
         gauges = {name: GaugeMetricFamily(name, text, labels=labels) for name, (text, _) in ENGINE_GAUGES.items()}
         counters: dict[str, CounterMetricFamily] = {}
         for reading in self._read():
             values = (reading.engine, reading.roles, reading.model)
             up.add_metric(values, float(reading.is_up))
-            steps.add_metric(values, reading.status.steps)
             for name, (_, read) in ENGINE_GAUGES.items():
                 gauges[name].add_metric(values, read(reading.status))
             for key, value in reading.status.counters.items():
@@ -106,7 +104,6 @@ class _EngineCollector(Collector):
                     counters[name] = CounterMetricFamily(name, "Counter of the engines", labels=labels)
                 counters[name].add_metric(values, value)
         yield up
-        yield steps
         yield from gauges.values()
         yield from counters.values()
 

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
 from diptych.cluster.config import LimitSettings, RouterSettings
-from diptych.cluster.observability.tracing import JsonLinesExporter
+from diptych.cluster.observability.tracing import json_lines
 from diptych.cluster.router import router as router_module
 from diptych.cluster.router.router import Explanation, GenerateCall, Router
 from diptych.cluster.router.testing import EchoEngine, StaticDirectory
@@ -361,7 +361,8 @@ async def test_spans_join_the_callers_trace_and_travel_to_the_engines(
 ) -> None:
     provider = TracerProvider(shutdown_on_exit=False)
     file = tmp_path / "spans.jsonl"
-    provider.add_span_processor(SimpleSpanProcessor(JsonLinesExporter(file)))
+    exporter = json_lines(file)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(router_module, "_TRACER", provider.get_tracer("test"))
     trace_id, span_id = "ab" * 16, "cd" * 8
     async with rig(tmp_path, PAIR) as r:
@@ -369,13 +370,14 @@ async def test_spans_join_the_callers_trace_and_travel_to_the_engines(
             pass
         sent = r.engines["p"].orders[0].request.traceparent.split("-")
     provider.shutdown()
+    exporter.out.close()
     spans = {span["name"]: span for span in map(json.loads, file.read_text().splitlines())}
     assert spans.keys() == {"router", "queue"}
-    assert spans["router"]["parent_id"] == span_id
-    assert spans["queue"]["parent_id"] == spans["router"]["span_id"]
-    assert {span["trace_id"] for span in spans.values()} == {trace_id}
+    assert spans["router"]["parent_id"] == f"0x{span_id}"
+    assert spans["queue"]["parent_id"] == spans["router"]["context"]["span_id"]
+    assert {span["context"]["trace_id"] for span in spans.values()} == {f"0x{trace_id}"}
     assert spans["router"]["attributes"]["outcome"] == "ok"
-    assert sent[1:3] == [trace_id, spans["router"]["span_id"]]
+    assert sent[1:3] == [trace_id, spans["router"]["context"]["span_id"].removeprefix("0x")]
     assert file.stat().st_mode & 0o777 == 0o600
 
 
