@@ -1,6 +1,6 @@
 """Talk to a running cluster with the official OpenAI client: one answer at once, one streamed, with token counts.
 
-    python examples/chat_openai.py [URL]        the default is http://127.0.0.1:8000
+python examples/chat_openai.py [URL]        the default is http://127.0.0.1:8000
 """
 
 from __future__ import annotations

@@ -70,10 +70,14 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Scatter:
-    """D: unpack the verified bytes of the chunk's last Fetch into the blocks, then call `scattered`."""
+    """D: unpack the verified bytes of the chunk's last Fetch into the blocks, then call `scattered`.
+
+    `is_last`: the prompt ends with it; clear the rest of its block too.
+    """
 
     ready: ChunkReady
     blocks: tuple[int, ...]
+    is_last: bool
 
 
 SendAction = Send | Deliver | Gather | Retire | HangUp

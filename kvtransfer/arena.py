@@ -51,6 +51,14 @@ class KvArena:
         if tok_to > tok_from:
             kv_unpack(self.storage, blocks, tok_from, self._wire(data, tok_to - tok_from))
 
+    def clear_tail(self, blocks: Sequence[int], num_tokens: int) -> None:
+        """Zero what follows position num_tokens - 1 in its block. Attention gives these places weight 0, which does not
+        cancel the NaN that an earlier sequence may have left there.
+        """
+        index, offset = divmod(num_tokens, self.layout.block_tokens)
+        if offset:
+            self.storage[:, :, blocks[index], :, offset:] = 0
+
     def _wire(self, buffer: memoryview, num_tokens: int) -> Tensor:
         layout = self.layout
         if buffer.nbytes != num_tokens * layout.bytes_per_token:

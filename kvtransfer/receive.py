@@ -152,8 +152,8 @@ class ReceiveDriver:
                 self._outboxes.close(link)
             case Fetch(link, ready):
                 self._fetch(link, ready)
-            case Scatter(ready, blocks):
-                self._scatter(ready, blocks)
+            case Scatter():
+                self._scatter(action)
 
     def _fetch(self, link: Link, ready: ChunkReady) -> None:
         reader = self._readers.get(link)
@@ -180,11 +180,14 @@ class ReceiveDriver:
         if not any(isinstance(action, Scatter) for action in self._machine.peek_actions()[before:]):
             self._recycle(ready)  # nobody wants these bytes
 
-    def _scatter(self, ready: ChunkReady, blocks: tuple[int, ...]) -> None:
+    def _scatter(self, action: Scatter) -> None:
+        ready, blocks = action.ready, action.blocks
         error: DiptychError | None = None
         try:
             with memoryview(self._arrived[ready])[: ready.size_bytes] as data:
                 self._arena.unpack(blocks, ready.tok_from, ready.tok_to, data)
+            if action.is_last:
+                self._arena.clear_tail(blocks, ready.tok_to)
         except Exception as exc:  # a bad block list or a device error ends this transfer, not the engine
             log.exception("%s: chunk %d could not be put into its blocks", ready.key, ready.chunk)
             error = EngineFault("the KV could not be put into its blocks", detail=repr(exc))

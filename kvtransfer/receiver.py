@@ -229,7 +229,7 @@ class ReceiverMachine:
             transfer.progress_at = now
             transfer.num_scattering += 1
             self._send(transfer.link, self._ack(ready, ChunkStatus.OK))
-            self._actions.append(Scatter(ready, transfer.blocks))
+            self._actions.append(Scatter(ready, transfer.blocks, ready.tok_to == transfer.num_tokens))
             return
         name = {FetchResult.CHECKSUM: "kv_checksum_failures_total", FetchResult.TORN: "kv_torn_reads_total"}
         self.counters[name.get(result, "kv_fetch_errors_total")] += 1

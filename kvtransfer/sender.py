@@ -70,6 +70,7 @@ class _Transfer:
     num_filling: int = 0
     first_token: int | None = None
     told_finished: bool = False
+    is_granted: bool = False  # the peer has taken a chunk, so it has blocks for all of them
     size_bytes: int = 0
     ended: Ended | None = None  # set: waiting for a copy out of the blocks to end, then Released
 
@@ -328,8 +329,9 @@ class SenderMachine:
         if message.status is ChunkStatus.OK:
             del transfer.chunks[message.chunk]
             self._retire(chunk.slot)
-            self._feed_starved()
+            transfer.is_granted = True
             self._stage(transfer)
+            self._feed_starved()
         elif message.status is ChunkStatus.CHECKSUM:
             self.counters["kv_checksum_failures_total"] += 1
         else:
@@ -394,7 +396,7 @@ class SenderMachine:
         if link is None or transfer.ended is not None:
             return
         while (num_tokens := self._stageable(transfer)) > 0:
-            slot = self.ledger.try_take(link.engine_id, transfer.key)
+            slot = self.ledger.try_take(link.engine_id, transfer.key, spare=self._spare(transfer, link))
             if slot is None:
                 self._starved[transfer.key] = None
                 return
@@ -410,6 +412,17 @@ class SenderMachine:
             )
         self._starved.pop(transfer.key, None)
         self._tell_finished(transfer)
+
+    def _spare(self, transfer: _Transfer, link: Link) -> int:
+        """Slots that this transfer must leave to others of its pair.
+
+        Chunks of a transfer without blocks stay in their slots until the peer has room, and room may come only from a
+        transfer that has blocks: while one of those is under way, the last slot is for them.
+        """
+        if transfer.is_granted:
+            return 0
+        others = (other for other in self._open.values() if other.link == link and other.is_granted)
+        return int(any(other.ended is None and other.next_token < other.num_tokens for other in others))
 
     def _stageable(self, transfer: _Transfer) -> int:
         """Tokens of the next chunk, 0 for none. Slots go out full, except at the prompt's end and when none is out."""
@@ -489,7 +502,8 @@ class SenderMachine:
         self._actions.append(Retire(slot, self.ledger.retire(slot)))
 
     def _feed_starved(self) -> None:
-        for key in list(self._starved):
+        # First those whose chunks will leave their slots at once.
+        for key in sorted(self._starved, key=lambda key: not self._open[key].is_granted):
             self._stage(self._open[key])
 
     def _send(self, link: Link, message: Message) -> None:

@@ -23,7 +23,7 @@ class PrefillSettings(Settings):
     step_tokens: int = Field(512, ge=1, description="prompt tokens computed per step, over all requests")
     max_running: int = Field(16, ge=1, description="requests in computation or with KV on its way at once")
     max_waiting: int = Field(256, ge=0, description="requests waiting; one more is refused")
-    threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: all cores")
+    threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: the cores divided by the engines")
 
 
 class DecodeSettings(Settings):
@@ -33,7 +33,7 @@ class DecodeSettings(Settings):
     max_running: int = Field(64, ge=1, description="sequences in one step")
     step_tokens: int = Field(512, ge=1, description="tokens per step, prompts computed here included")
     max_waiting: int = Field(256, ge=0, description="requests waiting, those whose KV is on its way included")
-    threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: all cores")
+    threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: the cores divided by the engines")
 
 
 class KvSettings(Settings):

@@ -7,6 +7,7 @@ router drains -> serve (on a Ray that is not ours) -> engines -> manager -> driv
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
@@ -240,7 +241,9 @@ def engine_specs(config: DiptychConfig, folders: dict[str, ModelFolder], run_dir
             )
             count[role] += 1
             specs.append(spec)
-    return specs
+    # More threads than cores is far slower than one thread each: OpenMP's spinning threads wait for descheduled ones.
+    cores = max(1, len(os.sched_getaffinity(0)) // len(specs))
+    return [dataclasses.replace(spec, cores=cores) for spec in specs]
 
 
 def _engine_note(engine: EngineStarted) -> str:

@@ -11,10 +11,6 @@ from diptych.protos.status import EngineStatus
 
 from .spec import EngineSpec, EngineStarted
 
-# Read by OpenMP when torch is loaded: waiting threads sleep, so that engines on the same cores do not spin against
-# each other.
-OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-
 
 class EngineActor:
     """Decodes nothing, decides nothing: calls the Engine."""
@@ -27,7 +23,7 @@ class EngineActor:
     def start(self) -> EngineStarted:
         """Load and listen; see Engine.start."""
         began = time.monotonic()
-        os.environ |= OPENMP | {"OMP_NUM_THREADS": str(self._spec.threads or len(os.sched_getaffinity(0)))}
+        os.environ["OMP_NUM_THREADS"] = str(self._spec.threads)  # read when torch is loaded
         os.environ["HF_HUB_OFFLINE"] = "1"
         from diptych.cluster.observability.tracing import configure_tracing
 

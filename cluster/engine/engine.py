@@ -77,7 +77,12 @@ class Engine:
         parts = self._parts
         self._loop = StepLoop(workers=parts.workers, inbox=parts.inbox, counts=parts.pool.counts, clock=time.monotonic)
         self._sessions = EngineSessions(
-            info=parts.info, inbox=parts.inbox, outbox=parts.outbox, reading=self.status, clock=time.monotonic
+            info=parts.info,
+            inbox=parts.inbox,
+            outbox=parts.outbox,
+            reading=self.status,
+            abandon=parts.sender.abort if parts.sender is not None else None,
+            clock=time.monotonic,
         )
         self._asyncio = asyncio.new_event_loop()
         self._asyncio_thread.start()
@@ -167,7 +172,7 @@ class Engine:
 
 def prepare_process(spec: EngineSpec) -> None:
     """What one engine may set for its whole process."""
-    torch.set_num_threads(spec.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(spec.threads)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 

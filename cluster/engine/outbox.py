@@ -20,7 +20,7 @@ class Outbox:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_ready: Callable[[], None] | None = None
         self._awake = False
-        self._overflowed = False
+        self._lost_before = 0  # of outputs_lost, told by `drain`
         self.outputs_lost = 0
 
     def attach(self, loop: asyncio.AbstractEventLoop, on_ready: Callable[[], None]) -> None:
@@ -29,12 +29,14 @@ class Outbox:
         self._on_ready = on_ready
 
     def put(self, role: Role, output: StepOutput) -> None:
-        """Never blocks. When the reader is `max_outputs` behind, the output is lost and `drain` says so."""
+        """Never blocks. When the reader is `max_outputs` behind, the tokens are lost and `drain` says so; terminal events
+        are kept, for they end the books of their requests and are no more than these.
+        """
         if len(self._ring) >= self._max_outputs:
-            self._overflowed = True
             self.outputs_lost += 1
-            return
-        self._ring.append((role, output))
+            output = StepOutput(finishes=output.finishes)
+        if output:
+            self._ring.append((role, output))
         if not self._awake and self._loop is not None and self._on_ready is not None:
             self._awake = True
             try:
@@ -46,8 +48,8 @@ class Outbox:
         """All outputs in order, and whether some were lost since the last call."""
         # Cleared first: an output that comes after the ring was emptied must wake the reader again.
         self._awake = False
-        lost, self._overflowed = self._overflowed, False
         outputs = []
         while self._ring:
             outputs.append(self._ring.popleft())
-        return outputs, lost
+        lost, self._lost_before = self.outputs_lost - self._lost_before, self.outputs_lost
+        return outputs, lost > 0

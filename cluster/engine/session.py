@@ -87,8 +87,10 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         inbox: Inbox,
         outbox: Outbox,
         reading: Callable[[], EngineStatus],
+        abandon: Callable[[TransferKey, DiptychError], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
+        self._abandon = abandon  # SendPort.abort, where there is one
         self._info = info
         self._inbox = inbox
         self._outbox = outbox
@@ -187,13 +189,15 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             key = order.request.key
             if role not in self._routes:
                 raise EngineError(f"engine {self._info.ref.engine_id} has no {role} worker")
-            if self.draining:
-                raise Overloaded(f"engine {self._info.ref.engine_id} takes no new requests: it is shutting down")
             if key in self._routes[role]:
                 raise InvalidRequest(f"{key} is in work already", "transfer_id")
+            if self.draining:
+                raise Overloaded(f"engine {self._info.ref.engine_id} takes no new requests: it is shutting down")
             if not self._inbox.try_put(order):
                 raise Overloaded(f"the inbox of engine {self._info.ref.engine_id} is full")
         except DiptychError as error:
+            if isinstance(error, Overloaded) and role is Role.PREFILL and self._abandon is not None:
+                self._abandon(key, error)  # else the decode engine would wait for it as long as a lease lasts
             session.send(self._refusal(msg.handle, role, error))
             return
         session.handles[msg.handle] = (role, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class EngineSpec:
     facts: ModelFacts
     dtype: str
     run_dir: Path
+    cores: int = 0  # this engine's share of the machine; 0: all that the process may use
     trace_file: Path | None = None
     degraded: tuple[str, ...] = ()
 
@@ -55,12 +57,12 @@ class EngineSpec:
 
     @property
     def threads(self) -> int:
-        """CPU threads of the engine; 0: all cores. An engine of both roles takes the larger wish."""
+        """CPU threads of the engine: the larger wish of its roles, else its share of the cores."""
         wishes = [
             self.settings.prefill.threads if role is Role.PREFILL else self.settings.decode.threads
             for role in self.roles
         ]
-        return 0 if 0 in wishes else max(wishes)
+        return max(wishes) or self.cores or len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, slots=True)

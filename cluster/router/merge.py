@@ -34,7 +34,9 @@ class TokenMerge:
         return self.finish is not None or self.error is not None
 
     def token(self, index: int, token: int) -> None:
-        """Generated token number `index`; a repetition is dropped."""
+        """Generated token number `index`; a repetition is dropped, and whatever follows an error."""
+        if self.error is not None:
+            return
         if index < len(self.tokens):
             if self.tokens[index] != token:
                 self._fail(EngineFault(f"two engines disagree about token {index} of this answer"))
