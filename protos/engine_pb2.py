@@ -4,62 +4,65 @@
 # source: diptych/protos/engine.proto
 # Protobuf Python Version: 5.29.0
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 5, 29, 0, "", "diptych/protos/engine.proto"
+    _runtime_version.Domain.PUBLIC,
+    5,
+    29,
+    0,
+    '',
+    'diptych/protos/engine.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1b\x64iptych/protos/engine.proto\x12\x11\x64iptych.engine.v1"=\n\tEngineRef\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0e\n\x06target\x18\x03 \x01(\t"\x99\x01\n\x0bRouterFrame\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.diptych.engine.v1.OpenH\x00\x12+\n\x06submit\x18\x02 \x01(\x0b\x32\x19.diptych.engine.v1.SubmitH\x00\x12+\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x19.diptych.engine.v1.CancelH\x00\x42\x07\n\x05\x66rame"/\n\x04Open\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x02 \x01(\x06"\xa5\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\'\n\x05phase\x18\x04 \x01(\x0e\x32\x18.diptych.engine.v1.Phase\x12\x0e\n\x06prompt\x18\x05 \x03(\r\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.diptych.engine.v1.Sampling\x12*\n\x04peer\x18\x07 \x01(\x0b\x32\x1c.diptych.engine.v1.EngineRef\x12\x0c\n\x04salt\x18\x08 \x01(\x0c\x12\x11\n\ttimeout_s\x18\t \x01(\x01\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x1b\n\x13\x61llow_local_prefill\x18\x0b \x01(\x08"w\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x06\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r".\n\x06\x43\x61ncel\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r"\xa3\x01\n\x0b\x45ngineFrame\x12-\n\x07welcome\x18\x01 \x01(\x0b\x32\x1a.diptych.engine.v1.WelcomeH\x00\x12/\n\x06tokens\x18\x02 \x01(\x0b\x32\x1d.diptych.engine.v1.StepTokensH\x00\x12+\n\x06status\x18\x03 \x01(\x0b\x32\x19.diptych.engine.v1.StatusH\x00\x42\x07\n\x05\x66rame"\x97\x01\n\x07Welcome\x12(\n\x02me\x18\x01 \x01(\x0b\x32\x1c.diptych.engine.v1.EngineRef\x12\r\n\x05roles\x18\x02 \x03(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x06 \x01(\r"g\n\nStepTokens\x12\x0e\n\x06handle\x18\x01 \x03(\r\x12\r\n\x05index\x18\x02 \x03(\r\x12\r\n\x05token\x18\x03 \x03(\r\x12+\n\x08\x66inishes\x18\x04 \x03(\x0b\x32\x19.diptych.engine.v1.Finish"\xd5\x01\n\x06\x46inish\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\'\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.diptych.engine.v1.Error\x12,\n\x05times\x18\x06 \x01(\x0b\x32\x1d.diptych.engine.v1.StageTimes\x12\x16\n\x0etransfer_bytes\x18\x07 \x01(\x06\x12\x11\n\ttransport\x18\x08 \x01(\t"N\n\nStageTimes\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x0f\n\x07prefill\x18\x02 \x01(\x01\x12\x10\n\x08transfer\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\x04 \x01(\x01"9\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08"\xa8\x02\n\x06Status\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x04 \x01(\r\x12\x15\n\rblocks_cached\x18\x05 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x06 \x01(\r\x12\x11\n\ttransfers\x18\x07 \x01(\r\x12\x17\n\x0fring_slots_busy\x18\x08 \x01(\r\x12\x39\n\x08\x63ounters\x18\t \x03(\x0b\x32\'.diptych.engine.v1.Status.CountersEntry\x12\r\n\x05steps\x18\n \x01(\x06\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*C\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_PREFILL\x10\x01\x12\x10\n\x0cPHASE_DECODE\x10\x02\x32W\n\x06\x45ngine\x12M\n\x07Session\x12\x1e.diptych.engine.v1.RouterFrame\x1a\x1e.diptych.engine.v1.EngineFrame(\x01\x30\x01\x62\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64iptych/protos/engine.proto\x12\x11\x64iptych.engine.v1\"=\n\tEngineRef\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0e\n\x06target\x18\x03 \x01(\t\"\x99\x01\n\x0bRouterFrame\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.diptych.engine.v1.OpenH\x00\x12+\n\x06submit\x18\x02 \x01(\x0b\x32\x19.diptych.engine.v1.SubmitH\x00\x12+\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x19.diptych.engine.v1.CancelH\x00\x42\x07\n\x05\x66rame\"/\n\x04Open\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x02 \x01(\x06\"\xa5\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\'\n\x05phase\x18\x04 \x01(\x0e\x32\x18.diptych.engine.v1.Phase\x12\x0e\n\x06prompt\x18\x05 \x03(\r\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.diptych.engine.v1.Sampling\x12*\n\x04peer\x18\x07 \x01(\x0b\x32\x1c.diptych.engine.v1.EngineRef\x12\x0c\n\x04salt\x18\x08 \x01(\x0c\x12\x11\n\ttimeout_s\x18\t \x01(\x01\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x1b\n\x13\x61llow_local_prefill\x18\x0b \x01(\x08\"w\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x06\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\".\n\x06\x43\x61ncel\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xa3\x01\n\x0b\x45ngineFrame\x12-\n\x07welcome\x18\x01 \x01(\x0b\x32\x1a.diptych.engine.v1.WelcomeH\x00\x12/\n\x06tokens\x18\x02 \x01(\x0b\x32\x1d.diptych.engine.v1.StepTokensH\x00\x12+\n\x06status\x18\x03 \x01(\x0b\x32\x19.diptych.engine.v1.StatusH\x00\x42\x07\n\x05\x66rame\"\x97\x01\n\x07Welcome\x12(\n\x02me\x18\x01 \x01(\x0b\x32\x1c.diptych.engine.v1.EngineRef\x12\r\n\x05roles\x18\x02 \x03(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x06 \x01(\r\"g\n\nStepTokens\x12\x0e\n\x06handle\x18\x01 \x03(\r\x12\r\n\x05index\x18\x02 \x03(\r\x12\r\n\x05token\x18\x03 \x03(\r\x12+\n\x08\x66inishes\x18\x04 \x03(\x0b\x32\x19.diptych.engine.v1.Finish\"\xd5\x01\n\x06\x46inish\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\'\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.diptych.engine.v1.Error\x12,\n\x05times\x18\x06 \x01(\x0b\x32\x1d.diptych.engine.v1.StageTimes\x12\x16\n\x0etransfer_bytes\x18\x07 \x01(\x06\x12\x11\n\ttransport\x18\x08 \x01(\t\"N\n\nStageTimes\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x0f\n\x07prefill\x18\x02 \x01(\x01\x12\x10\n\x08transfer\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\x04 \x01(\x01\"9\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\xa8\x02\n\x06Status\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x04 \x01(\r\x12\x15\n\rblocks_cached\x18\x05 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x06 \x01(\r\x12\x11\n\ttransfers\x18\x07 \x01(\r\x12\x17\n\x0fring_slots_busy\x18\x08 \x01(\r\x12\x39\n\x08\x63ounters\x18\t \x03(\x0b\x32\'.diptych.engine.v1.Status.CountersEntry\x12\r\n\x05steps\x18\n \x01(\x06\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*C\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_PREFILL\x10\x01\x12\x10\n\x0cPHASE_DECODE\x10\x02\x32W\n\x06\x45ngine\x12M\n\x07Session\x12\x1e.diptych.engine.v1.RouterFrame\x1a\x1e.diptych.engine.v1.EngineFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "diptych.protos.engine_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'diptych.protos.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_STATUS_COUNTERSENTRY"]._loaded_options = None
-    _globals["_STATUS_COUNTERSENTRY"]._serialized_options = b"8\001"
-    _globals["_PHASE"]._serialized_start = 1862
-    _globals["_PHASE"]._serialized_end = 1929
-    _globals["_ENGINEREF"]._serialized_start = 50
-    _globals["_ENGINEREF"]._serialized_end = 111
-    _globals["_ROUTERFRAME"]._serialized_start = 114
-    _globals["_ROUTERFRAME"]._serialized_end = 267
-    _globals["_OPEN"]._serialized_start = 269
-    _globals["_OPEN"]._serialized_end = 316
-    _globals["_SUBMIT"]._serialized_start = 319
-    _globals["_SUBMIT"]._serialized_end = 612
-    _globals["_SAMPLING"]._serialized_start = 614
-    _globals["_SAMPLING"]._serialized_end = 733
-    _globals["_CANCEL"]._serialized_start = 735
-    _globals["_CANCEL"]._serialized_end = 781
-    _globals["_ENGINEFRAME"]._serialized_start = 784
-    _globals["_ENGINEFRAME"]._serialized_end = 947
-    _globals["_WELCOME"]._serialized_start = 950
-    _globals["_WELCOME"]._serialized_end = 1101
-    _globals["_STEPTOKENS"]._serialized_start = 1103
-    _globals["_STEPTOKENS"]._serialized_end = 1206
-    _globals["_FINISH"]._serialized_start = 1209
-    _globals["_FINISH"]._serialized_end = 1422
-    _globals["_STAGETIMES"]._serialized_start = 1424
-    _globals["_STAGETIMES"]._serialized_end = 1502
-    _globals["_ERROR"]._serialized_start = 1504
-    _globals["_ERROR"]._serialized_end = 1561
-    _globals["_STATUS"]._serialized_start = 1564
-    _globals["_STATUS"]._serialized_end = 1860
-    _globals["_STATUS_COUNTERSENTRY"]._serialized_start = 1813
-    _globals["_STATUS_COUNTERSENTRY"]._serialized_end = 1860
-    _globals["_ENGINE"]._serialized_start = 1931
-    _globals["_ENGINE"]._serialized_end = 2018
+  DESCRIPTOR._loaded_options = None
+  _globals['_STATUS_COUNTERSENTRY']._loaded_options = None
+  _globals['_STATUS_COUNTERSENTRY']._serialized_options = b'8\001'
+  _globals['_PHASE']._serialized_start=1862
+  _globals['_PHASE']._serialized_end=1929
+  _globals['_ENGINEREF']._serialized_start=50
+  _globals['_ENGINEREF']._serialized_end=111
+  _globals['_ROUTERFRAME']._serialized_start=114
+  _globals['_ROUTERFRAME']._serialized_end=267
+  _globals['_OPEN']._serialized_start=269
+  _globals['_OPEN']._serialized_end=316
+  _globals['_SUBMIT']._serialized_start=319
+  _globals['_SUBMIT']._serialized_end=612
+  _globals['_SAMPLING']._serialized_start=614
+  _globals['_SAMPLING']._serialized_end=733
+  _globals['_CANCEL']._serialized_start=735
+  _globals['_CANCEL']._serialized_end=781
+  _globals['_ENGINEFRAME']._serialized_start=784
+  _globals['_ENGINEFRAME']._serialized_end=947
+  _globals['_WELCOME']._serialized_start=950
+  _globals['_WELCOME']._serialized_end=1101
+  _globals['_STEPTOKENS']._serialized_start=1103
+  _globals['_STEPTOKENS']._serialized_end=1206
+  _globals['_FINISH']._serialized_start=1209
+  _globals['_FINISH']._serialized_end=1422
+  _globals['_STAGETIMES']._serialized_start=1424
+  _globals['_STAGETIMES']._serialized_end=1502
+  _globals['_ERROR']._serialized_start=1504
+  _globals['_ERROR']._serialized_end=1561
+  _globals['_STATUS']._serialized_start=1564
+  _globals['_STATUS']._serialized_end=1860
+  _globals['_STATUS_COUNTERSENTRY']._serialized_start=1813
+  _globals['_STATUS_COUNTERSENTRY']._serialized_end=1860
+  _globals['_ENGINE']._serialized_start=1931
+  _globals['_ENGINE']._serialized_end=2018
 # @@protoc_insertion_point(module_scope)

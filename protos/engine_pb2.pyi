@@ -2,13 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from typing import (
-    ClassVar as _ClassVar,
-    Iterable as _Iterable,
-    Mapping as _Mapping,
-    Optional as _Optional,
-    Union as _Union,
-)
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -17,7 +11,6 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PHASE_UNSPECIFIED: _ClassVar[Phase]
     PHASE_PREFILL: _ClassVar[Phase]
     PHASE_DECODE: _ClassVar[Phase]
-
 PHASE_UNSPECIFIED: Phase
 PHASE_PREFILL: Phase
 PHASE_DECODE: Phase
@@ -30,9 +23,7 @@ class EngineRef(_message.Message):
     engine_id: str
     epoch: int
     target: str
-    def __init__(
-        self, engine_id: _Optional[str] = ..., epoch: _Optional[int] = ..., target: _Optional[str] = ...
-    ) -> None: ...
+    def __init__(self, engine_id: _Optional[str] = ..., epoch: _Optional[int] = ..., target: _Optional[str] = ...) -> None: ...
 
 class RouterFrame(_message.Message):
     __slots__ = ("open", "submit", "cancel")
@@ -42,12 +33,7 @@ class RouterFrame(_message.Message):
     open: Open
     submit: Submit
     cancel: Cancel
-    def __init__(
-        self,
-        open: _Optional[_Union[Open, _Mapping]] = ...,
-        submit: _Optional[_Union[Submit, _Mapping]] = ...,
-        cancel: _Optional[_Union[Cancel, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("router_id", "engine_epoch")
@@ -58,19 +44,7 @@ class Open(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., engine_epoch: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = (
-        "handle",
-        "transfer_id",
-        "attempt",
-        "phase",
-        "prompt",
-        "sampling",
-        "peer",
-        "salt",
-        "timeout_s",
-        "traceparent",
-        "allow_local_prefill",
-    )
+    __slots__ = ("handle", "transfer_id", "attempt", "phase", "prompt", "sampling", "peer", "salt", "timeout_s", "traceparent", "allow_local_prefill")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -93,20 +67,7 @@ class Submit(_message.Message):
     timeout_s: float
     traceparent: str
     allow_local_prefill: bool
-    def __init__(
-        self,
-        handle: _Optional[int] = ...,
-        transfer_id: _Optional[bytes] = ...,
-        attempt: _Optional[int] = ...,
-        phase: _Optional[_Union[Phase, str]] = ...,
-        prompt: _Optional[_Iterable[int]] = ...,
-        sampling: _Optional[_Union[Sampling, _Mapping]] = ...,
-        peer: _Optional[_Union[EngineRef, _Mapping]] = ...,
-        salt: _Optional[bytes] = ...,
-        timeout_s: _Optional[float] = ...,
-        traceparent: _Optional[str] = ...,
-        allow_local_prefill: bool = ...,
-    ) -> None: ...
+    def __init__(self, handle: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., peer: _Optional[_Union[EngineRef, _Mapping]] = ..., salt: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., allow_local_prefill: bool = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids")
@@ -122,15 +83,7 @@ class Sampling(_message.Message):
     top_k: int
     seed: int
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(
-        self,
-        max_tokens: _Optional[int] = ...,
-        temperature: _Optional[float] = ...,
-        top_p: _Optional[float] = ...,
-        top_k: _Optional[int] = ...,
-        seed: _Optional[int] = ...,
-        stop_token_ids: _Optional[_Iterable[int]] = ...,
-    ) -> None: ...
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("transfer_id", "attempt")
@@ -148,12 +101,7 @@ class EngineFrame(_message.Message):
     welcome: Welcome
     tokens: StepTokens
     status: Status
-    def __init__(
-        self,
-        welcome: _Optional[_Union[Welcome, _Mapping]] = ...,
-        tokens: _Optional[_Union[StepTokens, _Mapping]] = ...,
-        status: _Optional[_Union[Status, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("me", "roles", "model", "block_tokens", "num_blocks", "max_context_tokens")
@@ -169,15 +117,7 @@ class Welcome(_message.Message):
     block_tokens: int
     num_blocks: int
     max_context_tokens: int
-    def __init__(
-        self,
-        me: _Optional[_Union[EngineRef, _Mapping]] = ...,
-        roles: _Optional[_Iterable[str]] = ...,
-        model: _Optional[str] = ...,
-        block_tokens: _Optional[int] = ...,
-        num_blocks: _Optional[int] = ...,
-        max_context_tokens: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, me: _Optional[_Union[EngineRef, _Mapping]] = ..., roles: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., block_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_context_tokens: _Optional[int] = ...) -> None: ...
 
 class StepTokens(_message.Message):
     __slots__ = ("handle", "index", "token", "finishes")
@@ -189,13 +129,7 @@ class StepTokens(_message.Message):
     index: _containers.RepeatedScalarFieldContainer[int]
     token: _containers.RepeatedScalarFieldContainer[int]
     finishes: _containers.RepeatedCompositeFieldContainer[Finish]
-    def __init__(
-        self,
-        handle: _Optional[_Iterable[int]] = ...,
-        index: _Optional[_Iterable[int]] = ...,
-        token: _Optional[_Iterable[int]] = ...,
-        finishes: _Optional[_Iterable[_Union[Finish, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, handle: _Optional[_Iterable[int]] = ..., index: _Optional[_Iterable[int]] = ..., token: _Optional[_Iterable[int]] = ..., finishes: _Optional[_Iterable[_Union[Finish, _Mapping]]] = ...) -> None: ...
 
 class Finish(_message.Message):
     __slots__ = ("handle", "reason", "num_tokens", "cached_tokens", "error", "times", "transfer_bytes", "transport")
@@ -215,17 +149,7 @@ class Finish(_message.Message):
     times: StageTimes
     transfer_bytes: int
     transport: str
-    def __init__(
-        self,
-        handle: _Optional[int] = ...,
-        reason: _Optional[str] = ...,
-        num_tokens: _Optional[int] = ...,
-        cached_tokens: _Optional[int] = ...,
-        error: _Optional[_Union[Error, _Mapping]] = ...,
-        times: _Optional[_Union[StageTimes, _Mapping]] = ...,
-        transfer_bytes: _Optional[int] = ...,
-        transport: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, handle: _Optional[int] = ..., reason: _Optional[str] = ..., num_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., transfer_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class StageTimes(_message.Message):
     __slots__ = ("queue", "prefill", "transfer", "decode")
@@ -237,13 +161,7 @@ class StageTimes(_message.Message):
     prefill: float
     transfer: float
     decode: float
-    def __init__(
-        self,
-        queue: _Optional[float] = ...,
-        prefill: _Optional[float] = ...,
-        transfer: _Optional[float] = ...,
-        decode: _Optional[float] = ...,
-    ) -> None: ...
+    def __init__(self, queue: _Optional[float] = ..., prefill: _Optional[float] = ..., transfer: _Optional[float] = ..., decode: _Optional[float] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message", "retryable")
@@ -256,18 +174,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., retryable: bool = ...) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = (
-        "running",
-        "waiting",
-        "blocks_total",
-        "blocks_free",
-        "blocks_cached",
-        "blocks_used",
-        "transfers",
-        "ring_slots_busy",
-        "counters",
-        "steps",
-    )
+    __slots__ = ("running", "waiting", "blocks_total", "blocks_free", "blocks_cached", "blocks_used", "transfers", "ring_slots_busy", "counters", "steps")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -275,7 +182,6 @@ class Status(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
-
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -296,16 +202,4 @@ class Status(_message.Message):
     ring_slots_busy: int
     counters: _containers.ScalarMap[str, float]
     steps: int
-    def __init__(
-        self,
-        running: _Optional[int] = ...,
-        waiting: _Optional[int] = ...,
-        blocks_total: _Optional[int] = ...,
-        blocks_free: _Optional[int] = ...,
-        blocks_cached: _Optional[int] = ...,
-        blocks_used: _Optional[int] = ...,
-        transfers: _Optional[int] = ...,
-        ring_slots_busy: _Optional[int] = ...,
-        counters: _Optional[_Mapping[str, float]] = ...,
-        steps: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_used: _Optional[int] = ..., transfers: _Optional[int] = ..., ring_slots_busy: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., steps: _Optional[int] = ...) -> None: ...

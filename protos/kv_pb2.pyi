@@ -2,13 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from typing import (
-    ClassVar as _ClassVar,
-    Iterable as _Iterable,
-    Mapping as _Mapping,
-    Optional as _Optional,
-    Union as _Union,
-)
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -17,7 +11,6 @@ class ChunkStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CHUNK_OK: _ClassVar[ChunkStatus]
     CHUNK_CHECKSUM: _ClassVar[ChunkStatus]
     CHUNK_TORN: _ClassVar[ChunkStatus]
-
 CHUNK_OK: ChunkStatus
 CHUNK_CHECKSUM: ChunkStatus
 CHUNK_TORN: ChunkStatus
@@ -31,21 +24,7 @@ class TransferKey(_message.Message):
     def __init__(self, transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class KvMsg(_message.Message):
-    __slots__ = (
-        "src_epoch",
-        "pair_epoch",
-        "seq",
-        "hello",
-        "hello_ack",
-        "expect",
-        "ready",
-        "ack",
-        "finished",
-        "final_ack",
-        "abort",
-        "abort_ack",
-        "heartbeat",
-    )
+    __slots__ = ("src_epoch", "pair_epoch", "seq", "hello", "hello_ack", "expect", "ready", "ack", "finished", "final_ack", "abort", "abort_ack", "heartbeat")
     SRC_EPOCH_FIELD_NUMBER: _ClassVar[int]
     PAIR_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
@@ -72,22 +51,7 @@ class KvMsg(_message.Message):
     abort: Abort
     abort_ack: AbortAck
     heartbeat: Heartbeat
-    def __init__(
-        self,
-        src_epoch: _Optional[int] = ...,
-        pair_epoch: _Optional[int] = ...,
-        seq: _Optional[int] = ...,
-        hello: _Optional[_Union[Hello, _Mapping]] = ...,
-        hello_ack: _Optional[_Union[HelloAck, _Mapping]] = ...,
-        expect: _Optional[_Union[Expect, _Mapping]] = ...,
-        ready: _Optional[_Union[ChunkReady, _Mapping]] = ...,
-        ack: _Optional[_Union[ChunkAck, _Mapping]] = ...,
-        finished: _Optional[_Union[PrefillFinished, _Mapping]] = ...,
-        final_ack: _Optional[_Union[FinalAck, _Mapping]] = ...,
-        abort: _Optional[_Union[Abort, _Mapping]] = ...,
-        abort_ack: _Optional[_Union[AbortAck, _Mapping]] = ...,
-        heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, src_epoch: _Optional[int] = ..., pair_epoch: _Optional[int] = ..., seq: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., hello_ack: _Optional[_Union[HelloAck, _Mapping]] = ..., expect: _Optional[_Union[Expect, _Mapping]] = ..., ready: _Optional[_Union[ChunkReady, _Mapping]] = ..., ack: _Optional[_Union[ChunkAck, _Mapping]] = ..., finished: _Optional[_Union[PrefillFinished, _Mapping]] = ..., final_ack: _Optional[_Union[FinalAck, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., abort_ack: _Optional[_Union[AbortAck, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class Geometry(_message.Message):
     __slots__ = ("layers", "kv_heads", "head_dim", "block_tokens", "dtype")
@@ -101,14 +65,7 @@ class Geometry(_message.Message):
     head_dim: int
     block_tokens: int
     dtype: str
-    def __init__(
-        self,
-        layers: _Optional[int] = ...,
-        kv_heads: _Optional[int] = ...,
-        head_dim: _Optional[int] = ...,
-        block_tokens: _Optional[int] = ...,
-        dtype: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_tokens: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("engine_id", "engine_epoch", "peer_epoch", "compat_sha256", "compat_text", "geometry", "transports")
@@ -126,16 +83,7 @@ class Hello(_message.Message):
     compat_text: str
     geometry: Geometry
     transports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(
-        self,
-        engine_id: _Optional[str] = ...,
-        engine_epoch: _Optional[int] = ...,
-        peer_epoch: _Optional[int] = ...,
-        compat_sha256: _Optional[bytes] = ...,
-        compat_text: _Optional[str] = ...,
-        geometry: _Optional[_Union[Geometry, _Mapping]] = ...,
-        transports: _Optional[_Iterable[str]] = ...,
-    ) -> None: ...
+    def __init__(self, engine_id: _Optional[str] = ..., engine_epoch: _Optional[int] = ..., peer_epoch: _Optional[int] = ..., compat_sha256: _Optional[bytes] = ..., compat_text: _Optional[str] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class HelloAck(_message.Message):
     __slots__ = ("engine_id", "engine_epoch", "transport", "blob", "slots", "slot_bytes", "refusal")
@@ -153,16 +101,7 @@ class HelloAck(_message.Message):
     slots: int
     slot_bytes: int
     refusal: str
-    def __init__(
-        self,
-        engine_id: _Optional[str] = ...,
-        engine_epoch: _Optional[int] = ...,
-        transport: _Optional[str] = ...,
-        blob: _Optional[bytes] = ...,
-        slots: _Optional[int] = ...,
-        slot_bytes: _Optional[int] = ...,
-        refusal: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, engine_id: _Optional[str] = ..., engine_epoch: _Optional[int] = ..., transport: _Optional[str] = ..., blob: _Optional[bytes] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class Expect(_message.Message):
     __slots__ = ("key", "have_tokens")
@@ -170,9 +109,7 @@ class Expect(_message.Message):
     HAVE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     key: TransferKey
     have_tokens: int
-    def __init__(
-        self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., have_tokens: _Optional[int] = ...
-    ) -> None: ...
+    def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., have_tokens: _Optional[int] = ...) -> None: ...
 
 class ChunkReady(_message.Message):
     __slots__ = ("key", "chunk", "tok_from", "tok_to", "slot", "slot_gen", "size_bytes", "checksum")
@@ -192,17 +129,7 @@ class ChunkReady(_message.Message):
     slot_gen: int
     size_bytes: int
     checksum: int
-    def __init__(
-        self,
-        key: _Optional[_Union[TransferKey, _Mapping]] = ...,
-        chunk: _Optional[int] = ...,
-        tok_from: _Optional[int] = ...,
-        tok_to: _Optional[int] = ...,
-        slot: _Optional[int] = ...,
-        slot_gen: _Optional[int] = ...,
-        size_bytes: _Optional[int] = ...,
-        checksum: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., chunk: _Optional[int] = ..., tok_from: _Optional[int] = ..., tok_to: _Optional[int] = ..., slot: _Optional[int] = ..., slot_gen: _Optional[int] = ..., size_bytes: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class ChunkAck(_message.Message):
     __slots__ = ("key", "chunk", "slot", "slot_gen", "status")
@@ -216,14 +143,7 @@ class ChunkAck(_message.Message):
     slot: int
     slot_gen: int
     status: ChunkStatus
-    def __init__(
-        self,
-        key: _Optional[_Union[TransferKey, _Mapping]] = ...,
-        chunk: _Optional[int] = ...,
-        slot: _Optional[int] = ...,
-        slot_gen: _Optional[int] = ...,
-        status: _Optional[_Union[ChunkStatus, str]] = ...,
-    ) -> None: ...
+    def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., chunk: _Optional[int] = ..., slot: _Optional[int] = ..., slot_gen: _Optional[int] = ..., status: _Optional[_Union[ChunkStatus, str]] = ...) -> None: ...
 
 class PrefillFinished(_message.Message):
     __slots__ = ("key", "total_chunks", "prompt_tokens", "first_token", "final")
@@ -237,14 +157,7 @@ class PrefillFinished(_message.Message):
     prompt_tokens: int
     first_token: int
     final: bool
-    def __init__(
-        self,
-        key: _Optional[_Union[TransferKey, _Mapping]] = ...,
-        total_chunks: _Optional[int] = ...,
-        prompt_tokens: _Optional[int] = ...,
-        first_token: _Optional[int] = ...,
-        final: bool = ...,
-    ) -> None: ...
+    def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., total_chunks: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., first_token: _Optional[int] = ..., final: bool = ...) -> None: ...
 
 class FinalAck(_message.Message):
     __slots__ = ("key",)
@@ -260,12 +173,7 @@ class Abort(_message.Message):
     key: TransferKey
     code: str
     message: str
-    def __init__(
-        self,
-        key: _Optional[_Union[TransferKey, _Mapping]] = ...,
-        code: _Optional[str] = ...,
-        message: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class AbortAck(_message.Message):
     __slots__ = ("key",)
@@ -289,13 +197,7 @@ class FetchRequest(_message.Message):
     slot: int
     slot_gen: int
     engine_epoch: int
-    def __init__(
-        self,
-        key: _Optional[_Union[TransferKey, _Mapping]] = ...,
-        slot: _Optional[int] = ...,
-        slot_gen: _Optional[int] = ...,
-        engine_epoch: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., slot: _Optional[int] = ..., slot_gen: _Optional[int] = ..., engine_epoch: _Optional[int] = ...) -> None: ...
 
 class KvBytes(_message.Message):
     __slots__ = ("data",)

@@ -29,8 +29,9 @@ class Outbox:
         self._on_ready = on_ready
 
     def put(self, role: Role, output: StepOutput) -> None:
-        """Never blocks. When the reader is `max_outputs` behind, the tokens are lost and `drain` says so; terminal events
-        are kept, for they end the books of their requests and are no more than these.
+        """Never blocks. When the reader is `max_outputs` behind, the tokens are lost and `drain` says so.
+
+        Terminal events are kept: they end the books of their requests and are no more than these.
         """
         if len(self._ring) >= self._max_outputs:
             self.outputs_lost += 1
@@ -51,5 +52,6 @@ class Outbox:
         outputs = []
         while self._ring:
             outputs.append(self._ring.popleft())
-        lost, self._lost_before = self.outputs_lost - self._lost_before, self.outputs_lost
-        return outputs, lost > 0
+        total = self.outputs_lost  # read once: the step thread goes on counting
+        lost, self._lost_before = total > self._lost_before, total
+        return outputs, lost
