@@ -235,7 +235,7 @@ class ReceiveDriver:
                 write=agreement.write,
                 on_message=lambda msg: self._received(peer, msg),
             )
-        except grpc.RpcError as exc:
+        except (grpc.RpcError, asyncio.InvalidStateError) as exc:  # the latter from a write after the end
             log.info("the channel to prefill engine %s broke: %s", peer.engine_id, exc)
         finally:
             self._outboxes.remove(link)

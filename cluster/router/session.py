@@ -191,7 +191,10 @@ class EngineSession:
             await self._has_mail.wait()
             self._has_mail.clear()
             while self._outbox:
-                await call.write(self._outbox.popleft())
+                try:
+                    await call.write(self._outbox.popleft())
+                except asyncio.InvalidStateError as exc:  # grpc's word for a call that ended before the reader saw it
+                    raise EngineLost("the stream has ended") from exc
 
     async def _read_all(self, call: Any) -> None:
         while True:

@@ -194,6 +194,22 @@ async def test_bytes_arrive_equal(
         assert p.driver.counters()["kv_thread_faults_total"] == d.driver.counters()["kv_thread_faults_total"] == 0
 
 
+@pytest.mark.parametrize("num_tokens", [1, 32, 45, 48])
+async def test_nothing_of_an_earlier_sequence_follows_the_prompt_in_its_last_block(
+    num_tokens: int, tmp_path: Path
+) -> None:
+    async with make_hinge(tmp_path) as hinge:
+        p = await hinge.prefill(make_layout(16), settings("shm"))
+        d = hinge.decode(make_layout(16), settings("shm"))
+        d.arena.storage.fill_(float("nan"))  # what a request that failed on a NaN may leave behind
+        await send_whole(p, d, make_key(1), num_tokens, 0)
+        assert await take(d.events) == WantBlocks(make_key(1))
+        target = blocks_for(d.arena, num_tokens, seed=3)
+        d.driver.grant(make_key(1), target)
+        assert isinstance(await take(d.events), Committed)
+        assert bool(torch.isfinite(d.arena.storage[:, :, target]).all())
+
+
 async def test_many_transfers_share_few_slots(tmp_path: Path) -> None:
     """Three decode engines, four slots, grants in the wrong order: all arrive, nothing is left behind."""
     async with make_hinge(tmp_path) as hinge:

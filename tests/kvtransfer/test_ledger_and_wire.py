@@ -74,6 +74,17 @@ def test_a_pair_is_sure_of_its_slots_whatever_the_others_hold() -> None:
     assert take(A) is None
 
 
+def test_spare_slots_of_a_pair_are_those_that_it_could_still_take() -> None:
+    ledger = SlotLedger(4, 1)
+    ledger.add_pair(A)
+    ledger.add_pair(B)
+    assert [ledger.try_take(A, KEY, spare=1) is not None for _ in range(3)] == [True, True, False]
+    assert ledger.try_take(A, KEY) is not None
+    assert ledger.try_take(A, KEY) is None
+    assert ledger.try_take(B, KEY, spare=1) is None
+    assert ledger.try_take(B, KEY) is not None
+
+
 def test_more_pairs_than_slots_share_what_there_is() -> None:
     ledger = SlotLedger(2, 2)
     pairs = [EngineId(str(number)) for number in range(5)]

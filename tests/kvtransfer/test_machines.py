@@ -138,6 +138,29 @@ def test_without_a_free_slot_the_kv_waits_in_its_blocks() -> None:
     pair.check_quiet()
 
 
+def test_prompts_without_blocks_cannot_keep_all_slots_from_one_that_has_them() -> None:
+    pair = HingePair(auto_grant=False, settings=TransferSettings(slots=2))
+    first, second = key(1), key(2)
+    for one in (first, second):
+        pair.expect(one, 20)
+        pair.open(one, 20)
+    pair.compute(first, 4)
+    pair.compute(second, 20)  # most of it was cached
+    pair.run(1)
+    assert pair.wanted == [first, second]
+    pair.grant(first)  # which leaves no room for the second until the first has been answered
+    pair.run(1)
+    pair.compute(first, 20)
+    pair.finish(first)
+    pair.finish(second)
+    pair.run(1)
+    assert pair.committed(first)
+    pair.grant(second)
+    pair.run(1)
+    assert pair.committed(second)
+    pair.check_quiet()
+
+
 # ---- cancel and errors ------------------------------------------------------------------------
 
 

@@ -57,8 +57,14 @@ class Harness:
         self.inbox = Inbox(max_orders=8)
         self.outbox = Outbox(max_outputs)
         self.status = EngineStatus(running=1)
+        self.abandoned: list[tuple[TransferKey, str]] = []
         self.sessions = EngineSessions(
-            info=self.info, inbox=self.inbox, outbox=self.outbox, reading=lambda: self.status, clock=lambda: 50.0
+            info=self.info,
+            inbox=self.inbox,
+            outbox=self.outbox,
+            reading=lambda: self.status,
+            abandon=lambda key, error: self.abandoned.append((key, error.code)),
+            clock=lambda: 50.0,
         )
         self._taken: list[InboxItem] = []
 
@@ -344,6 +350,32 @@ async def test_outputs_lost_on_the_way_end_the_sessions_instead_of_leaving_holes
         assert (await router.refused())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert await engine.items(1) == [CancelRequest(Role.DECODE, key(1))]
     assert engine.outbox.outputs_lost == 3
+
+
+async def test_a_lost_terminal_event_still_ends_the_books_of_its_request(start: Start) -> None:
+    engine = await start(max_outputs=2)
+    async with engine.router() as router:
+        await router.submit(1, 1)
+        await engine.items(1)
+        for index in range(4):
+            engine.outbox.put(Role.DECODE, output((1, index, index)))
+        engine.outbox.put(Role.DECODE, output((1, 4, 4), finishes=[finish(1, FinishReason.LENGTH)]))
+        assert (await router.refused())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert engine.sessions.num_requests == 0
+
+
+async def test_a_prefill_order_refused_at_the_door_is_abandoned_for_its_decode_engine_too(start: Start) -> None:
+    engine = await start(frozenset(Role))
+    async with engine.router() as router:
+        await router.submit(1, 1, role=Role.PREFILL)
+        await engine.items(1)
+        engine.sessions.draining = True
+        await router.submit(2, 1, role=Role.PREFILL)  # lives: its transfer must not be touched
+        await router.submit(3, 2, role=Role.PREFILL)
+        await router.submit(4, 3, role=Role.DECODE)
+        codes = [(await router.tokens()).finishes[0].error.code for _ in range(3)]
+    assert codes == ["invalid_request", "overloaded", "overloaded"]
+    assert engine.abandoned == [(key(2), "overloaded")]
 
 
 async def test_a_router_that_reads_nothing_loses_its_session_only(

@@ -144,3 +144,13 @@ def test_only_the_first_end_of_a_role_counts() -> None:
     merge.end(Role.DECODE, EngineLost("late"))
     assert taken(merge) == [1]
     assert merge.error is None
+
+
+def test_nothing_of_what_follows_a_disagreement_reaches_the_client() -> None:
+    merge = TokenMerge(has_prefill=True)
+    merge.token(0, 5)
+    assert taken(merge) == [5]
+    for index, token in enumerate((6, 7, 8)):  # the decode engine computed the prompt itself and went another way
+        merge.token(index, token)
+    assert taken(merge) == []
+    assert isinstance(merge.error, EngineFault)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -17,6 +18,7 @@ from diptych.cluster.config import LimitSettings, RouterSettings
 from diptych.cluster.observability.tracing import json_lines
 from diptych.cluster.router import router as router_module
 from diptych.cluster.router.router import Explanation, GenerateCall, Router
+from diptych.cluster.router.session import EngineSession
 from diptych.cluster.router.testing import EchoEngine, StaticDirectory
 from diptych.protos.errors import (
     DeadlineExceeded,
@@ -219,6 +221,23 @@ async def test_a_stream_that_breaks_before_the_first_token_is_retried_on_the_sam
         tokens, finish = await r.ask()
         assert tokens == wanted(8)
         assert finish.attempts == 2
+
+
+async def test_a_write_into_a_stream_that_has_just_ended_costs_one_connection_and_not_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all, ended = EngineSession._write_all, asyncio.InvalidStateError("RPC already finished.")
+
+    async def write_too_late(session: EngineSession, call: object) -> None:
+        monkeypatch.setattr(EngineSession, "_write_all", write_all)
+        await write_all(session, Mock(write=Mock(side_effect=ended)))
+
+    async with rig(tmp_path, {"d0": D}) as r:
+        r.engines["d0"].drop_streams()
+        await until(lambda: r.ready() == 0)
+        monkeypatch.setattr(EngineSession, "_write_all", write_too_late)
+        await until(lambda: r.ready() == 1)
+        assert (await r.ask())[0] == wanted(8)
 
 
 async def test_retries_are_bounded(tmp_path: Path) -> None:
