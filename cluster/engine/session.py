@@ -144,10 +144,17 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
                 if session.failure is None and not reader.done():
                     await session.ready.wait()
                 if session.failure is not None:
-                    await context.abort(session.failure.code, session.failure.message)
+                    break
+        except asyncio.CancelledError:
+            if session.failure is None:
+                raise
+            session.writer.uncancel()  # `send` took the handler out of a write, to end the stream below
         finally:
             reader.cancel()
             self._forget(session)
+        if session.failure is not None:
+            # Told also to a router that does not read now: without a status it would hold the session for alive later.
+            await context.abort(session.failure.code, session.failure.message)
 
     async def _open(self, frames: AsyncIterator[pb.RouterFrame]) -> _Session:
         first = await anext(aiter(frames), None)

@@ -394,6 +394,8 @@ async def test_a_router_that_reads_nothing_loses_its_session_only(
         assert await engine.items(1) == [CancelRequest(Role.DECODE, key(1))]
         engine.outbox.put(Role.DECODE, output((2, 0, 20)))
         assert list((await good.tokens()).token) == [20]
+        # It is told when it reads again: else it would go on submitting to nobody.
+        assert (await slow.refused())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 async def test_closing_tells_routers_that_the_engine_goes(start: Start) -> None:
