@@ -11,7 +11,9 @@ from serving import Cluster, alive, start_cluster, stop_cluster
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One cluster with the default model in float32, so that tokens can be compared with the reference."""
-    running = start_cluster(tmp_path_factory.mktemp("cluster"), "--set", "models.smollm2-135m-instruct.dtype=float32")
+    folder = tmp_path_factory.mktemp("cluster")
+    settings = ("models.smollm2-135m-instruct.dtype=float32", f"telemetry.trace_file={folder / 'spans.jsonl'}")
+    running = start_cluster(folder, *(option for setting in settings for option in ("--set", setting)))
     yield running
     code = stop_cluster(running)
     left = alive(running.tree)

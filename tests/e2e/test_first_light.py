@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import re
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,28 @@ def test_two_hundred_requests_with_a_fifth_cancelled_leave_the_pools_at_their_ba
     for engine in cluster.get("/info")["engines"]:
         blocks = engine["blocks"]
         assert blocks["free"] + blocks["cached"] == blocks["total"]
+
+
+def test_one_trace_runs_through_router_and_both_engines(cluster: Cluster) -> None:
+    trace_id = os.urandom(16).hex()
+    request = urllib.request.Request(
+        cluster.url + "/v1/completions",
+        json.dumps({"model": MODEL, "prompt": "Water boils at", "max_tokens": 4, "ignore_eos": True}).encode(),
+        {"Content-Type": "application/json", "traceparent": f"00-{trace_id}-{'ab' * 8}-01"},
+    )
+    urllib.request.urlopen(request, timeout=120).close()
+
+    def spans() -> dict[str, set[str]]:
+        """The files in which each span of the trace was found, by name."""
+        found: dict[str, set[str]] = {}
+        for file in cluster.log.parent.glob("spans.*.jsonl"):
+            for span in map(json.loads, file.read_text().splitlines()):
+                if span["context"]["trace_id"] == f"0x{trace_id}":
+                    found.setdefault(span["name"], set()).add(file.name)
+        return found
+
+    wait_until(lambda: {"router", "queue", "prefill", "transfer", "decode"} <= spans().keys(), "spans are missing")
+    assert len(set.union(*spans().values())) == 3, "router, prefill and decode write a file each"
 
 
 def wait_until(condition: Any, message: str, seconds: float = 30) -> None:
