@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from diptych.protos.errors import DiptychError
+from diptych.protos.errors import DiptychError, error_from_code
 from diptych.protos.types import TransferKey
 
 _KEPT = 8192  # ended transfers; a late message older than so many transfers meets an unknown key instead
@@ -39,6 +39,8 @@ class History:
 
     def end(self, key: TransferKey, ended: Ended) -> None:
         """Remember how a transfer ended; the first word stands."""
+        if ended.error is not None:  # its words only: the frames of a traceback may hold a step's tensors
+            ended = replace(ended, error=error_from_code(ended.error.code, str(ended.error)))
         self._ended.setdefault(key, ended)
         while len(self._ended) > _KEPT:
             self._ended.popitem(last=False)
