@@ -29,17 +29,20 @@ class Conversation:
     model: str
     system: str | None = None
     max_tokens: int | None = None
-    temperature: float | None = None
+    temperature: float = 0.3
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def ask(self, question: str) -> Iterator[str]:
         """The answer in pieces. Raises ChatError. Closing the iterator stops the answer and keeps what came."""
         messages = [*self._system_turn(), *self.turns, {"role": "user", "content": question}]
-        wanted: dict[str, Any] = {"model": self.model, "messages": messages, "stream": True}
+        wanted: dict[str, Any] = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": self.temperature,
+            "stream": True,
+        }
         if self.max_tokens is not None:
             wanted["max_tokens"] = self.max_tokens
-        if self.temperature is not None:
-            wanted["temperature"] = self.temperature
         pieces: list[str] = []
         failed = False
         try:
@@ -108,7 +111,7 @@ def chat(
     model: str | None = None,
     system: str | None = None,
     max_tokens: int | None = None,
-    temperature: float | None = None,
+    temperature: float = 0.3,
     stdin: TextIO | None = None,
     stdout: TextIO | None = None,
     stderr: TextIO | None = None,

@@ -65,7 +65,7 @@ def chat(
     model: Annotated[Optional[str], typer.Option(help="Model; by default the first one served.")] = None,  # noqa: UP045
     system: Annotated[Optional[str], typer.Option(help="System message.")] = None,  # noqa: UP045
     max_tokens: Annotated[Optional[int], typer.Option(min=1, help="Longest answer.")] = None,  # noqa: UP045
-    temperature: Annotated[Optional[float], typer.Option(help="0 is greedy.")] = None,  # noqa: UP045
+    temperature: Annotated[float, typer.Option(help="0 is greedy; small models wander above 0.5.")] = 0.3,
 ) -> None:
     """Talk to a model in the terminal; piped input is one question per line."""
     from diptych.cluster.chat import chat as converse
