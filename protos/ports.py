@@ -160,3 +160,6 @@ class Worker(Protocol):
 
     def load(self) -> WorkerLoad:
         """Requests running and waiting."""
+
+    def counters(self) -> dict[str, float]:
+        """Totals since the start by metric name, which begins with the role."""

@@ -66,7 +66,7 @@ class StepLoop:
         self._inbox.close()
 
     def reading(self) -> EngineStatus:
-        """The last reading; counters `steps` and `busy_seconds` are the loop's own."""
+        """The last reading; the counters are the loop's own and those of every worker."""
         return self._reading
 
     def _dispatch(self, item: InboxItem) -> None:
@@ -91,10 +91,13 @@ class StepLoop:
         self._read_at = self._clock()
         loads = [worker.load() for worker in self._workers.values()]
         total = WorkerLoad(sum(load.running for load in loads), sum(load.waiting for load in loads))
+        counters = {"engine_steps_total": float(self._steps), "engine_busy_seconds_total": self._busy}
+        for worker in self._workers.values():
+            counters |= worker.counters()
         self._reading = EngineStatus(
             running=total.running,
             waiting=total.waiting,
             blocks=self._counts(),
             steps=self._steps,
-            counters={"engine_steps_total": float(self._steps), "engine_busy_seconds_total": self._busy},
+            counters=counters,
         )

@@ -62,6 +62,9 @@ class ScriptedWorker:
     def load(self) -> WorkerLoad:
         return WorkerLoad(running=self.work, waiting=1)
 
+    def counters(self) -> dict[str, float]:
+        return {f"{self.role}_steps_left_total": float(self.work)}
+
 
 class Bench:
     def __init__(self) -> None:
@@ -137,3 +140,17 @@ def test_a_write_wakes_the_sleeping_loop_and_stop_ends_it() -> None:
         bench.loop.stop()
         thread.join(20)
     assert not thread.is_alive()
+
+
+def test_a_reading_holds_the_counters_of_the_loop_and_of_every_worker() -> None:
+    bench = Bench()
+    bench.workers[Role.DECODE].work = 2
+    bench.loop.turn(0.0)
+    bench.clock.now += 1
+    bench.loop.turn(0.0)
+    assert bench.loop.reading().counters == {
+        "engine_steps_total": 2.0,
+        "engine_busy_seconds_total": 0.0,
+        "prefill_steps_left_total": 0.0,
+        "decode_steps_left_total": 0.0,
+    }
