@@ -70,6 +70,7 @@ class EnginePair:
                 facts=self.folder.facts,
                 dtype="float32",
                 run_dir=self.run_dir,
+                cores=1,
             )
             self.engines[role] = Engine(spec, on_failure=raise_failure)
             self.infos.append(self.engines[role].start().info)
