@@ -5,6 +5,7 @@ Nothing has a name but the socket, in the 0700 run directory: when both processe
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -16,8 +17,11 @@ from diptych.protos.errors import PeerLost, StartupError
 
 from ..ring import RingMemory, RingView, SlotRef
 
+log = logging.getLogger(__name__)
+
 _CAPABILITY_BYTES = 16
 _HANDSHAKE_S = 2.0
+_RETRY_S = 0.1
 _MAX_PATH = 107  # of a unix socket on Linux
 _MAX_INVITES = 1024  # outstanding; the oldest is forgotten
 
@@ -34,6 +38,7 @@ class ShmOwner:
             )
         self._invites: dict[bytes, None] = {}
         self._lock = threading.Lock()
+        self._closing = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(self._path))
         os.chmod(self._path, 0o600)
@@ -56,6 +61,7 @@ class ShmOwner:
         """See RingOwner."""
         if self._read_fd < 0:
             return
+        self._closing.set()
         self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which `close` alone would not
         self._thread.join()
         self._listener.close()
@@ -67,8 +73,12 @@ class ShmOwner:
         while True:
             try:
                 peer, _ = self._listener.accept()
-            except OSError:
-                return  # closed
+            except OSError as exc:
+                if self._closing.is_set():
+                    return
+                log.warning("a peer could not be taken: %s", exc)  # no descriptor is free, for one
+                self._closing.wait(_RETRY_S)
+                continue
             with peer:
                 try:
                     self._hand_over(peer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import threading
@@ -129,6 +130,23 @@ def test_a_peer_that_says_nothing_does_not_keep_others_out(tmp_path: Path) -> No
     with socket.socket(socket.AF_UNIX) as rude:
         rude.connect(os.fsdecode(blob[16:]))
     ShmReader(blob, 2, 4096).close()
+    owner.close()
+    ring.close()
+
+
+def test_an_owner_that_could_not_take_a_peer_takes_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, failures = socket.socket.accept, [OSError(errno.EMFILE, "too many open files")]
+
+    def accept_later(listener: socket.socket) -> tuple[socket.socket, object]:
+        if failures:
+            raise failures.pop()
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_later)
+    ring = RingMemory(2, 4096)
+    owner = ShmOwner(ring, tmp_path)
+    ShmReader(owner.invite(), 2, 4096).close()
+    assert not failures
     owner.close()
     ring.close()
 
