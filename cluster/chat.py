@@ -118,6 +118,9 @@ def chat(
 ) -> int:
     """Run until the input ends; returns the exit code: 1 when the server could not be used."""
     stdin, stdout, stderr = stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
+    if stdin is None or stdout is None:  # the shell closed them (<&-), and Python has None for that
+        print("chat needs an input and an output; both must be open", file=stderr)
+        return 1
     url = url.rstrip("/").removesuffix("/v1")
     try:
         with httpx2.Client(base_url=url, timeout=_TIMEOUT) as client:
@@ -159,7 +162,8 @@ def _read(stdin: TextIO, stdout: TextIO, at_terminal: bool) -> str | None:
     line = stdin.readline()
     if not line and at_terminal:
         print(file=stdout)
-    return line.strip() if line else None
+    # A terminal may send bytes that are no UTF-8; Python hands them on as surrogates, which JSON cannot carry.
+    return line.encode(errors="replace").decode().strip() if line else None
 
 
 def _answer(conversation: Conversation, question: str, stdout: TextIO) -> None:

@@ -197,9 +197,24 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), model: 
         raise StartupError(f"{origin}: " + "; ".join(_sentence(error) for error in exc.errors())) from exc
 
 
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """YAML's reader keeps the last of two equal keys and says nothing; this one refuses."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"the key {key.value} appears twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_file(file: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeysLoader)
     except (OSError, UnicodeDecodeError) as exc:
         raise StartupError(f"cannot read the configuration {file}: {exc}") from exc
     except yaml.YAMLError as exc:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from diptych.protos.errors import CapacityError, DiptychError, InvalidRequest
 from diptych.protos.openai_replies import error_body
+from diptych.protos.strict_json import printable
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def response_of(error: DiptychError) -> Response:
 async def on_error(request: Request, exc: Exception) -> Response:
     """Starlette's handler for everything that an endpoint raises."""
     if isinstance(exc, HTTPException):
-        path = request.url.path
+        path = printable(request.url.path)
         if exc.status_code == 405:
             error: DiptychError = WrongMethod(f"{path} does not answer {request.method}")
         elif exc.status_code == 404:

@@ -183,14 +183,14 @@ class Cluster:
         from diptych.cluster.entry import APP_NAME, RoutedModel, RouterDeployment, RouterPlan
 
         config = self._config
+        # Serve says on this terminal what it does and what it misses while it ends; only errors are of use here.
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         port = config.router.serve_port or host.free_ports(1)[0]
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": config.router.host, "port": port},
             logging_config={"enable_access_log": False, "log_level": "WARNING"},
         )
-        # Serve says on this terminal what it does and what it misses while it ends; only errors are of use here.
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         if self._head is None:  # our own Ray takes Serve down with it, and other people's apps live on theirs
             self._ending.callback(serve.delete, APP_NAME)
         models = tuple(

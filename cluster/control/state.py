@@ -44,7 +44,7 @@ def make_folder(run_dir: Path) -> Path:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
             raise StartupError(
                 f"{run_dir} must be a folder of your own that nobody else can enter (mode 700); "
-                "remove it or set run_dir to another one"
+                "set run_dir to another one"
             )
         _sweep(run_dir)
         folder = run_dir / str(os.getpid())

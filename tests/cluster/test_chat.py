@@ -43,6 +43,21 @@ async def test_exit_leaves_before_the_input_ends() -> None:
         assert door.decode.orders == []
 
 
+async def test_bytes_that_are_no_utf8_do_not_end_the_conversation() -> None:
+    async with front_door() as door:
+        code, _, err = await talk(door.listener.url, "caf\udcff\nhello\n")
+        assert (code, err) == (0, "")
+        assert "caf?" in prompts(door)[0]
+        assert len(prompts(door)) == 2
+
+
+def test_a_closed_input_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    err = io.StringIO()
+    assert chat("http://127.0.0.1:9", stdout=io.StringIO(), stderr=err) == 1
+    assert err.getvalue() == "chat needs an input and an output; both must be open\n"
+
+
 async def test_no_server_is_said_in_one_sentence() -> None:
     code, out, err = await talk("http://127.0.0.1:9", "hello\n")
     assert code == 1

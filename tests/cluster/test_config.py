@@ -117,6 +117,8 @@ def test_model_option_names_a_folder_a_configured_model_or_a_built_in_one(tmp_pa
         ("- a", "top level"),
         ("router: {port: x}", "router.port"),
         ("\xff", "router|YAML|level"),
+        ("router: {port: 1}\nmodels: {}\nrouter: {port: 2}\n", "the key router appears twice"),
+        ("router: {port: 1, port: 2}\n", "the key port appears twice"),
     ],
 )
 def test_a_broken_file_is_refused_by_name(tmp_path: Path, text: str, sentence: str) -> None:

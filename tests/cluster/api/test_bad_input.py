@@ -140,6 +140,8 @@ async def test_paths_and_methods_that_do_not_exist(http: httpx2.AsyncClient) -> 
     assert error_of(await http.get("/v1/models/none"), 404)["code"] == "model_not_found"
     assert error_of(await http.get(CHAT), 405)["code"] == "method_not_allowed"
     assert (await http.post(CHAT + "/", json=HELLO)).status_code == 404
+    assert "//v1/models" in error_of(await http.get(f"{http.base_url}//v1/models"), 404)["message"]
+    assert len(error_of(await http.get("/" + "x" * 20_000), 404)["message"]) < 200
 
 
 async def test_neighbours_are_unaffected_by_bad_requests() -> None:
