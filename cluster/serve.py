@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import TextIO
 
 from diptych.cluster.config import DiptychConfig
 from diptych.cluster.control.cluster import Cluster
@@ -51,8 +52,15 @@ class Signals:
 
 
 def say(line: str) -> None:
-    """To the terminal, at once."""
-    print(line, flush=True)
+    """To the terminal, at once; to nobody when it is gone."""
+    _print(line, sys.stdout)
+
+
+def _print(line: str, stream: TextIO) -> None:
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:  # of `serve | tee log` Ctrl-C ends tee first, and the cluster must still be ended in order
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run_serve(config: DiptychConfig, began: float) -> int:
@@ -62,7 +70,7 @@ def run_serve(config: DiptychConfig, began: float) -> int:
     timeline.add("command", time.monotonic() - began)
     signals = Signals()
     signals.install()
-    cluster = Cluster(config, timeline, say)
+    cluster = Cluster(config, timeline, say, on_joined=signals.install)
     signals.cleanup = cluster.remove_folder
     try:
         say(f"Diptych starts: {', '.join(config.models)}")
@@ -73,7 +81,7 @@ def run_serve(config: DiptychConfig, began: float) -> int:
         while not signals.came:
             time.sleep(POLL_S)
             for sentence in cluster.poll():
-                print(sentence, file=sys.stderr, flush=True)
+                _print(sentence, sys.stderr)
         code = 0
     except BaseException as exc:
         if signals.came:  # what was raised need not be Interrupted: out of Ray's C code it comes as a SystemError
@@ -81,7 +89,7 @@ def run_serve(config: DiptychConfig, began: float) -> int:
             say("interrupted")
         elif isinstance(exc, StartupError):
             code = 1
-            print(f"diptych: {exc}", file=sys.stderr, flush=True)
+            _print(f"diptych: {exc}", sys.stderr)
         else:
             raise
     finally:

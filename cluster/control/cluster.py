@@ -36,8 +36,17 @@ log = logging.getLogger(__name__)
 class Cluster:
     """`start` once, then `stop` once, also after a failed start."""
 
-    def __init__(self, config: DiptychConfig, timeline: Timeline, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: DiptychConfig,
+        timeline: Timeline,
+        say: Callable[[str], None],
+        *,
+        on_joined: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_joined` is called right after ray.init, which replaces this process's signal handlers."""
         self._config = config
+        self._on_joined = on_joined
         self._timeline = timeline
         self._say = say
         self._folder: Path | None = None
@@ -168,6 +177,7 @@ class Cluster:
             )
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as exc:
             raise StartupError(f"cannot join the Ray cluster at {address}: {' '.join(str(exc).split())[:300]}") from exc
+        self._on_joined()
         self._ending.callback(ray.shutdown)
         return str(address)
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,18 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
         "status": where | {"--url"},
         "chat": where | {"--url", "--model", "--system", "--max-tokens", "--temperature"},
     }
+
+
+def test_serve_goes_on_when_nobody_reads_its_output() -> None:
+    """Or Ctrl-C in `diptych serve | tee log`, which ends tee first, would end the cluster without order."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = "from diptych.cluster.serve import say; say('draining'); say('stopped'); raise SystemExit(7)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (7, b"")
 
 
 async def test_a_handle_call_is_an_ordinary_request_to_the_app() -> None:
