@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -78,6 +79,8 @@ class EnginePair:
     def stop(self) -> None:
         for engine in self.engines.values():
             engine.stop()
+        self.engines.clear()  # a gigabyte each: the next pair needs the room
+        gc.collect()
         shutil.rmtree(self.run_dir)
 
     @asynccontextmanager
