@@ -1,7 +1,7 @@
 # The two commands: `make serve` and `make test`. Everything else is listed by `make help`.
 #
 #   PYTHON=python3.12           another interpreter (3.11 or newer)
-#   TORCH_INDEX=URL             where to take torch from, for example the index of CPU builds that pytorch.org names
+#   TORCH_INDEX=URL             where to take torch from, for example the index of CPU builds named on PyTorch's start page
 #   ARGS="--port 9000"          passed to `diptych serve`
 
 PYTHON ?= python3
