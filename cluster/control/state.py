@@ -70,12 +70,20 @@ def find_cluster(run_dir: Path, url: str | None = None) -> ClusterState | None:
         with contextlib.suppress(OSError, ValueError, TypeError):
             raw = json.loads(file.read_text(encoding="utf-8"))
             state = ClusterState(**(raw | {"models": tuple(raw["models"])}))
-            if psutil.pid_exists(state.pid) and url in (None, state.url):
+            if _lives(state.pid) and url in (None, state.url):
                 return state
     return None
 
 
 def _sweep(run_dir: Path) -> None:
     for folder in run_dir.iterdir():
-        if folder.name.isdigit() and not psutil.pid_exists(int(folder.name)):
+        if folder.name.isdigit() and not _lives(int(folder.name)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    """A killed process that nobody has waited for still has its pid, and serves nothing."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

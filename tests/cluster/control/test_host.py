@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -86,6 +87,18 @@ def test_a_running_cluster_is_found_and_a_dead_one_is_not(tmp_path: Path) -> Non
     ended.wait()
     write_state(state_of(folder, ended.pid))
     assert find_cluster(run_dir) is None
+
+
+def test_a_killed_process_that_nobody_waited_for_serves_nothing(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "run")
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as ended:
+        assert ended.stdout is not None
+        ended.stdout.read()
+        deadline = time.monotonic() + 30
+        while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+        write_state(state_of(folder, ended.pid))
+        assert find_cluster(tmp_path / "run") is None
 
 
 def test_folders_of_dead_processes_are_swept_and_others_kept(tmp_path: Path) -> None:
