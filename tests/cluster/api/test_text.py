@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
 from diptych.cluster.api.testing import byte_level_tokenizer
 from diptych.cluster.api.text import StopMatcher, TextStream, TokenTable
 from diptych.cluster.config import default_cache_dir
+from diptych.cluster.models import resolve
 
 WORDS = ["\u2581hello", "\u2581", "wor", "ld", "\u2581\u2581x", "\u00e9", "\u4f60\u597d", "a\u2581b", "<0xZZ>", " "]
 
@@ -153,12 +153,6 @@ def test_a_stop_string_may_lie_across_tokens_and_characters() -> None:
     assert "".join(streamed(shared, ([token] for token in tokens), ["\u597d t"])) == "say \u4f60"
 
 
-def smollm2() -> Path | None:
-    found = sorted(default_cache_dir().glob("models/smollm2-135m-instruct-*/tokenizer.json"))
-    return found[0] if found else None
-
-
-@pytest.mark.skipif(smollm2() is None, reason="the default model has not been converted on this machine yet")
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_the_default_models_own_tokenizer_streams_exactly(data: st.DataObject) -> None:
@@ -170,6 +164,4 @@ def test_the_default_models_own_tokenizer_streams_exactly(data: st.DataObject) -
 
 
 def _own() -> Tokenizer:
-    file = smollm2()
-    assert file is not None
-    return Tokenizer.from_file(str(file))
+    return Tokenizer.from_file(str(resolve("smollm2-135m-instruct", default_cache_dir()).path / "tokenizer.json"))

