@@ -11,7 +11,7 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="YAML file; see docs for its keys.")]  # noqa: UP045
+ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="YAML file; the README shows its keys.")]  # noqa: UP045
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads annotations at run time
     typer.Option("--set", help="Override a key: a.b=value. May be repeated.", metavar="KEY=VALUE"),

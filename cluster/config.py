@@ -83,7 +83,6 @@ class RouterSettings(Settings):
     host: str = Field("127.0.0.1", description="address of the listener; loopback only in this version")
     port: Port = Field(8000, description="port of the listener; 0: a free port")
     serve_port: Port = Field(0, description="port of Ray Serve's HTTP proxy; 0: a free port")
-    replicas: int = Field(1, ge=1, le=1, description="router replicas; one in this version")
     limits: LimitSettings = LimitSettings()
     connect_timeout_s: Seconds = Field(5.0, description="time to reach an engine and be welcomed")
     drain_grace_s: Seconds = Field(30.0, description="running requests may take this long to finish at shutdown")
