@@ -77,6 +77,26 @@ class LimitSettings(Settings):
     max_waiting: int = Field(256, ge=0, description="requests waiting for a place; one more gets 503 with retry-after")
 
 
+class PlacementSettings(Settings):
+    """How the engines of a request are chosen."""
+
+    policy: Literal["cost", "prefix", "session", "least_load", "round_robin"] = Field(
+        "cost", description="cost: estimated time to the first token and between tokens; the others for comparison"
+    )
+    local_prefill_below: int = Field(
+        0, ge=0, description="the decode engine computes a prompt itself when it lacks fewer tokens than this; 0: never"
+    )
+    session_ttl_s: Seconds = Field(600.0, description="an idle session (header x-session-id) is forgotten after this")
+    ttft_target_s: Seconds = Field(1.0, description="cost: time to the first token that counts as 1")
+    itl_target_s: Seconds = Field(0.1, description="cost: time between tokens that counts as 1")
+
+
+class TenantSettings(Settings):
+    """A tenant (header x-tenant)."""
+
+    weight: float = Field(1.0, gt=0, le=1000, description="share of the engines while several tenants have work")
+
+
 class RouterSettings(Settings):
     """The router deployment and its own HTTP listener."""
 
@@ -88,6 +108,8 @@ class RouterSettings(Settings):
     drain_grace_s: Seconds = Field(30.0, description="running requests may take this long to finish at shutdown")
     default_max_tokens: int = Field(1024, ge=1, description="tokens generated when a chat request names no maximum")
     max_attempts: int = Field(3, ge=1, description="placements tried for a request before it fails")
+    placement: PlacementSettings = PlacementSettings()
+    tenants: dict[str, TenantSettings] = Field(default={}, description="tenants with a weight other than 1")
 
     @field_validator("host")
     @classmethod
@@ -114,6 +136,10 @@ class ModelSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has it")
     max_context_tokens: int | None = Field(None, ge=2, description="prompt and output; null: what the model allows")
     seed: int | None = Field(None, ge=0, description="of requests that name none; null: a fresh one each time")
+    layout: Literal["disaggregated", "colocated"] = Field(
+        "disaggregated",
+        description="colocated: decode engines alone, which compute the prompts too, in the same steps",
+    )
     kv: KvSettings = KvSettings()
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()

@@ -22,6 +22,7 @@ from .types import (
     Role,
     SamplingParams,
     StageTimes,
+    TokenLogprobs,
     TransferKey,
 )
 
@@ -37,27 +38,68 @@ def ref_from_pb(msg: pb.EngineRef) -> EngineRef:
 
 
 def _sampling_to_pb(sampling: SamplingParams) -> pb.Sampling:
-    return pb.Sampling(
+    msg = pb.Sampling(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
+        min_p=sampling.min_p,
         seed=sampling.seed & 0xFFFF_FFFF_FFFF_FFFF,
         stop_token_ids=sorted(sampling.stop_token_ids),
+        min_tokens=sampling.min_tokens,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        bias_token_ids=[token for token, _ in sampling.logit_bias],
+        bias_values=[value for _, value in sampling.logit_bias],
+        bad_words=[pb.TokenList(token=word) for word in sampling.bad_words],
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
     )
+    if sampling.allowed_token_ids is not None:
+        msg.allowed_token_ids.CopyFrom(pb.TokenList(token=sampling.allowed_token_ids))
+    return msg
 
 
 def _sampling_from_pb(msg: pb.Sampling) -> SamplingParams:
     if msg.max_tokens < 1:
         raise InvalidRequest("max_tokens must be at least 1", "max_tokens")
+    if len(msg.bias_token_ids) != len(msg.bias_values):
+        raise InvalidRequest("bias_token_ids and bias_values differ in length", "logit_bias")
     return SamplingParams(
         max_tokens=msg.max_tokens,
         temperature=msg.temperature,
         top_p=msg.top_p,
         top_k=msg.top_k,
+        min_p=msg.min_p,
         seed=msg.seed,
         stop_token_ids=frozenset(msg.stop_token_ids),
+        min_tokens=msg.min_tokens,
+        repetition_penalty=msg.repetition_penalty or 1.0,
+        presence_penalty=msg.presence_penalty,
+        frequency_penalty=msg.frequency_penalty,
+        logit_bias=tuple(zip(msg.bias_token_ids, msg.bias_values, strict=True)),
+        bad_words=tuple(tuple(word.token) for word in msg.bad_words),
+        allowed_token_ids=tuple(msg.allowed_token_ids.token) if msg.HasField("allowed_token_ids") else None,
+        logprobs=msg.logprobs if msg.HasField("logprobs") else None,
+        prompt_logprobs=msg.prompt_logprobs if msg.HasField("prompt_logprobs") else None,
     )
+
+
+def logprobs_to_pb(logprobs: TokenLogprobs, row: int = 0) -> pb.Logprobs:
+    """One token's, as a message; `row` of the step's columns."""
+    return pb.Logprobs(
+        row=row,
+        logprob=logprobs.logprob,
+        rank=logprobs.rank,
+        top_token=[token for token, _ in logprobs.top],
+        top_logprob=[logprob for _, logprob in logprobs.top],
+    )
+
+
+def logprobs_from_pb(msg: pb.Logprobs) -> TokenLogprobs:
+    """The inverse of logprobs_to_pb."""
+    return TokenLogprobs(msg.logprob, msg.rank, tuple(zip(msg.top_token, msg.top_logprob, strict=True)))
 
 
 def submit_to_pb(handle: int, order: PrefillOrder | DecodeOrder, now: float) -> pb.Submit:
@@ -72,6 +114,9 @@ def submit_to_pb(handle: int, order: PrefillOrder | DecodeOrder, now: float) -> 
         salt=request.salt,
         timeout_s=0.0 if request.deadline is None else max(request.deadline - now, 1e-3),
         traceparent=request.traceparent,
+        priority=request.priority,
+        tenant=request.tenant,
+        weight=request.weight,
     )
     if isinstance(order, PrefillOrder):
         msg.phase = pb.PHASE_PREFILL
@@ -102,6 +147,9 @@ def order_from_pb(msg: pb.Submit, now: float) -> PrefillOrder | DecodeOrder:
         salt=msg.salt,
         deadline=now + msg.timeout_s if msg.timeout_s > 0 else None,
         traceparent=msg.traceparent,
+        priority=msg.priority,
+        tenant=msg.tenant,
+        weight=msg.weight if msg.weight > 0 else 1.0,
     )
     peer = ref_from_pb(msg.peer) if msg.HasField("peer") else None
     if msg.phase == pb.PHASE_PREFILL:
@@ -122,6 +170,7 @@ def finish_to_pb(handle: int, finish: Finish) -> pb.Finish:
         cached_tokens=finish.cached_tokens,
         transfer_bytes=finish.transfer_bytes,
         transport=finish.transport,
+        preemptions=finish.preemptions,
         times=pb.StageTimes(
             queue=finish.times.queue,
             prefill=finish.times.prefill,
@@ -148,6 +197,7 @@ def finish_from_pb(msg: pb.Finish, key_of: Callable[[int], TransferKey], role: R
         times=StageTimes(msg.times.queue, msg.times.prefill, msg.times.transfer, msg.times.decode),
         transfer_bytes=msg.transfer_bytes,
         transport=msg.transport,
+        preemptions=msg.preemptions,
     )
 
 

@@ -34,6 +34,7 @@ class DecodeSettings(Settings):
     step_tokens: int = Field(512, ge=1, description="tokens per step, prompts computed here included")
     max_waiting: int = Field(256, ge=0, description="requests waiting, those whose KV is on its way included")
     threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: the cores divided by the engines")
+    watermark: float = Field(0.01, ge=0, lt=1, description="part of the blocks that new sequences leave free")
 
 
 class KvSettings(Settings):

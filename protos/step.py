@@ -6,8 +6,31 @@ blocks of a row, block_tokens = 4         start = 6, num_tokens = 3: positions 6
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .types import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitRules:
+    """What changes one request's logits before temperature and filters; one object for all its rows."""
+
+    num_prompt: int
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()  # not sampled while fewer than min_tokens are generated
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the sequence's earlier tokens matter."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or any(len(word) > 1 for word in self.bad_words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +42,12 @@ class SampleSpec:
     top_k: int
     seed: int
     position: int  # of the sampled token in the sequence: start + num_tokens of its row
+    min_p: float = 0.0
+    logprobs: int | None = None  # see SamplingParams
+    rules: LogitRules | None = None
+    # All ids known so far, prompt first, with the slot's first sample; None later: the runner adds what it samples.
+    # Given only where rules.needs_history.
+    history: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +66,8 @@ class StepRow:
         int
     ]  # block ids for positions 0 .. start + num_tokens - 1 at least; must not change until collected
     sample: SampleSpec | None  # None: the prompt goes on in a later step
+    prompt_logprobs: int | None = None  # alternatives told with the tokens after each of the row's positions
+    next_token: int | None = None  # with prompt_logprobs, where the prompt goes on: its token after the row's last
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +85,17 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """tokens[i] is the token sampled for rows[i] of the plan, None where the row did not sample."""
+    """tokens[i] is the token sampled for rows[i] of the plan, None where the row did not sample or is in `faults`.
+
+    The mappings are by index of the row. prompt_logprobs[i] are those of positions start + 1 .. start + num_tokens, the
+    last one only where the row has a `next_token`.
+    """
 
     step_id: int
     tokens: tuple[int | None, ...]
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    faults: frozenset[int] = frozenset()  # rows whose numbers were not finite; the others are sound
 
 
 class SlotPool:

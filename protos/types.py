@@ -52,15 +52,26 @@ class EngineRef:
 class SamplingParams:
     """How tokens are chosen. Validated by the API; `temperature` 0 is greedy, `top_k` 0 keeps every token.
 
-    The random number for generated token i of a prompt of P tokens depends on (seed, P + i) only.
+    The random number for generated token i of a prompt of P tokens depends on (seed, P + i) only. What each field does
+    to the logits, and in which order, is defined in kernels/ops/sampling/reference.py.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()  # the model's end tokens included, unless ignore_eos
+    min_tokens: int = 0  # no stop token is sampled before so many tokens are generated
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), by id
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that are never generated
+    allowed_token_ids: tuple[int, ...] | None = None  # None: every token
+    logprobs: int | None = None  # most likely alternatives told with every token; 0: the token's own only; None: none
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens but the first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +84,12 @@ class GenerateRequest:
     salt: bytes = b""  # hashed into the first block name: tenants do not share KV
     deadline: float | None = None  # on the receiving process's monotonic clock, seconds
     traceparent: str = ""
+    priority: int = 0  # lower is sooner, as in vLLM
+    tenant: str = ""  # whose share of the engine it uses up
+    weight: float = 1.0  # of the tenant: twice the weight is twice the share, while both have work
+
+    def __post_init__(self) -> None:
+        assert self.weight > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +133,25 @@ class Finish:
     times: StageTimes = StageTimes()
     transfer_bytes: int = 0
     transport: str = ""
+    preemptions: int = 0  # times that it lost its blocks and was computed again
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities: before temperature, filters, penalties and bias."""
+
+    logprob: float  # of the token itself
+    rank: int  # 1: no token is more likely
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first, lower ids first among equals
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of the prompt's tokens at positions first, first + 1, ..., each given those before it. `first` is at least 1."""
+
+    key: TransferKey
+    first: int
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(slots=True)
@@ -129,15 +165,19 @@ class StepOutput:
     indexes: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     finishes: list[Finish] = field(default_factory=list)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by row of the columns, where asked for
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
 
-    def add(self, key: TransferKey, index: int, token: int) -> None:
+    def add(self, key: TransferKey, index: int, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """One more row of the columns."""
+        if logprobs is not None:
+            self.logprobs[len(self.keys)] = logprobs
         self.keys.append(key)
         self.indexes.append(index)
         self.tokens.append(token)
 
     def __bool__(self) -> bool:
-        return bool(self.keys or self.finishes)
+        return bool(self.keys or self.finishes or self.prompt_logprobs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
