@@ -23,6 +23,7 @@ class EngineInfo:
     max_context_tokens: int
     dtype: str
     degraded: tuple[str, ...] = ()  # choices that cost speed, in words
+    draining: bool = False  # its running requests finish, it takes no new ones
 
 
 NO_BLOCKS_COUNTED = PoolCounts(total=0, free=0, cached=0, used=0)
@@ -45,7 +46,7 @@ class EngineDirectory(Protocol):
     """Where a router learns which engines live. Versions only grow."""
 
     async def engines(self) -> tuple[int, list[EngineInfo]]:
-        """The present membership and its version."""
+        """The present membership, draining engines included, and its version."""
 
     async def wait_change(self, version: int) -> tuple[int, list[EngineInfo]]:
         """Returns when the membership is newer than `version`, or after some seconds with the present one."""

@@ -69,7 +69,7 @@ class ClusterView:
         return self._sessions.get(ref)
 
     def live(self, model: str, role: Role) -> list[EngineLoad]:
-        """Connected engines of a model that have a role."""
+        """Connected engines of a model that have a role and take new requests."""
         return [
             EngineLoad(
                 ref=session.info.ref,
@@ -78,7 +78,10 @@ class ClusterView:
                 reported=session.status.running + session.status.waiting,
             )
             for session in self._sessions.values()
-            if session.is_ready and session.info.model == model and role in session.info.roles
+            if session.is_ready
+            and not session.info.draining
+            and session.info.model == model
+            and role in session.info.roles
         ]
 
     def capacity_tokens(self, model: str) -> int | None:
@@ -110,7 +113,9 @@ class ClusterView:
         wanted = {info.ref: info for info in members}
         gone = [self._sessions.pop(ref) for ref in list(self._sessions) if ref not in wanted]
         for ref, info in wanted.items():
-            if ref not in self._sessions:
+            if ref in self._sessions:
+                self._sessions[ref].info = info  # a draining engine keeps its session, and what runs on it
+            else:
                 session = EngineSession(
                     info,
                     router_id=self._router_id,
