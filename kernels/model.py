@@ -25,6 +25,7 @@ from .layers.packed import PackedLinear, pack_linears
 from .ops.linear.cpu import has_blocked_layout
 from .ops.ragged import RaggedBatch
 from .probe import Probe, compute_alone, compute_ragged, differs, find_layers
+from .random_weights import allocate_parameters, random_digest, seeded
 from .weights import load_weights, weights_digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,22 +56,33 @@ class LoadedModel:
         return run_module(self.module, ids_T, step, sampled_N)
 
 
-def load_model(folder: Path, *, dtype: str, device: str = "cpu") -> LoadedModel:
-    """Build and fill the model in `folder`, in "float32" or "bfloat16". StartupError says why a model is refused."""
+def load_model(folder: Path, *, dtype: str, device: str = "cpu", random_seed: int | None = None) -> LoadedModel:
+    """Build and fill the model in `folder`, in "float32" or "bfloat16". StartupError says why a model is refused.
+
+    With `random_seed` the weights are random (see random_weights.py) and config.json is the only file read.
+    """
     if dtype not in DTYPES:
         raise StartupError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}.")
     place = torch.device(device)
     config = _read_config(folder)
     module = _build(config, DTYPES[dtype])
     with torch.inference_mode():
-        load_weights(
-            module,
-            folder,
-            device=place,
-            prefix=getattr(module, "base_model_prefix", "model"),
-            ignorable=[*(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"],
-        )
-        _fill_computed_buffers(module, place)
+        if random_seed is None:
+            load_weights(
+                module,
+                folder,
+                device=place,
+                prefix=getattr(module, "base_model_prefix", "model"),
+                ignorable=[
+                    *(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()),
+                    r"rotary_emb\.inv_freq$",
+                ],
+            )
+            _fill_computed_buffers(module, place)
+        else:
+            allocate_parameters(module, place)
+            with seeded(random_seed, place):
+                _fill_computed_buffers(module, place)
         text = config.get_text_config()
         shapes = find_layers(module, text, place)
         kv_heads, head_dim = _one_geometry(shapes)
@@ -92,7 +104,7 @@ def load_model(folder: Path, *, dtype: str, device: str = "cpu") -> LoadedModel:
         max_context_tokens=text.max_position_embeddings,
         dtype=dtype,
         device=place,
-        weights_digest=weights_digest(folder),
+        weights_digest=weights_digest(folder) if random_seed is None else random_digest(folder, random_seed),
         layer_ids=tuple(sorted(shapes)),
         architecture=type(module).__name__,
         weights_bytes=_weights_bytes(module),
