@@ -13,7 +13,9 @@ from collections.abc import Sequence
 
 from diptych.protos.types import BlockHash, PoolCounts
 
-from .prefix import PrefixIndex, block_name, root_name
+from .prefix import NameJournal, PrefixIndex, block_name, root_name
+
+MAX_NAMES_UNTOLD = 16_384
 
 
 class BlockPool:
@@ -50,6 +52,15 @@ class BlockPool:
         table = BlockTable(self, blocks, parent)
         self._tables.add(table)
         return table
+
+    @property
+    def prefix_root(self) -> bytes:
+        """The identity hashed into every name; empty when no prefix is kept."""
+        return self._root if self.prefix_cache else b""
+
+    def watch_names(self) -> NameJournal:
+        """A journal of the blocks that become reusable or are evicted, for one reader in the step thread."""
+        return self._index.watch(min(self.num_blocks, MAX_NAMES_UNTOLD))
 
     def counts(self) -> PoolCounts:
         """Blocks by state."""

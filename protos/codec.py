@@ -1,6 +1,6 @@
 """Between the dataclasses of types.py and the messages of engine.proto, both ways.
 
-A message that makes no sense raises InvalidRequest; nothing else does.
+An order that makes no sense raises InvalidRequest, an engine's message that makes none ValueError; nothing else does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .types import (
     GenerateRequest,
     PoolCounts,
     PrefillOrder,
+    PromptLogprobs,
     Role,
     SamplingParams,
     StageTimes,
@@ -98,8 +99,18 @@ def logprobs_to_pb(logprobs: TokenLogprobs, row: int = 0) -> pb.Logprobs:
 
 
 def logprobs_from_pb(msg: pb.Logprobs) -> TokenLogprobs:
-    """The inverse of logprobs_to_pb."""
+    """The inverse of logprobs_to_pb. Columns of unequal length raise ValueError."""
     return TokenLogprobs(msg.logprob, msg.rank, tuple(zip(msg.top_token, msg.top_logprob, strict=True)))
+
+
+def prompt_logprobs_to_pb(handle: int, piece: PromptLogprobs) -> pb.PromptLogprobs:
+    """`handle` is the session's name for piece.key."""
+    return pb.PromptLogprobs(handle=handle, first=piece.first, logprobs=[logprobs_to_pb(one) for one in piece.logprobs])
+
+
+def prompt_logprobs_from_pb(msg: pb.PromptLogprobs, key: TransferKey) -> PromptLogprobs:
+    """`key` is the one behind msg.handle. Columns of unequal length raise ValueError."""
+    return PromptLogprobs(key, msg.first, tuple(logprobs_from_pb(one) for one in msg.logprobs))
 
 
 def submit_to_pb(handle: int, order: PrefillOrder | DecodeOrder, now: float) -> pb.Submit:

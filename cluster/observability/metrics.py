@@ -18,6 +18,7 @@ from diptych.protos.status import EngineStatus
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKENS = tuple(float(1 << i) for i in range(18))
+_CLASS = ("model", "tenant", "path")  # tenant: a configured one or "other"; path: pd, local, or "" before a placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +34,50 @@ class MetricSpec:
 
 ROUTER_METRICS: dict[str, MetricSpec] = {
     "requests": MetricSpec(
-        "diptych_requests_total", "counter", "Requests ended, by outcome: ok or an error code", ("model", "outcome")
+        "diptych_requests_total",
+        "counter",
+        "Requests ended, by outcome: ok, cancelled or an error code",
+        ("model", "tenant", "outcome"),
     ),
     "in_flight": MetricSpec("diptych_requests_in_flight", "gauge", "Requests in work"),
     "waiting": MetricSpec("diptych_requests_waiting", "gauge", "Requests waiting for a place", ()),
     "waiting_limit": MetricSpec("diptych_requests_waiting_limit", "gauge", "Bound of the waiting requests", ()),
     "running_limit": MetricSpec("diptych_requests_running_limit", "gauge", "Bound of the requests in work", ()),
-    "queue": MetricSpec("diptych_queue_seconds", "histogram", "Waiting for a place in this router"),
-    "ttft": MetricSpec("diptych_time_to_first_token_seconds", "histogram", "From admission to the first token"),
-    "inter_token": MetricSpec("diptych_inter_token_seconds", "histogram", "Between deliveries, per token"),
-    "e2e": MetricSpec("diptych_request_seconds", "histogram", "From admission to the end"),
+    "ttft": MetricSpec("diptych_ttft_seconds", "histogram", "From the call to the first token", _CLASS),
+    "ttst": MetricSpec("diptych_ttst_seconds", "histogram", "From the call to the second delivery of tokens", _CLASS),
+    "itl": MetricSpec("diptych_itl_seconds", "histogram", "Between deliveries, per token", _CLASS),
+    "e2e": MetricSpec("diptych_e2e_seconds", "histogram", "From the call to the end, however it ended", _CLASS),
+    "stage": MetricSpec(
+        "diptych_stage_seconds",
+        "histogram",
+        "Stages of answered requests: queue, route (router), prefill_queue, decode_queue, prefill, decode (engines)",
+        ("model", "stage"),
+    ),
+    "decisions": MetricSpec(
+        "diptych_router_decisions_total",
+        "counter",
+        "Placements by kind (pd, local, reject) and reason (policy, pinned, short, no_prefill, colocated, no_engine)",
+        ("model", "kind", "reason"),
+    ),
+    "fallbacks": MetricSpec(
+        "diptych_local_fallbacks_total",
+        "counter",
+        "Prompts that a decode engine computed because the transfer failed or no prefill engine lived",
+        ("model", "cause"),
+    ),
     "prompt_tokens": MetricSpec("diptych_prompt_tokens", "histogram", "Prompt length", buckets=_TOKENS),
     "output_tokens": MetricSpec("diptych_output_tokens", "histogram", "Tokens generated", buckets=_TOKENS),
-    "cached_tokens": MetricSpec("diptych_prefix_hit_tokens_total", "counter", "Prompt tokens found in a prefix cache"),
+    "prefix_hit_tokens": MetricSpec(
+        "diptych_prefix_hit_tokens_total",
+        "counter",
+        "Prompt tokens found in the prefix cache of the prefill or the decode engine",
+        ("model", "where"),
+    ),
     "kv_bytes": MetricSpec(
         "diptych_kv_transfer_bytes_total", "counter", "KV that crossed the hinge", ("model", "transport")
+    ),
+    "kv_seconds": MetricSpec(
+        "diptych_kv_transfer_seconds", "histogram", "KV transfer of one request", ("model", "transport")
     ),
     "retries": MetricSpec(
         "diptych_retries_total", "counter", "Further attempts, by the error before", ("model", "code")

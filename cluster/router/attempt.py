@@ -8,7 +8,16 @@ from __future__ import annotations
 import asyncio
 
 from diptych.protos.errors import DeadlineExceeded, DiptychError
-from diptych.protos.types import DecodeOrder, Finish, FinishReason, GenerateRequest, PrefillOrder, Role
+from diptych.protos.types import (
+    DecodeOrder,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    PrefillOrder,
+    PromptLogprobs,
+    Role,
+    TokenLogprobs,
+)
 
 from .merge import TokenMerge
 from .placement import Placement
@@ -18,16 +27,31 @@ LINGER_S = 0.1  # a prefill engine's report may arrive after the answer's end; l
 
 
 class Attempt:
-    """Used by one task. `close` must be called, at the latest when the client is gone."""
+    """Used by one task. `close` must be called, at the latest when the client is gone.
+
+    When the stream to the prefill engine breaks before any token came, nobody knows whether that engine has the order,
+    and the decode engine might wait for it as long as a lease lasts. So the attempt fails and is tried anew, unless it
+    `is_last`: then the decode engine's own fallback is waited for.
+    """
 
     def __init__(
-        self, request: GenerateRequest, placement: Placement, prefill: EngineSession | None, decode: EngineSession
+        self,
+        request: GenerateRequest,
+        placement: Placement,
+        prefill: EngineSession | None,
+        decode: EngineSession,
+        *,
+        is_last: bool,
     ) -> None:
         self.request = request
         self.placement = placement
-        self.merge = TokenMerge(has_prefill=prefill is not None)
+        wants_prompt = request.sampling.prompt_logprobs is not None
+        self.merge = TokenMerge(
+            has_prefill=prefill is not None, prompt_logprobs=len(request.prompt) - 1 if wants_prompt else 0
+        )
         self._prefill = prefill
         self._decode = decode
+        self._is_last = is_last
         self._handles: list[tuple[EngineSession, int]] = []
         self._is_dirty = False
         self._waiter: asyncio.Future[None] | None = None
@@ -36,11 +60,12 @@ class Attempt:
 
     def start(self, *, timeout_s: float | None) -> None:
         """Tell both engines at once. Raises EngineLost, Overloaded."""
+        # Decode first: when its engine is lost, the prefill engine never hears of the request.
+        wanted = DecodeOrder(request=self.request, prefill=self.placement.prefill, allow_local_prefill=True)
+        self._handles.append((self._decode, self._decode.submit(wanted, self)))
         if self._prefill is not None:
             order = PrefillOrder(request=self.request, decode=self.placement.decode)
             self._handles.append((self._prefill, self._prefill.submit(order, self)))
-        wanted = DecodeOrder(request=self.request, prefill=self.placement.prefill, allow_local_prefill=True)
-        self._handles.append((self._decode, self._decode.submit(wanted, self)))
         if timeout_s is not None:
             self._deadline = asyncio.get_running_loop().call_later(max(timeout_s, 0), self._expire)
 
@@ -54,6 +79,9 @@ class Attempt:
                 raise self.merge.error
             if self.merge.finish is not None:
                 return []
+            lost = self.merge.over.get(Role.PREFILL)
+            if isinstance(lost, DiptychError) and not self.merge.tokens and not self._is_last:
+                raise lost
             if self._is_late:
                 raise DeadlineExceeded("the request's deadline passed")
             await self._changed()
@@ -68,6 +96,12 @@ class Attempt:
                     await self._changed()
         except TimeoutError:
             pass
+
+    def failed_engines(self) -> set[str]:
+        """Whom another attempt should avoid: the prefill engine when that one was lost, else the decode engine."""
+        lost = [role for role, outcome in self.merge.over.items() if isinstance(outcome, DiptychError)]
+        engine = self._prefill if self._prefill is not None and lost == [Role.PREFILL] else self._decode
+        return {engine.info.ref.engine_id}
 
     def stop(self, num_tokens: int) -> None:
         """The answer is complete after `num_tokens`: the decode engine may stop, and the end counts as an engine's."""
@@ -86,9 +120,14 @@ class Attempt:
             session.release(handle)
         self._handles.clear()
 
-    def on_token(self, index: int, token: int) -> None:
+    def on_token(self, index: int, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """Sink: generated token number `index`."""
-        self.merge.token(index, token)
+        self.merge.token(index, token, logprobs)
+        self._wake()
+
+    def on_prompt(self, piece: PromptLogprobs) -> None:
+        """Sink: logprobs of some of the prompt's tokens."""
+        self.merge.prompt(piece.first, piece.logprobs)
         self._wake()
 
     def on_end(self, role: Role, outcome: Finish | DiptychError) -> None:

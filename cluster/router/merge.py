@@ -1,13 +1,13 @@
 """One attempt's tokens and terminal events from two engines, made into one sequence with one end. Pure: no clock.
 
-prefill engine:  0, then HANDOFF (decode goes on) or STOP/LENGTH (token 0 was the last)
-decode engine:   1, 2, 3, ... then STOP/LENGTH; also 0 when it computed the prompt itself
+prefill engine:  the prompt's logprobs, 0, then HANDOFF (decode goes on) or STOP/LENGTH (token 0 was the last)
+decode engine:   1, 2, 3, ... then STOP/LENGTH; also the prompt's logprobs and 0 when it computed the prompt itself
 """
 
 from __future__ import annotations
 
 from diptych.protos.errors import DiptychError, EngineFault, EngineLost, error_from_code
-from diptych.protos.types import Finish, FinishReason, Role
+from diptych.protos.types import Finish, FinishReason, Role, TokenLogprobs
 
 MAX_EARLY = 65_536  # tokens that wait for an earlier one; a healthy engine leaves none
 _ENDS = (FinishReason.STOP, FinishReason.LENGTH)
@@ -16,10 +16,11 @@ _ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 class TokenMerge:
     """Feed events as they come, in any order; then `settle`, `take` and look at `finish` and `error`.
 
-    At most one of `finish` and `error` is ever set, and once.
+    At most one of `finish` and `error` is ever set, and once. `prompt_logprobs` is how many of the prompt's tokens must
+    be told before the first token is given out.
     """
 
-    def __init__(self, *, has_prefill: bool) -> None:
+    def __init__(self, *, has_prefill: bool, prompt_logprobs: int = 0) -> None:
         self.tokens: list[int] = []
         self.finish: Finish | None = None
         self.error: DiptychError | None = None
@@ -27,16 +28,26 @@ class TokenMerge:
         self._early: dict[int, int] = {}
         self._taken = 0
         self._roles = (Role.PREFILL, Role.DECODE) if has_prefill else (Role.DECODE,)
+        self._logprobs: dict[int, TokenLogprobs] = {}  # by index, of tokens not taken
+        self._prompt: dict[int, TokenLogprobs] = {}  # by position
+        self._num_prompt = prompt_logprobs
 
     @property
     def is_over(self) -> bool:
         """Whether `finish` or `error` is set."""
         return self.finish is not None or self.error is not None
 
-    def token(self, index: int, token: int) -> None:
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs]:
+        """Of the prompt's positions 1, 2, ...; whole as soon as `take` gives tokens."""
+        return [self._prompt[position] for position in range(1, self._num_prompt + 1)]
+
+    def token(self, index: int, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """Generated token number `index`; a repetition is dropped, and whatever follows an error."""
         if self.error is not None:
             return
+        if logprobs is not None and index >= self._taken:
+            self._logprobs.setdefault(index, logprobs)
         if index < len(self.tokens):
             if self.tokens[index] != token:
                 self._fail(EngineFault(f"two engines disagree about token {index} of this answer"))
@@ -48,6 +59,12 @@ class TokenMerge:
             self._fail(EngineFault(f"an engine changed token {index} of this answer"))
         elif len(self._early) > MAX_EARLY:
             self._fail(EngineFault(f"token {len(self.tokens)} of this answer is missing"))
+
+    def prompt(self, first: int, logprobs: tuple[TokenLogprobs, ...]) -> None:
+        """Those of the prompt's positions first, first + 1, ...; a repetition is dropped, and what nobody asked for."""
+        for position, one in enumerate(logprobs, first):
+            if 1 <= position <= self._num_prompt:
+                self._prompt.setdefault(position, one)
 
     def end(self, role: Role, outcome: Finish | DiptychError) -> None:
         """The terminal event of one engine's part, or the loss of the engine. Later ones of the role are ignored."""
@@ -61,16 +78,23 @@ class TokenMerge:
 
     def take(self) -> list[int]:
         """Tokens in order since the last call; none beyond the end that an engine named."""
+        if len(self._prompt) < self._num_prompt:
+            return []
         upto = len(self.tokens) if self.finish is None else min(len(self.tokens), self.finish.num_tokens)
         taken, self._taken = self.tokens[self._taken : upto], max(upto, self._taken)
         return taken
+
+    def take_logprobs(self, count: int) -> list[TokenLogprobs | None]:
+        """Those of the last `count` tokens taken, each given out once; None where an engine told none."""
+        return [self._logprobs.pop(index, None) for index in range(self._taken - count, self._taken)]
 
     def settle(self) -> None:
         """Decide, from all events so far, whether the attempt is over."""
         if self.is_over or not self.over:
             return
+        is_told = len(self._prompt) == self._num_prompt
         for outcome in self.over.values():
-            if isinstance(outcome, Finish) and outcome.reason in _ENDS and len(self.tokens) >= outcome.num_tokens:
+            if isinstance(outcome, Finish) and self._is_reached(outcome) and is_told:
                 self.finish = outcome
                 return
         prefill, decode = self.over.get(Role.PREFILL), self.over.get(Role.DECODE)
@@ -79,9 +103,13 @@ class TokenMerge:
         elif decode is not None and decode.reason is FinishReason.ERROR:
             self._fail(error_from_code(decode.error_code, decode.error_message))
         elif len(self.over) == len(self._roles):
-            self._fail(_cause(prefill) or EngineLost("the engines ended without the whole answer"))
+            missing = "the whole answer" if is_told else "the prompt's logprobs"
+            self._fail(_cause(prefill) or EngineLost(f"the engines ended without {missing}"))
         elif prefill is not None and not self.tokens and (self._early or _handed_over(prefill)):
             self._fail(_cause(prefill) or EngineLost("the first token was lost with its engine"))
+
+    def _is_reached(self, end: Finish) -> bool:
+        return end.reason in _ENDS and len(self.tokens) >= end.num_tokens
 
     def _fail(self, error: DiptychError) -> None:
         if not self.is_over:

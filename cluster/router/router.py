@@ -10,67 +10,47 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from opentelemetry import trace
 
 from diptych.cluster.config import RouterSettings
 from diptych.cluster.observability.metrics import EngineReading, RouterMetrics
 from diptych.cluster.observability.tracing import context_from, traceparent_of
-from diptych.protos.errors import (
-    CapacityError,
-    DeadlineExceeded,
-    DiptychError,
-    EngineLost,
-    Overloaded,
-)
+from diptych.protos.errors import CapacityError, DeadlineExceeded, DiptychError, EngineLost
 from diptych.protos.status import EngineDirectory
-from diptych.protos.types import Finish, FinishReason, GenerateRequest, Role, SamplingParams, StageTimes, TransferKey
+from diptych.protos.types import GenerateRequest, Role, TransferKey
 
 from .admission import Admission
 from .attempt import Attempt
-from .placement import LeastLoad, Placement, PlacementPolicy
+from .call import Explanation, GenerateCall, TokenDelta
+from .estimate import PairMeter
+from .mirror import PromptNames
+from .placement import Ask, Decision, EngineLoad
+from .policies.configured import placer_of
+from .record import CallRecord
 from .view import ClusterView
+
+__all__ = ["Explanation", "GenerateCall", "Router", "TokenDelta"]
 
 KEPT_EXPLANATIONS = 16
 _TRACER = trace.get_tracer("diptych.router")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateCall:
-    """One request in token ids. `timeout_s` counts from the call; None leaves the router's own limit."""
+@dataclass(slots=True)
+class _Work:
+    """One call on its way through its attempts."""
 
-    model: str
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    salt: bytes = b""
-    timeout_s: float | None = None
-    traceparent: str = ""
+    call: GenerateCall
+    request: GenerateRequest
+    ask: Ask
+    record: CallRecord
+    deadline: float
+    avoid: set[str] = field(default_factory=set)  # engines that failed it
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
-    """How a request was answered. Times in seconds, as each engine reported them."""
-
-    reason: FinishReason
-    num_tokens: int
-    cached_tokens: int
-    attempts: int
-    queue_s: float
-    prefill_engine: str
-    decode_engine: str
-    prefill: StageTimes
-    decode: StageTimes
-    transfer_bytes: int
-    transport: str
-
-
-@dataclass(frozen=True, slots=True)
-class TokenDelta:
-    """New tokens, in order. The last delta has no tokens and the one `finish`."""
-
-    tokens: list[int]
-    finish: Explanation | None = None
+    @property
+    def attempt(self) -> int:
+        return self.request.key.attempt
 
 
 class Router:
@@ -82,16 +62,16 @@ class Router:
         directory: EngineDirectory,
         settings: RouterSettings,
         metrics: RouterMetrics | None = None,
-        policy: PlacementPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.settings = settings
         self.metrics = metrics or RouterMetrics()
         self.router_id = f"router-{entropy(6).hex()}"
-        self._policy = policy or LeastLoad()
         self._clock = clock
         self._entropy = entropy
+        self._pairs = PairMeter()
+        self._placer = placer_of(settings.placement, pairs=self._pairs, clock=clock)
         limits = settings.limits
         self.admission = Admission(max_running=limits.max_running, max_waiting=limits.max_waiting, clock=clock)
         self.view = ClusterView(
@@ -136,21 +116,23 @@ class Router:
         timeout_s = limit if call.timeout_s is None else min(call.timeout_s, limit)
         deadline = self._clock() + timeout_s
         span = _TRACER.start_span("router", context_from(call.traceparent), attributes={"model": call.model})
-        record = _Record(self.metrics, call, self._clock)
+        tenant = call.tenant if call.tenant in self.settings.tenants else "other"
+        record = CallRecord(self.metrics, call, tenant=tenant, clock=self._clock)
         try:
             with _TRACER.start_span("queue", trace.set_span_in_context(span)):
                 await self.admission.enter(deadline)
             record.admitted()
             self._in_flight[call.model] = self._in_flight.get(call.model, 0) + 1
             try:
-                async with aclosing(self._attempts(call, deadline, span, record)) as deltas:
+                work = self._work(call, deadline, traceparent_of(span) or call.traceparent, record)
+                async with aclosing(self._attempts(work)) as deltas:
                     delta = await anext(deltas)
                     while delta.finish is None:
                         delta = await deltas.asend((yield delta))
                 yield delta
             finally:
                 self._in_flight[call.model] -= 1
-                self.admission.leave(record.age_s())
+                self.admission.leave(record.working_s())
         except Exception as exc:
             record.outcome = exc.code if isinstance(exc, DiptychError) else DiptychError.code
             span.record_exception(exc)
@@ -158,75 +140,114 @@ class Router:
         finally:
             record.close(span)
 
-    async def _attempts(
-        self, call: GenerateCall, deadline: float, span: trace.Span, record: _Record
-    ) -> AsyncGenerator[TokenDelta, bool | None]:
+    def _work(self, call: GenerateCall, deadline: float, traceparent: str, record: CallRecord) -> _Work:
         request = GenerateRequest(
             key=TransferKey(self._entropy(16)),
             prompt=call.prompt,
             sampling=call.sampling,
             salt=call.salt,
             deadline=deadline,
-            traceparent=traceparent_of(span) or call.traceparent,
+            traceparent=traceparent,
+            priority=call.priority,
+            tenant=call.tenant,
+            weight=self._weight(call.tenant),
         )
-        avoid: set[str] = set()
+        ask = Ask(
+            model=call.model,
+            names=PromptNames(call.prompt, call.salt),
+            session=(call.tenant, call.session) if call.session else None,
+            reads_cache=call.sampling.prompt_logprobs is None,
+        )
+        return _Work(call, request, ask, record, deadline)
+
+    def _weight(self, tenant: str) -> float:
+        known = self.settings.tenants.get(tenant)
+        return known.weight if known is not None else 1.0
+
+    async def _attempts(self, work: _Work) -> AsyncGenerator[TokenDelta, bool | None]:
+        record, sampling = work.record, work.request.sampling
         while True:
-            attempt = await self._place(request, call.model, avoid, deadline)
+            attempt, decision = await self._place(work)
             try:
-                attempt.start(timeout_s=deadline - self._clock())
+                attempt.start(timeout_s=work.deadline - self._clock())
                 while tokens := await attempt.next():
+                    logprobs = None if sampling.logprobs is None else attempt.merge.take_logprobs(len(tokens))
+                    prompt = None
+                    if sampling.prompt_logprobs is not None and record.num_tokens == 0:
+                        prompt = attempt.merge.prompt_logprobs
                     record.tokens(len(tokens))
-                    if (yield TokenDelta(tokens)):
+                    if (yield TokenDelta(tokens, None, logprobs, prompt, decision.placement)):
                         attempt.stop(record.num_tokens)
                 await attempt.linger()
-                explanation = _explain(attempt, record.queue_s)
-                record.finished(explanation)
+                explanation = record.answered(attempt, decision)
+                self._learn(work, explanation)
                 self.recent.append(explanation)
-                yield TokenDelta([], explanation)
+                yield TokenDelta([], explanation, placement=decision.placement)
                 return
             except DiptychError as exc:
-                avoid.add(attempt.placement.decode.engine_id)
-                if record.num_tokens or not self._may_retry(exc, call.model, request.key.attempt, avoid):
+                work.avoid |= attempt.failed_engines()
+                if record.num_tokens or not self._may_retry(exc, work):
                     raise
-                self.metrics.counters["retries"].labels(call.model, exc.code).inc()
-                key = replace(request.key, attempt=request.key.attempt + 1)
-                request = replace(request, key=key)
+                self.metrics.counters["retries"].labels(work.call.model, exc.code).inc()
+                work.request = replace(work.request, key=replace(work.request.key, attempt=work.attempt + 1))
             finally:
                 attempt.close()
 
-    def _may_retry(self, error: DiptychError, model: str, attempt: int, avoid: set[str]) -> bool:
-        if not error.retryable or attempt + 1 >= self.settings.max_attempts:
+    def _may_retry(self, error: DiptychError, work: _Work) -> bool:
+        if not error.retryable or work.attempt + 1 >= self.settings.max_attempts:
             return False
         if isinstance(error, CapacityError):  # asking the same full engine again at once only adds load
-            return any(engine.ref.engine_id not in avoid for engine in self.view.live(model, Role.DECODE))
+            live = self.view.live(work.call.model, Role.DECODE)
+            return any(engine.ref.engine_id not in work.avoid for engine in live)
         return True
 
-    async def _place(self, request: GenerateRequest, model: str, avoid: set[str], deadline: float) -> Attempt:
+    async def _place(self, work: _Work) -> tuple[Attempt, Decision]:
         """Choose engines; after a loss, wait for one to come back as long as dialling may take."""
-        give_up = min(deadline, self._clock() + self.settings.connect_timeout_s)
+        began = self._clock()
+        give_up = min(work.deadline, began + self.settings.connect_timeout_s)
         while True:
-            placement = self._choose(model, avoid)
-            if placement is not None:
-                decode = self.view.session(placement.decode)
-                prefill = self.view.session(placement.prefill) if placement.prefill is not None else None
-                assert decode is not None
-                return Attempt(request, placement, prefill, decode)
+            decision = self._choose(work)
+            if decision is not None:
+                work.record.placed(decision, began)
+                return self._attempt(work, decision), decision
             left = give_up - self._clock()
-            if request.key.attempt == 0 or left <= 0:
+            if work.attempt == 0 or left <= 0:
                 break
             await self.view.wait_change(left)
-        if not any(session.info.model == model for session in self.view.sessions()):
-            raise Overloaded(f"no engine serves {model} now", self.settings.connect_timeout_s)
-        if self._clock() >= deadline:
+        work.record.refused("no_engine")
+        if self._clock() >= work.deadline:
             raise DeadlineExceeded("the request's deadline passed while no engine was reachable")
-        raise EngineLost(f"no decode engine of {model} is reachable")
+        raise EngineLost(f"no decode engine of {work.call.model} is reachable")
 
-    def _choose(self, model: str, avoid: set[str]) -> Placement | None:
+    def _choose(self, work: _Work) -> Decision | None:
+        model = work.call.model
         decode = self.view.live(model, Role.DECODE)
         if not decode:
             return None
-        fresh = [engine for engine in decode if engine.ref.engine_id not in avoid]
-        return self._policy.choose(self.view.live(model, Role.PREFILL), fresh or decode)
+        return self._placer.place(
+            work.ask,
+            _without(self.view.live(model, Role.PREFILL), work.avoid),
+            _without(decode, work.avoid) or decode,
+            pin=work.call.pin,
+            is_colocated=not self.view.has_pool(model, Role.PREFILL),
+        )
+
+    def _attempt(self, work: _Work, decision: Decision) -> Attempt:
+        placement = decision.placement
+        decode = self.view.session(placement.decode)
+        prefill = self.view.session(placement.prefill) if placement.prefill is not None else None
+        assert decode is not None
+        now, lacks = self._clock(), decision.lacks
+        if prefill is not None:
+            prefill.meter.reserve(now, prompt_tokens=lacks, kv_tokens=0)
+        decode.meter.reserve(now, prompt_tokens=0 if prefill else lacks, kv_tokens=len(work.call.prompt))
+        is_last = work.attempt + 1 >= self.settings.max_attempts
+        return Attempt(work.request, placement, prefill, decode, is_last=is_last)
+
+    def _learn(self, work: _Work, told: Explanation) -> None:
+        if told.transfer_bytes:
+            moved = len(work.call.prompt) - told.decode_cached_tokens
+            self._pairs.learn(told.prefill_engine, told.decode_engine, moved, told.transfer_s)
 
     def _readings(self) -> Iterable[EngineReading]:
         for session in self.view.sessions():
@@ -234,96 +255,5 @@ class Router:
             yield EngineReading(session.info.ref.engine_id, roles, session.info.model, session.is_ready, session.status)
 
 
-def _explain(attempt: Attempt, queue_s: float) -> Explanation:
-    end = attempt.merge.finish
-    assert end is not None
-    prefill, decode = (_report(attempt, role) for role in (Role.PREFILL, Role.DECODE))
-    placement = attempt.placement
-    return Explanation(
-        reason=end.reason,
-        num_tokens=end.num_tokens,
-        cached_tokens=max(prefill.cached_tokens, decode.cached_tokens if not decode.transfer_bytes else 0),
-        attempts=attempt.request.key.attempt + 1,
-        queue_s=queue_s,
-        prefill_engine=placement.prefill.engine_id if placement.prefill else "",
-        decode_engine=placement.decode.engine_id,
-        prefill=prefill.times,
-        decode=decode.times,
-        transfer_bytes=max(prefill.transfer_bytes, decode.transfer_bytes),
-        transport=decode.transport or prefill.transport,
-    )
-
-
-def _report(attempt: Attempt, role: Role) -> Finish:
-    outcome = attempt.merge.over.get(role)
-    if isinstance(outcome, Finish):
-        return outcome
-    return Finish(key=attempt.request.key, role=role, reason=FinishReason.CANCELLED)
-
-
-class _Record:
-    """One call's times and counts, written to the metrics as they happen and to the span at the end."""
-
-    def __init__(self, metrics: RouterMetrics, call: GenerateCall, clock: Callable[[], float]) -> None:
-        self.outcome = "cancelled"  # unless something else ends the call
-        self.num_tokens = 0
-        self.queue_s = 0.0
-        self._metrics = metrics
-        self._call = call
-        self._clock = clock
-        self._begin = self._start = clock()
-        self._last = 0.0
-        self._is_admitted = False
-        self._inter_token = metrics.histograms["inter_token"].labels(call.model)
-        self._explanation: Explanation | None = None
-
-    def age_s(self) -> float:
-        return self._clock() - self._start
-
-    def admitted(self) -> None:
-        self._is_admitted = True
-        self._start = self._clock()
-        self.queue_s = self._start - self._begin
-        self._metrics.histograms["queue"].labels(self._call.model).observe(self.queue_s)
-        self._metrics.gauges["in_flight"].labels(self._call.model).inc()
-        self._metrics.histograms["prompt_tokens"].labels(self._call.model).observe(len(self._call.prompt))
-
-    def tokens(self, count: int) -> None:
-        now = self._clock()
-        if self.num_tokens == 0:
-            self._metrics.histograms["ttft"].labels(self._call.model).observe(now - self._start)
-        else:
-            self._inter_token.observe((now - self._last) / count)
-        self._last = now
-        self.num_tokens += count
-
-    def finished(self, explanation: Explanation) -> None:
-        self.outcome = "ok"
-        self._explanation = explanation
-        counters, model = self._metrics.counters, self._call.model
-        counters["cached_tokens"].labels(model).inc(explanation.cached_tokens)
-        if explanation.transfer_bytes:
-            counters["kv_bytes"].labels(model, explanation.transport or "unknown").inc(explanation.transfer_bytes)
-
-    def close(self, span: trace.Span) -> None:
-        model = self._call.model
-        self._metrics.counters["requests"].labels(model, self.outcome).inc()
-        if self._is_admitted:
-            self._metrics.gauges["in_flight"].labels(model).dec()
-            self._metrics.histograms["e2e"].labels(model).observe(self.age_s())
-            self._metrics.histograms["output_tokens"].labels(model).observe(self.num_tokens)
-        if span.is_recording():
-            span.set_attributes({"outcome": self.outcome, "prompt_tokens": len(self._call.prompt)})
-            span.set_attribute("output_tokens", self.num_tokens)
-            if self._explanation is not None:
-                span.set_attributes(
-                    {
-                        "prefill_engine": self._explanation.prefill_engine,
-                        "decode_engine": self._explanation.decode_engine,
-                        "attempts": self._explanation.attempts,
-                        "cached_tokens": self._explanation.cached_tokens,
-                        "transfer_bytes": self._explanation.transfer_bytes,
-                        "transport": self._explanation.transport,
-                    }
-                )
-        span.end()
+def _without(engines: list[EngineLoad], avoid: set[str]) -> list[EngineLoad]:
+    return [engine for engine in engines if engine.ref.engine_id not in avoid]

@@ -9,19 +9,29 @@ A broken stream fails its open requests at once and is dialled again until the v
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import grpc
 
 from diptych.protos import engine_pb2 as pb
-from diptych.protos.codec import finish_from_pb, status_from_pb, submit_to_pb
+from diptych.protos.codec import (
+    finish_from_pb,
+    logprobs_from_pb,
+    prompt_logprobs_from_pb,
+    status_from_pb,
+    submit_to_pb,
+)
 from diptych.protos.engine_pb2_grpc import EngineStub
 from diptych.protos.errors import DiptychError, EngineLost, Fenced, Overloaded
 from diptych.protos.status import EngineInfo, EngineStatus
-from diptych.protos.types import DecodeOrder, Finish, PrefillOrder, Role, TransferKey
+from diptych.protos.types import DecodeOrder, Finish, PrefillOrder, PromptLogprobs, Role, TokenLogprobs, TransferKey
+
+from .estimate import EngineMeter
+from .mirror import PrefixMirror
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +52,11 @@ _OPTIONS = (
 class Sink(Protocol):
     """Where one phase of one request goes. Called in the event loop; must not block or raise."""
 
-    def on_token(self, index: int, token: int) -> None:
+    def on_token(self, index: int, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """Generated token number `index`."""
+
+    def on_prompt(self, piece: PromptLogprobs) -> None:
+        """Logprobs of some of the prompt's tokens."""
 
     def on_end(self, role: Role, outcome: Finish | DiptychError) -> None:
         """The phase is over, or its engine is lost; nothing follows."""
@@ -63,6 +76,8 @@ class EngineSession:
     ) -> None:
         self.info = info
         self.status = EngineStatus()
+        self.mirror = PrefixMirror()
+        self.meter = EngineMeter()
         self.losses = 0
         self._router_id = router_id
         self._connect_timeout_s = connect_timeout_s
@@ -154,7 +169,8 @@ class EngineSession:
                     await call.write(
                         pb.RouterFrame(open=pb.Open(router_id=self._router_id, engine_epoch=self.info.ref.epoch))
                     )
-                    self._check(await self._read(call))
+                    welcome = self._check(await self._read(call))
+                self.mirror.begin(welcome.prefix_root, welcome.block_tokens)
                 self._outbox.clear()
                 self.is_ready = True
                 self._on_change()
@@ -174,10 +190,11 @@ class EngineSession:
             reader.cancel()
             await asyncio.gather(writer, reader, return_exceptions=True)
 
-    def _check(self, frame: pb.EngineFrame) -> None:
+    def _check(self, frame: pb.EngineFrame) -> pb.Welcome:
         me, ref = frame.welcome.me, self.info.ref
         if frame.WhichOneof("frame") != "welcome" or (me.engine_id, me.epoch) != (ref.engine_id, ref.epoch):
             raise Fenced(f"{ref.target} is not {ref.engine_id} of epoch {ref.epoch}")
+        return frame.welcome
 
     async def _read(self, call: Any) -> pb.EngineFrame:
         frame = await call.read()
@@ -201,16 +218,34 @@ class EngineSession:
             frame = await self._read(call)
             kind = frame.WhichOneof("frame")
             if kind == "tokens":
-                self._deliver(frame.tokens)
+                try:
+                    self._deliver(frame.tokens)
+                except ValueError as exc:
+                    raise EngineLost(f"the engine sent a step that makes no sense: {exc}") from exc
             elif kind == "status":
                 self.status = status_from_pb(frame.status)
+                self.meter.read(self.status)
+            elif kind == "prefix":
+                change = frame.prefix
+                self.mirror.apply(reset=change.reset, added=change.added, removed=change.removed)
 
     def _deliver(self, step: pb.StepTokens) -> None:
+        """Raises ValueError for a message that makes no sense."""
         sinks = self._sinks
-        for handle, index, token in zip(step.handle, step.index, step.token, strict=True):
+        for piece in step.prompt_logprobs:
+            entry = sinks.get(piece.handle)
+            if entry is not None:
+                entry[0].on_prompt(prompt_logprobs_from_pb(piece, entry[2]))
+        rows: Iterable[TokenLogprobs | None] = itertools.repeat(None)
+        if step.logprobs:
+            by_row = {message.row: logprobs_from_pb(message) for message in step.logprobs}
+            rows = map(by_row.get, itertools.count())
+        for (handle, index, token), logprobs in zip(
+            zip(step.handle, step.index, step.token, strict=True), rows, strict=False
+        ):
             entry = sinks.get(handle)
             if entry is not None:  # else: cancelled, and its last tokens were on the way
-                entry[0].on_token(index, token)
+                entry[0].on_token(index, token, logprobs)
         for message in step.finishes:
             entry = self._pop(message.handle)
             if entry is not None:
@@ -219,6 +254,7 @@ class EngineSession:
 
     def _fail_open(self, error: EngineLost) -> None:
         self._outbox.clear()
+        self.mirror.begin(b"", 1)
         if self.is_ready:
             self.is_ready = False
             self.losses += 1

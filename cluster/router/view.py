@@ -70,19 +70,19 @@ class ClusterView:
 
     def live(self, model: str, role: Role) -> list[EngineLoad]:
         """Connected engines of a model that have a role and take new requests."""
+        now = self._clock()
         return [
-            EngineLoad(
-                ref=session.info.ref,
-                in_flight=session.in_flight,
-                same_role=session.in_flight_as(role),
-                reported=session.status.running + session.status.waiting,
-            )
+            _load_of(session, role, now)
             for session in self._sessions.values()
             if session.is_ready
             and not session.info.draining
             and session.info.model == model
             and role in session.info.roles
         ]
+
+    def has_pool(self, model: str, role: Role) -> bool:
+        """Whether any member, connected or not, has this role for this model."""
+        return any(s.info.model == model and role in s.info.roles for s in self._sessions.values())
 
     def capacity_tokens(self, model: str) -> int | None:
         """Tokens that every decode engine of a model can hold for one request; None while there is no engine."""
@@ -136,3 +136,22 @@ class ClusterView:
                 self._on_loss(ref.engine_id)
         self._losses = {ref: count for ref, count in self._losses.items() if ref in self._sessions}
         self._changed.set()
+
+
+def _load_of(session: EngineSession, role: Role, now: float) -> EngineLoad:
+    info, status, counters = session.info, session.status, session.status.counters
+    return EngineLoad(
+        ref=info.ref,
+        in_flight=session.in_flight,
+        same_role=session.in_flight_as(role),
+        reported=status.running + status.waiting,
+        reserved=session.meter.reserved(now),
+        queued_tokens=int(counters.get("prefill_queued_tokens", 0)),
+        sequences=int(counters.get("decode_running", 0)),
+        kv_tokens=int(counters.get("decode_kv_tokens", 0)),
+        used_blocks=status.blocks.used,
+        num_blocks=info.num_blocks,
+        block_tokens=info.block_tokens,
+        rates=session.meter.rates,
+        mirror=session.mirror,
+    )

@@ -50,13 +50,14 @@ async def test_metrics_parse_and_count(http: httpx2.AsyncClient, door: FrontDoor
     }
     model = ("model", "echo")
     prompt = len(door.tokenizer.encode(ASK["prompt"]).ids)
-    assert values["diptych_requests_total", (model, ("outcome", "ok"))] == 3
+    asker = (model, ("path", "pd"), ("tenant", "other"))
+    assert values["diptych_requests_total", (model, ("outcome", "ok"), ("tenant", "other"))] == 3
     assert values["diptych_requests_in_flight", (model,)] == 0
-    assert values["diptych_time_to_first_token_seconds_count", (model,)] == 3
-    assert values["diptych_request_seconds_count", (model,)] == 3
+    assert values["diptych_ttft_seconds_count", asker] == 3
+    assert values["diptych_e2e_seconds_count", asker] == 3
     assert values["diptych_output_tokens_sum", (model,)] == 27
     assert values["diptych_kv_transfer_bytes_total", (model, ("transport", "echo"))] == 3 * 1024 * prompt
-    assert values["diptych_prefix_hit_tokens_total", (model,)] == 3 * (prompt // 16 * 16)
+    assert values["diptych_prefix_hit_tokens_total", (model, ("where", "prefill"))] == 3 * (prompt // 16 * 16)
     decode = (("engine", "decode-0"), model, ("role", "decode"))
     assert values["diptych_engine_up", decode] == 1
     assert values["diptych_engine_blocks_total", decode] == 4096

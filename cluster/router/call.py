@@ -1,0 +1,62 @@
+"""What goes into Router.generate and what comes out of it. The API codes against these; they know no text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diptych.protos.types import FinishReason, SamplingParams, StageTimes, TokenLogprobs
+
+from .placement import Placement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateCall:
+    """One request in token ids. `timeout_s` counts from the call; None leaves the router's own limit."""
+
+    model: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    salt: bytes = b""  # hashed into the names of its KV blocks: tenants do not share KV
+    timeout_s: float | None = None
+    traceparent: str = ""
+    priority: int = 0  # lower is sooner, here and in the engines
+    tenant: str = ""  # its weight is the configuration's; "" is a tenant too
+    session: str = ""  # requests of one session go to the same engines where the policy says so
+    pin: Placement | None = None  # engines to take while they live, without asking the policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """How a request was answered. Times in seconds; those of `prefill` and `decode` as each engine reported them."""
+
+    reason: FinishReason
+    num_tokens: int
+    cached_tokens: int  # of the prompt, that no engine had to compute for this request
+    attempts: int
+    policy: str  # that chose the engines: the configured one, or `pin`
+    choice: str  # why these engines, in words
+    path: str  # `pd`: prompt and answer on two engines; `local`: both on the decode engine
+    queue_s: float  # for a place in the router
+    ttft_s: float  # from the call to the first token; 0 without a token
+    total_s: float  # from the call to the end
+    prefill_engine: str
+    decode_engine: str
+    prefill_cached_tokens: int
+    decode_cached_tokens: int
+    prefill: StageTimes
+    decode: StageTimes
+    transfer_bytes: int
+    transfer_s: float
+    transport: str
+    preemptions: int  # times that an engine took the request's blocks away and computed it again
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """New tokens, in order. The last delta has no tokens and the one `finish`."""
+
+    tokens: list[int]
+    finish: Explanation | None = None
+    logprobs: list[TokenLogprobs | None] | None = None  # one per token; None when the call asks for none
+    prompt_logprobs: list[TokenLogprobs] | None = None  # with the first delta, if asked: of prompt positions 1, 2, ...
+    placement: Placement | None = None  # the engines that the tokens come from: a `pin` for calls that should join them

@@ -1,0 +1,1 @@
+"""Placement policies, one per file, each a small class that follows placement.PlacementPolicy."""

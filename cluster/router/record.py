@@ -1,0 +1,163 @@
+"""What a call leaves behind: its metrics as they happen, its span, and in the end its Explanation.
+
+One record per call, filled by the router. Knows no engine: it reads what an attempt has collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from opentelemetry import trace
+from prometheus_client import Histogram
+
+from diptych.cluster.observability.metrics import RouterMetrics
+from diptych.protos.types import Finish, FinishReason, Role
+
+from .attempt import Attempt
+from .call import Explanation, GenerateCall
+from .placement import Decision
+
+
+class CallRecord:
+    """`clock` in seconds. `tenant` is the label under which the call is counted."""
+
+    def __init__(self, metrics: RouterMetrics, call: GenerateCall, *, tenant: str, clock: Callable[[], float]) -> None:
+        self.outcome = "cancelled"  # unless something else ends the call
+        self.num_tokens = 0
+        self.queue_s = 0.0
+        self.ttft_s = 0.0
+        self._metrics = metrics
+        self._call = call
+        self._tenant = tenant
+        self._clock = clock
+        self._begin = self._admitted_at = clock()
+        self._last = 0.0
+        self._is_admitted = False
+        self._path = ""
+        self._deliveries = 0
+        self._inter_token: Histogram | None = None
+        self._explanation: Explanation | None = None
+
+    def working_s(self) -> float:
+        """Seconds since the call got its place."""
+        return self._clock() - self._admitted_at
+
+    def admitted(self) -> None:
+        """The call got its place."""
+        self._is_admitted = True
+        self._admitted_at = self._clock()
+        self.queue_s = self._admitted_at - self._begin
+        self._stage("queue", self.queue_s)
+        self._metrics.gauges["in_flight"].labels(self._call.model).inc()
+        self._metrics.histograms["prompt_tokens"].labels(self._call.model).observe(len(self._call.prompt))
+
+    def placed(self, decision: Decision, began: float) -> None:
+        """Engines were chosen in the seconds since `began`."""
+        self._stage("route", self._clock() - began)
+        self._path = decision.path
+        self._metrics.counters["decisions"].labels(self._call.model, decision.path, decision.reason).inc()
+        self._inter_token = self._metrics.histograms["itl"].labels(self._call.model, self._tenant, self._path)
+        if decision.reason == "no_prefill":
+            self._metrics.counters["fallbacks"].labels(self._call.model, "no_prefill").inc()
+
+    def refused(self, reason: str) -> None:
+        """No engines were chosen."""
+        self._metrics.counters["decisions"].labels(self._call.model, "reject", reason).inc()
+
+    def tokens(self, count: int) -> None:
+        """So many tokens go to the client now."""
+        now = self._clock()
+        if self._deliveries == 0:
+            self.ttft_s = now - self._begin
+            self._histogram("ttft", self.ttft_s)
+        else:
+            if self._deliveries == 1:
+                self._histogram("ttst", now - self._begin)
+            assert self._inter_token is not None
+            self._inter_token.observe((now - self._last) / count)
+        self._deliveries += 1
+        self._last = now
+        self.num_tokens += count
+
+    def answered(self, attempt: Attempt, decision: Decision) -> Explanation:
+        """The call has its whole answer."""
+        explanation = self._explain(attempt, decision)
+        self.outcome = "ok"
+        self._explanation = explanation
+        model = self._call.model
+        counters = self._metrics.counters
+        for where, cached in (
+            ("prefill", explanation.prefill_cached_tokens),
+            ("decode", explanation.decode_cached_tokens),
+        ):
+            counters["prefix_hit_tokens"].labels(model, where).inc(cached)
+        for role, times in (("prefill", explanation.prefill), ("decode", explanation.decode)):
+            if role == "decode" or explanation.prefill_engine:
+                self._stage(f"{role}_queue", times.queue)
+        self._stage("prefill", explanation.prefill.prefill or explanation.decode.prefill)
+        self._stage("decode", explanation.decode.decode)
+        if explanation.transfer_bytes:
+            transport = explanation.transport or "unknown"
+            counters["kv_bytes"].labels(model, transport).inc(explanation.transfer_bytes)
+            self._metrics.histograms["kv_seconds"].labels(model, transport).observe(explanation.transfer_s)
+        elif explanation.prefill_engine and explanation.decode.prefill:
+            counters["fallbacks"].labels(model, "transfer").inc()
+        return explanation
+
+    def close(self, span: trace.Span) -> None:
+        """The call is over, however it ended."""
+        model = self._call.model
+        self._metrics.counters["requests"].labels(model, self._tenant, self.outcome).inc()
+        if self._is_admitted:
+            self._metrics.gauges["in_flight"].labels(model).dec()
+            self._histogram("e2e", self._clock() - self._begin)
+            self._metrics.histograms["output_tokens"].labels(model).observe(self.num_tokens)
+        if span.is_recording():
+            span.set_attributes({"outcome": self.outcome, "prompt_tokens": len(self._call.prompt)})
+            span.set_attribute("output_tokens", self.num_tokens)
+            told = self._explanation
+            if told is not None:
+                names = ("prefill_engine", "decode_engine", "attempts", "cached_tokens", "transfer_bytes", "transport")
+                span.set_attributes({name: getattr(told, name) for name in (*names, "path", "choice")})
+        span.end()
+
+    def _histogram(self, name: str, seconds: float) -> None:
+        self._metrics.histograms[name].labels(self._call.model, self._tenant, self._path).observe(seconds)
+
+    def _stage(self, stage: str, seconds: float) -> None:
+        self._metrics.histograms["stage"].labels(self._call.model, stage).observe(seconds)
+
+    def _explain(self, attempt: Attempt, decision: Decision) -> Explanation:
+        end = attempt.merge.finish
+        assert end is not None
+        prefill, decode = (_report(attempt, role) for role in (Role.PREFILL, Role.DECODE))
+        placement = decision.placement
+        return Explanation(
+            reason=end.reason,
+            num_tokens=end.num_tokens,
+            cached_tokens=max(prefill.cached_tokens, decode.cached_tokens if not decode.transfer_bytes else 0),
+            attempts=attempt.request.key.attempt + 1,
+            policy=decision.policy,
+            choice=decision.choice,
+            path=decision.path,
+            queue_s=self.queue_s,
+            ttft_s=self.ttft_s,
+            total_s=self._clock() - self._begin,
+            prefill_engine=placement.prefill.engine_id if placement.prefill else "",
+            decode_engine=placement.decode.engine_id,
+            prefill_cached_tokens=prefill.cached_tokens,
+            decode_cached_tokens=decode.cached_tokens,
+            prefill=prefill.times,
+            decode=decode.times,
+            transfer_bytes=max(prefill.transfer_bytes, decode.transfer_bytes),
+            transfer_s=prefill.times.transfer or decode.times.transfer,
+            transport=decode.transport or prefill.transport,
+            preemptions=prefill.preemptions + decode.preemptions,
+        )
+
+
+def _report(attempt: Attempt, role: Role) -> Finish:
+    outcome = attempt.merge.over.get(role)
+    if isinstance(outcome, Finish):
+        return outcome
+    return Finish(key=attempt.request.key, role=role, reason=FinishReason.CANCELLED)
