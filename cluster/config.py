@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from diptych.protos.errors import StartupError
 from diptych.protos.settings import (
@@ -27,6 +27,7 @@ from diptych.protos.settings import (
     Settings,
     TransferSettings,
 )
+from diptych.protos.types import Role
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
@@ -140,9 +141,29 @@ class ModelSettings(Settings):
         "disaggregated",
         description="colocated: decode engines alone, which compute the prompts too, in the same steps",
     )
-    kv: KvSettings = KvSettings()
+    kv: KvSettings = Field(KvSettings(), description="of each engine, unless its pool says otherwise")
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
+
+    @field_validator("prefill")
+    @classmethod
+    def _has_a_pool(cls, prefill: PrefillSettings, info: ValidationInfo) -> PrefillSettings:
+        # Called for a `prefill` that somebody wrote, not for the default.
+        if info.data.get("layout") == "colocated":
+            raise ValueError(
+                "the layout colocated has no prefill pool; remove these keys, or write layout: disaggregated"
+            )
+        return prefill
+
+    def pools(self) -> dict[Role, int]:
+        """Engines of each pool that the layout has."""
+        if self.layout == "colocated":
+            return {Role.DECODE: self.decode.engines}
+        return {Role.PREFILL: self.prefill.engines, Role.DECODE: self.decode.engines}
+
+    def pool_kv(self, role: Role) -> KvSettings:
+        """The arena of an engine of one pool."""
+        return (self.prefill.kv if role is Role.PREFILL else self.decode.kv) or self.kv
 
 
 class RaySettings(Settings):
@@ -304,9 +325,11 @@ def _known_keys(path: Sequence[str]) -> list[str]:
     while parts:
         part = parts.pop(0)
         annotation = cls.model_fields[part].annotation
-        if part == "models":
+        if part in ("models", "tenants"):
             parts = parts[1:]
             annotation = get_args(annotation)[1]
+        elif not isinstance(annotation, type):  # a group or null
+            annotation = get_args(annotation)[0]
         assert isinstance(annotation, type)
         assert issubclass(annotation, BaseModel)
         cls = annotation

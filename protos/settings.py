@@ -16,6 +16,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class KvSettings(Settings):
+    """The KV arena of an engine."""
+
+    block_tokens: int = Field(16, ge=1, le=256, description="tokens per block")
+    memory_mib: int = Field(512, ge=1, description="size of the arena")
+    prefix_cache: bool = Field(True, description="reuse blocks of equal prefixes")
+
+
 class PrefillSettings(Settings):
     """The prefill pool of a model."""
 
@@ -24,6 +32,7 @@ class PrefillSettings(Settings):
     max_running: int = Field(16, ge=1, description="requests in computation or with KV on its way at once")
     max_waiting: int = Field(256, ge=0, description="requests waiting; one more is refused")
     threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: the cores divided by the engines")
+    kv: KvSettings | None = Field(None, description="this pool's KV arena; null: the model's kv")
 
 
 class DecodeSettings(Settings):
@@ -34,15 +43,8 @@ class DecodeSettings(Settings):
     step_tokens: int = Field(512, ge=1, description="tokens per step, prompts computed here included")
     max_waiting: int = Field(256, ge=0, description="requests waiting, those whose KV is on its way included")
     threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: the cores divided by the engines")
+    kv: KvSettings | None = Field(None, description="this pool's KV arena; null: the model's kv")
     watermark: float = Field(0.01, ge=0, lt=1, description="part of the blocks that new sequences leave free")
-
-
-class KvSettings(Settings):
-    """The KV arena of each engine of a model."""
-
-    block_tokens: int = Field(16, ge=1, le=256, description="tokens per block")
-    memory_mib: int = Field(512, ge=1, description="size of each engine's arena")
-    prefix_cache: bool = Field(True, description="reuse blocks of equal prefixes")
 
 
 class TransferSettings(Settings):

@@ -23,6 +23,7 @@ class EngineInfo:
     max_context_tokens: int
     dtype: str
     degraded: tuple[str, ...] = ()  # choices that cost speed, in words
+    layout: str = "disaggregated"  # of its model; in `colocated` decode engines compute the prompts, too
     draining: bool = False  # its running requests finish, it takes no new ones
 
 

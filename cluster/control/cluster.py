@@ -7,7 +7,6 @@ router drains -> serve (on a Ray that is not ours) -> engines -> manager -> driv
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import shutil
@@ -16,19 +15,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from diptych.cluster.config import DiptychConfig
-from diptych.cluster.engine.spec import EngineSpec, EngineStarted
+from diptych.cluster.engine.spec import EngineStarted
 from diptych.cluster.models import ModelFolder, resolve
 from diptych.protos.errors import StartupError
-from diptych.protos.types import EngineId, Role
 
 from . import host
 from .launch import RayHead, start_ray
-from .memory import MemoryPlan, plan_memory
+from .memory import plan_memory
+from .plan import ClusterPlan, plan_cluster
 from .state import ClusterState, make_folder, write_state
 from .timeline import Timeline
 
 PROXY_DRAIN_S = 2.0
-NO_BFLOAT16 = "float32 instead of bfloat16: this CPU has no native bfloat16"
+CALL_TIMEOUT_S = 20.0
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +50,11 @@ class Cluster:
         self._say = say
         self._folder: Path | None = None
         self._head: RayHead | None = None
-        self._fleet: Any = None
+        self._manager: Any = None
         self._router: Any = None
         self._membership: Any = None
         self._version = -1
-        self._known_dead: set[str] = set()
+        self._known_dead: set[int] = set()
         self._ending = contextlib.ExitStack()  # what to undo, last first
         self.degraded: list[str] = []
 
@@ -70,20 +69,19 @@ class Cluster:
             }
         self._folder = folder = make_folder(config.run_dir)
         self._ending.callback(self.remove_folder)
-        specs = engine_specs(config, folders, folder)
-        plan = plan_memory(specs, host.available_memory(), ray_is_ours=config.ray.address is None)
-        self._print_plan(plan)
-        plan.check()
+        plan = plan_cluster(config, folders, folder)
+        memory = plan_memory(plan.engines(), host.available_memory(), ray_is_ours=config.ray.address is None)
+        self._say("\nmemory plan (MiB)")
+        self._say(memory.table() + "\n")
+        memory.check()
         with stage("ray"):
             address = self._start_ray(folder)
         with stage("manager"):
-            self._start_manager()
-            for spec in specs:
-                self._fleet.launch(spec)
+            self._start_manager(plan)
         with stage("serve"):
             serve_url = self._start_router(folders)
         with stage("engines") as notes:  # they load while Serve starts; these are the seconds that remain
-            started = self._fleet.wait_ready(config.ray.engine_timeout_s)
+            started = self._wait_engines(config.ray.engine_timeout_s)
             notes += [_engine_note(engine) for engine in started]
         with stage("ready"):
             self._router.ready.remote(config.router.connect_timeout_s * 2).result()
@@ -108,15 +106,16 @@ class Cluster:
         if self._head is not None and self._head.process.poll() is not None:
             raise StartupError(f"Ray ended by itself with code {self._head.process.returncode}; restart the cluster")
         if self._membership is None:
-            self._membership = self._fleet.changes(self._version)
+            self._membership = self._manager.wait_change.remote(self._version)
         if not ray.wait([self._membership], timeout=0)[0]:
             return []
         membership, self._membership = self._membership, None
         with contextlib.suppress(ray.exceptions.RayError):
             self._version, _ = ray.get(membership)
-            sentences = [line for line in self._fleet.obituaries() if line not in self._known_dead]
-            self._known_dead.update(sentences)
-            return sentences
+            members = ray.get(self._manager.members.remote(), timeout=CALL_TIMEOUT_S)
+            dead = [member for member in members if member.state == "dead" and member.epoch not in self._known_dead]
+            self._known_dead.update(member.epoch for member in dead)
+            return [f"engine {member.engine_id} (epoch {member.epoch}) died: {member.reason}" for member in dead]
         return []
 
     def stop(self) -> None:
@@ -150,10 +149,6 @@ class Cluster:
                     f"port with {flag}--set router.{option}=N"
                 )
 
-    def _print_plan(self, plan: MemoryPlan) -> None:
-        self._say("\nmemory plan (MiB)")
-        self._say(plan.table() + "\n")
-
     def _start_ray(self, folder: Path) -> str:
         address = self._config.ray.address
         if address is None:
@@ -164,7 +159,7 @@ class Cluster:
             raise StartupError(f"nothing answers at {address}, the Ray cluster to join; check ray.address")
         import ray
 
-        from .manager_actor import NAMESPACE
+        from .engines import NAMESPACE
 
         try:
             ray.init(
@@ -181,11 +176,32 @@ class Cluster:
         self._ending.callback(ray.shutdown)
         return str(address)
 
-    def _start_manager(self) -> None:
-        from .engines import EngineFleet
+    def _start_manager(self, plan: ClusterPlan) -> None:
+        import ray
 
-        self._fleet = EngineFleet()
-        self._ending.callback(self._fleet.stop)
+        from .manager_actor import ensure_manager
+
+        self._manager = ensure_manager()
+        self._ending.callback(self._stop_manager)
+        ray.get(self._manager.apply.remote(plan), timeout=CALL_TIMEOUT_S)
+
+    def _wait_engines(self, timeout_s: float) -> tuple[EngineStarted, ...]:
+        import ray
+
+        done = ray.get(self._manager.settled.remote(), timeout=timeout_s + CALL_TIMEOUT_S)
+        if done.failed:
+            raise StartupError("; ".join(done.failed))
+        started: tuple[EngineStarted, ...] = done.started
+        return started
+
+    def _stop_manager(self) -> None:
+        """The router has drained: nothing is left to wait for. Whatever does not end now ends with Ray."""
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self._manager.release.remote("", 0.0), timeout=CALL_TIMEOUT_S)
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(self._manager)
 
     def _start_router(self, folders: dict[str, ModelFolder]) -> str:
         from ray import serve
@@ -218,42 +234,6 @@ class Cluster:
         except RuntimeError as exc:
             raise StartupError(f"the router did not start: {' '.join(str(exc).split())[-600:]}") from exc
         return f"http://{config.router.host}:{port}"
-
-
-def engine_specs(config: DiptychConfig, folders: dict[str, ModelFolder], run_dir: Path) -> list[EngineSpec]:
-    """What every engine of the configuration is told; engine ids are numbered over all models. Epochs come later."""
-    specs = []
-    count = dict.fromkeys(Role, 0)
-    bfloat16 = host.has_native_bfloat16()
-    for name, settings in config.models.items():
-        degraded: tuple[str, ...] = ()
-        dtype: str = settings.dtype
-        if settings.runner == "echo":
-            dtype = "float32"
-        elif dtype == "auto":
-            dtype = "bfloat16" if bfloat16 else "float32"
-            degraded = () if bfloat16 else (NO_BFLOAT16,)
-        pools = ((Role.PREFILL, settings.prefill.engines), (Role.DECODE, settings.decode.engines))
-        for role in [role for role, engines in pools for _ in range(engines)]:
-            spec = EngineSpec(
-                engine_id=EngineId(f"{role}-{count[role]}"),
-                epoch=0,
-                roles=frozenset({role}),
-                model=name,
-                settings=settings,
-                transfer=config.transfer,
-                folder=folders[name].path,
-                facts=folders[name].facts,
-                dtype=dtype,
-                run_dir=run_dir,
-                trace_file=config.telemetry.trace_file,
-                degraded=degraded,
-            )
-            count[role] += 1
-            specs.append(spec)
-    # More threads than cores is far slower than one thread each: OpenMP's spinning threads wait for descheduled ones.
-    cores = max(1, len(os.sched_getaffinity(0)) // len(specs))
-    return [dataclasses.replace(spec, cores=cores) for spec in specs]
 
 
 def _engine_note(engine: EngineStarted) -> str:

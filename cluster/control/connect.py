@@ -29,7 +29,7 @@ def connect(url: str | None = None, run_dir: Path | None = None) -> Any:
     import ray
     from ray import serve
 
-    from .manager_actor import NAMESPACE
+    from .engines import NAMESPACE
 
     if not ray.is_initialized():
         ray.init(address=state.ray_address, namespace=NAMESPACE, log_to_driver=False)

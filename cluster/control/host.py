@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,15 @@ def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, str]:
             left += _reclaimable(cgroup / Path(limit_file).parent / "memory.stat")
             if left < free:
                 free, bound = max(left, 0), "the memory limit of the container (cgroup)"
+    return free, bound
+
+
+def memory_with(pids: Sequence[int]) -> tuple[int, str]:
+    """`available_memory()` and what these processes hold now."""
+    free, bound = available_memory()
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            free += psutil.Process(pid).memory_info().rss
     return free, bound
 
 

@@ -1,11 +1,13 @@
 """Who is a member of the cluster: pure accounting of engines, their lives (epochs) and states. manager_actor.py is its
 Ray shell.
 
-starting --ready--> ready --drain--> draining --dead--> dead        (dead is reached from every state)
+starting --ready--> ready --drain--> draining --left--> forgotten
+    `------------------`-----------------`-----dead--> dead
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +17,8 @@ from typing import Any, Protocol
 from diptych.protos.errors import Fenced
 from diptych.protos.status import EngineInfo
 from diptych.protos.types import EngineId, EngineRef, Role
+
+from .plan import engine_name
 
 _COUNTER_KEY = "epoch"
 _MEMBERS_KEY = "members"
@@ -39,6 +43,9 @@ class EngineState(StrEnum):
     READY = "ready"
     DRAINING = "draining"
     DEAD = "dead"
+
+
+VISIBLE = (EngineState.READY, EngineState.DRAINING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +81,18 @@ class PoolManager:
         """All known engines, the dead ones included."""
         return list(self._members.values())
 
-    def ready(self) -> list[EngineInfo]:
-        """The engines that take new requests."""
-        return [m.info for m in self._members.values() if m.state is EngineState.READY and m.info is not None]
+    def engines(self) -> list[EngineInfo]:
+        """What routers see: the engines that take new requests, and those that are draining, marked so."""
+        return [
+            replace(m.info, draining=m.state is EngineState.DRAINING)
+            for m in self._members.values()
+            if m.state in VISIBLE and m.info is not None
+        ]
+
+    def free_id(self, role: Role) -> EngineId:
+        """The first name that no living engine has."""
+        taken = {m.engine_id for m in self._members.values() if m.state is not EngineState.DEAD}
+        return next(name for n in itertools.count() if (name := engine_name(role, n)) not in taken)
 
     def register(self, engine_id: EngineId, roles: Iterable[Role], model: str) -> int:
         """A new life of an engine begins; the epoch that it must carry. The life before is over."""
@@ -108,6 +124,13 @@ class PoolManager:
         self._replace(replace(member, state=EngineState.DEAD, reason=reason))
         return True
 
+    def report_left(self, engine_id: EngineId, epoch: int) -> None:
+        """The engine ended because it was asked to; it is forgotten. About another life: nothing changes."""
+        member = self._members.get(engine_id)
+        if member is not None and member.epoch == epoch:
+            del self._members[engine_id]
+            self._changed(member.state)
+
     def _living(self, engine_id: EngineId, epoch: int) -> Member:
         member = self._members.get(engine_id)
         if member is None or member.epoch != epoch or member.state is EngineState.DEAD:
@@ -118,8 +141,11 @@ class PoolManager:
     def _replace(self, member: Member) -> None:
         before = self._members.get(member.engine_id)
         self._members[member.engine_id] = member
+        self._changed(member.state, *(() if before is None else (before.state,)))
+
+    def _changed(self, *states: EngineState) -> None:
         self._store.put(_MEMBERS_KEY, json.dumps([_member_to_json(m) for m in self._members.values()]).encode())
-        if EngineState.READY in (member.state, before.state if before is not None else None):
+        if any(state in VISIBLE for state in states):
             self._version += 1
 
     def _mint(self) -> int:

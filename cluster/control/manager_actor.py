@@ -1,29 +1,28 @@
-"""The Ray shell of the PoolManager: a named detached actor that watches engines, and the routers' long poll on it."""
+"""The Ray shell of the PoolManager: a named detached actor that starts, watches and ends engines, and the routers'
+long poll on it. `ensure_manager` finds it or makes it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+from typing import Any, cast
 
 import ray
 from ray.experimental import internal_kv
 
 from diptych.protos.status import EngineInfo
-from diptych.protos.types import EngineId, Role
+from diptych.protos.types import Role
 
-from .manager import EngineState, Member, PoolManager
+from . import host
+from .engines import NAMESPACE, RayEngines
+from .manager import Member, PoolManager
+from .plan import ClusterPlan
+from .pools import Pools, Scaled
 
-NAMESPACE = "diptych"
 MANAGER_NAME = "pool-manager"
 POLL_S = 10.0  # a long poll returns after this long at the latest
-
-log = logging.getLogger(__name__)
-
-
-def engine_actor_name(engine_id: EngineId, epoch: int) -> str:
-    """The Ray name of one life of an engine."""
-    return f"engine-{engine_id}-{epoch}"
 
 
 class GcsStore:
@@ -44,37 +43,31 @@ class PoolManagerActor:
 
     def __init__(self) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        self._manager = PoolManager(GcsStore())
+        store = GcsStore()
         self._changed = asyncio.Event()
-        self._watches: dict[tuple[EngineId, int], asyncio.Task[None]] = {}
-        for member in self._manager.members():
-            if member.state is not EngineState.DEAD:
-                self._watch(member.engine_id, member.epoch)
+        self._manager = PoolManager(store)
+        self._pools = Pools(self._manager, store, RayEngines(), available=host.memory_with, changed=self._wake)
 
-    async def register(self, engine_id: EngineId, roles: frozenset[Role], model: str) -> int:
-        """See PoolManager.register."""
-        return self._manager.register(engine_id, roles, model)
+    async def apply(self, plan: ClusterPlan, owner: str = "") -> None:
+        """See Pools.apply."""
+        await self._pools.apply(plan, owner)
 
-    async def report_ready(self, info: EngineInfo) -> None:
-        """The engine is ready; from now on it is watched."""
-        self._manager.report_ready(info)
-        self._watch(info.ref.engine_id, info.ref.epoch)
-        self._wake()
+    async def settled(self) -> Scaled:
+        """See Pools.settled."""
+        return await self._pools.settled()
 
-    async def report_draining(self, engine_id: EngineId, epoch: int) -> None:
-        """See PoolManager.report_draining."""
-        self._manager.report_draining(engine_id, epoch)
-        self._wake()
+    async def scale(self, model: str, role: Role, engines: int) -> Scaled:
+        """See Pools.scale."""
+        return await self._pools.scale(model, role, engines)
 
-    async def report_dead(self, engine_id: EngineId, epoch: int, reason: str) -> None:
-        """See PoolManager.report_dead."""
-        if self._manager.report_dead(engine_id, epoch, reason):
-            log.warning("engine %s, epoch %d, is dead: %s", engine_id, epoch, reason)
-            self._wake()
+    async def release(self, owner: str, grace_s: float) -> bool:
+        """See Pools.release."""
+        return await self._pools.release(owner, grace_s)
 
     async def engines(self) -> tuple[int, list[EngineInfo]]:
-        """The engines that take requests, and the version of that list."""
-        return self._manager.version, self._manager.ready()
+        """The engines that routers may know, and the version of that list."""
+        self._pools.adopt()  # whatever lives: routers ask this first after a restart
+        return self._manager.version, self._manager.engines()
 
     async def wait_change(self, version: int) -> tuple[int, list[EngineInfo]]:
         """`engines()` as soon as its version is newer, or after POLL_S."""
@@ -91,15 +84,24 @@ class PoolManagerActor:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _watch(self, engine_id: EngineId, epoch: int) -> None:
-        self._watches[engine_id, epoch] = asyncio.get_running_loop().create_task(self._until_end(engine_id, epoch))
 
-    async def _until_end(self, engine_id: EngineId, epoch: int) -> None:
-        reason = "it was stopped"
-        try:
-            actor = ray.get_actor(engine_actor_name(engine_id, epoch), namespace=NAMESPACE)
-            await actor.wait_ended.remote()
-        except (ray.exceptions.RayActorError, ValueError) as exc:
-            reason = " ".join(str(exc).split())
-        await self.report_dead(engine_id, epoch, reason)
-        del self._watches[engine_id, epoch]
+def ensure_manager() -> Any:
+    """The handle of this Ray cluster's manager, which is made where there is none. Needs a connected process."""
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    return (
+        cast("Any", ray.remote(PoolManagerActor))
+        .options(
+            name=MANAGER_NAME,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=1000,
+            scheduling_strategy=here,
+        )
+        .remote()
+    )

@@ -4,7 +4,7 @@ x86-64 with torch 2.13 and ray 2.60 (proportional set size); everything else is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from diptych.cluster.engine.spec import EngineSpec
@@ -18,6 +18,9 @@ ROUTER_PROCESS = 150 * MIB
 RAY_PROCESSES = 640 * MIB  # head, raylet, agents, Serve's controller and proxy, pool manager
 MARGIN = 1.05
 
+# Bytes that new processes may take together with what the processes of these pids hold now, and what sets that bound.
+Available = Callable[[Sequence[int]], tuple[int, str]]
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryRow:
@@ -28,6 +31,7 @@ class MemoryRow:
     arena: int = 0
     ring: int = 0
     process: int = 0
+    kv_key: str = ""  # where the configuration sets its arena
 
     @property
     def total(self) -> int:
@@ -54,7 +58,7 @@ class MemoryPlan:
         if needed <= self.available:
             return
         largest = max(self.rows, key=lambda row: row.total)
-        advice = "lower models.NAME.kv.memory_mib" if largest.arena >= largest.weights else "serve a smaller model"
+        advice = f"lower {largest.kv_key}.memory_mib" if largest.arena >= largest.weights else "serve a smaller model"
         raise StartupError(
             f"not enough memory: the plan needs {needed // MIB} MiB and {self.bound} is {self.available // MIB} MiB; "
             f"the largest part is {largest.name} with {largest.total // MIB} MiB. To change that {advice}, "
@@ -80,6 +84,24 @@ def plan_memory(engines: Sequence[EngineSpec], available: tuple[int, str], ray_i
     return MemoryPlan(tuple(rows), *available)
 
 
+def check_more(
+    template: EngineSpec, count: int, present: Sequence[EngineSpec], pids: Sequence[int], available: Available
+) -> None:
+    """Whether `count` more engines fit beside those that are `present`. Raises StartupError with the numbers.
+
+    The present ones count in full: an arena takes memory as it is used, not when it is made.
+    """
+    new, planned = _engine_row(template).total, sum(_engine_row(spec).total for spec in present)
+    have, bound = available(pids)
+    needed = int((planned + count * new) * MARGIN)
+    if needed > have:
+        raise StartupError(
+            f"not enough memory for {count} more engine{'s' if count > 1 else ''} of {new // MIB} MiB: together with "
+            f"the {planned // MIB} MiB of the present ones the plan needs {needed // MIB} MiB, and {bound} with what "
+            f"they hold is {have // MIB} MiB. Lower {template.kv_key}.memory_mib, use fewer engines, or free memory"
+        )
+
+
 def _engine_row(spec: EngineSpec) -> MemoryRow:
     facts = spec.facts
     is_echo = spec.settings.runner == "echo"
@@ -88,7 +110,7 @@ def _engine_row(spec: EngineSpec) -> MemoryRow:
         kv_heads=facts.kv_heads,
         head_dim=facts.head_dim,
         dtype=spec.dtype,
-        block_tokens=spec.settings.kv.block_tokens,
+        block_tokens=spec.kv.block_tokens,
     )
     return MemoryRow(
         spec.engine_id,
@@ -96,4 +118,5 @@ def _engine_row(spec: EngineSpec) -> MemoryRow:
         arena=spec.num_blocks(layout) * layout.bytes_per_block,
         ring=spec.transfer.slots * spec.transfer.slot_kib * 1024 if Role.PREFILL in spec.roles else 0,
         process=ENGINE_PROCESS,
+        kv_key=spec.kv_key,
     )

@@ -19,9 +19,17 @@ class EngineActor:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._spec = spec
         self._ended = threading.Event()
+        self._starting = threading.Lock()
+        self._started: EngineStarted | None = None
 
     def start(self) -> EngineStarted:
-        """Load and listen; see Engine.start."""
+        """Load and listen; see Engine.start. Asked again, also by a restarted manager, it gives the same answer."""
+        with self._starting:
+            if self._started is None:
+                self._started = self._start()
+            return self._started
+
+    def _start(self) -> EngineStarted:
         began = time.monotonic()
         os.environ["OMP_NUM_THREADS"] = str(self._spec.threads)  # read when torch is loaded
         os.environ["HF_HUB_OFFLINE"] = "1"

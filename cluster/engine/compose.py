@@ -62,18 +62,18 @@ class EngineParts:
     receiver: ReceiveDriver | None = None
 
 
-def model_brain(spec: EngineSpec) -> Brain:
-    """The real thing: transformers' model code with our attention over the arena."""
+def model_brain(spec: EngineSpec, random_seed: int | None = None) -> Brain:
+    """The real thing: transformers' model code with our attention over the arena. With a seed, random weights."""
     from diptych.kernels.model import load_model
     from diptych.kernels.runner import ModelRunner
 
-    model = load_model(spec.folder, dtype=spec.dtype)
+    model = load_model(spec.folder, dtype=spec.dtype, random_seed=random_seed)
     layout = KvLayout(
         layers=model.layers,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
         dtype=model.dtype,
-        block_tokens=spec.settings.kv.block_tokens,
+        block_tokens=spec.kv.block_tokens,
     )
 
     def runner(arena: KvArena, max_slots: int, max_step_tokens: int) -> Runner:
@@ -96,7 +96,7 @@ def echo_brain(spec: EngineSpec) -> Brain:
         kv_heads=facts.kv_heads,
         head_dim=facts.head_dim,
         dtype="float32",
-        block_tokens=spec.settings.kv.block_tokens,
+        block_tokens=spec.kv.block_tokens,
     )
 
     def runner(arena: KvArena, max_slots: int, max_step_tokens: int) -> Runner:
@@ -130,9 +130,9 @@ def compose(
     compat = compat_digest(loaded.layout, weights_digest=loaded.weights_digest, attention=loaded.attention)
     pool = BlockPool(
         num_blocks=num_blocks,
-        block_tokens=settings.kv.block_tokens,
+        block_tokens=spec.kv.block_tokens,
         root=compat,
-        prefix_cache=settings.kv.prefix_cache,
+        prefix_cache=spec.kv.prefix_cache,
     )
     parts = EngineParts(
         info=info,
@@ -169,7 +169,8 @@ def _add_prefill(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: b
         sender=parts.sender,
         emit=partial(parts.outbox.put, Role.PREFILL),
         clock=parts.clock,
-        max_context_tokens=parts.info.max_context_tokens,
+        # Not the arena's bound: only the prompt must fit here, and the pool itself refuses one that does not.
+        max_context_tokens=spec.wanted_context_tokens,
     )
 
 
@@ -202,20 +203,24 @@ def _max_running(spec: EngineSpec, role: Role) -> int:
 def _info(spec: EngineSpec, loaded: Brain, num_blocks: int) -> EngineInfo:
     max_context_tokens = spec.max_context_tokens(num_blocks)
     degraded = [*spec.degraded, *loaded.degraded]
-    if max_context_tokens < spec.facts.max_context_tokens and spec.settings.max_context_tokens is None:
+    if max_context_tokens < spec.wanted_context_tokens:
+        what = "context" if Role.DECODE in spec.roles else "prompts on the prefill engines"
         degraded.append(
-            f"context of {max_context_tokens} tokens "
-            f"instead of {spec.facts.max_context_tokens}: kv.memory_mib is the bound"
+            f"{what} of {max_context_tokens} tokens instead of {spec.wanted_context_tokens}: "
+            f"{spec.kv_key}.memory_mib is the bound"
         )
+    if not spec.kv.prefix_cache:
+        degraded.append(f"no prefix cache: {spec.kv_key}.prefix_cache is off")
     return EngineInfo(
         ref=spec.ref,
         roles=spec.roles,
         model=spec.model,
         pid=os.getpid(),
         host=socket.gethostname(),
-        block_tokens=spec.settings.kv.block_tokens,
+        block_tokens=spec.kv.block_tokens,
         num_blocks=num_blocks,
         max_context_tokens=max_context_tokens,
         dtype=loaded.layout.dtype,
         degraded=tuple(degraded),
+        layout=spec.settings.layout,
     )

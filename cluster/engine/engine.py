@@ -74,12 +74,19 @@ class Engine:
         warm_up(self._parts.runner, self._parts.info)
         mark("warm-up")
         parts = self._parts
-        self._loop = StepLoop(workers=parts.workers, inbox=parts.inbox, counts=parts.pool.counts, clock=time.monotonic)
+        self._loop = StepLoop(
+            workers=parts.workers,
+            inbox=parts.inbox,
+            counts=parts.pool.counts,
+            clock=time.monotonic,
+            names=(parts.pool.watch_names(), parts.outbox),
+        )
         self._sessions = EngineSessions(
             info=parts.info,
             inbox=parts.inbox,
             outbox=parts.outbox,
             reading=self.status,
+            prefix_root=parts.pool.prefix_root,
             abandon=parts.sender.abort if parts.sender is not None else None,
             clock=time.monotonic,
         )
@@ -118,12 +125,19 @@ class Engine:
         return self._sessions.draining
 
     def drain(self, grace_s: float) -> bool:
-        """Refuse new requests and wait for the running ones. False: some were still running after `grace_s`."""
+        """Refuse new requests, wait for the running ones and for KV that other engines have yet to fetch.
+
+        False: some were left after `grace_s`.
+        """
         self._sessions.draining = True
         deadline = time.monotonic() + grace_s
-        while self._sessions.num_requests and time.monotonic() < deadline:
+        while (busy := self._is_busy()) and time.monotonic() < deadline:
             time.sleep(0.02)
-        return self._sessions.num_requests == 0
+        return not busy
+
+    def _is_busy(self) -> bool:
+        ends = (self._parts.sender, self._parts.receiver)
+        return bool(self._sessions.num_requests or any(end.open_transfers for end in ends if end is not None))
 
     def stop(self) -> None:
         """End sessions (their requests are cancelled), drivers and threads."""

@@ -10,7 +10,7 @@ from diptych.cluster.config import ModelSettings
 from diptych.cluster.models import ModelFacts
 from diptych.kvtransfer.layout import KvLayout
 from diptych.protos.errors import StartupError
-from diptych.protos.settings import TransferSettings
+from diptych.protos.settings import KvSettings, TransferSettings
 from diptych.protos.status import EngineInfo
 from diptych.protos.types import EngineId, EngineRef, Role
 
@@ -34,26 +34,40 @@ class EngineSpec:
     degraded: tuple[str, ...] = ()
 
     @property
+    def kv(self) -> KvSettings:
+        """The arena's settings: its pool's own, where an engine has one role."""
+        return self.settings.pool_kv(next(iter(self.roles)) if len(self.roles) == 1 else Role.DECODE)
+
+    @property
+    def kv_key(self) -> str:
+        """Where the configuration sets `kv`."""
+        role = next(iter(self.roles))
+        own = len(self.roles) == 1 and self.kv is not self.settings.kv
+        return f"models.{self.model}.{f'{role}.' if own else ''}kv"
+
+    @property
     def ref(self) -> EngineRef:
         """This life of the engine; the epoch in the socket's name keeps a dead life's socket out of the way."""
         return EngineRef(self.engine_id, self.epoch, f"unix:{self.run_dir / f'{self.engine_id}-{self.epoch}.sock'}")
 
     def num_blocks(self, layout: KvLayout) -> int:
         """Blocks that `kv.memory_mib` pays for. Raises StartupError when it is less than one."""
-        blocks = (self.settings.kv.memory_mib << 20) // layout.bytes_per_block
+        blocks = (self.kv.memory_mib << 20) // layout.bytes_per_block
         if blocks < 1:
             raise StartupError(
-                f"models.{self.model}.kv.memory_mib: {self.settings.kv.memory_mib} MiB hold no single block of "
+                f"{self.kv_key}.memory_mib: {self.kv.memory_mib} MiB hold no single block of "
                 f"{layout.bytes_per_block / 2**20:.1f} MiB; raise it"
             )
         return blocks
 
+    @property
+    def wanted_context_tokens(self) -> int:
+        """Prompt and output together: what the model and the setting allow."""
+        return min(self.facts.max_context_tokens, self.settings.max_context_tokens or self.facts.max_context_tokens)
+
     def max_context_tokens(self, num_blocks: int) -> int:
-        """Prompt and output together: what the model, the setting and the arena allow."""
-        limits = [self.facts.max_context_tokens, num_blocks * self.settings.kv.block_tokens]
-        if self.settings.max_context_tokens is not None:
-            limits.append(self.settings.max_context_tokens)
-        return min(limits)
+        """The same within the arena."""
+        return min(self.wanted_context_tokens, num_blocks * self.kv.block_tokens)
 
     @property
     def threads(self) -> int:

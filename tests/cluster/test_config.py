@@ -6,6 +6,7 @@ import pytest
 
 from diptych.cluster.config import DEFAULT_MODEL, DiptychConfig, load_config
 from diptych.protos.errors import StartupError
+from diptych.protos.types import Role
 
 
 def refusal(*overrides: str) -> str:
@@ -29,6 +30,18 @@ def refusal(*overrides: str) -> str:
         ("models.x.dtype=int4", "models.x.dtype: should be 'auto', 'float32' or 'bfloat16', not 'int4'"),
         ("models.x.kv.memory_mib=0", "models.x.kv.memory_mib: should be greater than or equal to 1, not 0"),
         ("models.x.decode.engines=0", "models.x.decode.engines: should be greater than or equal to 1, not 0"),
+        ("models.x.prefill.engines=0", "models.x.prefill.engines: should be greater than or equal to 1, not 0"),
+        ("models.x.prefill.dtype=float32", "models.x.prefill.dtype is not a known key"),
+        (
+            "models.x.decode.kv.block_token=3",
+            "models.x.decode.kv.block_token is not a known key (did you mean block_tokens?)",
+        ),
+        (
+            "models.x={layout: colocated, prefill: {engines: 1}}",
+            "models.x.prefill: the layout colocated has no prefill pool",
+        ),
+        ("models.x={layout: both}", "models.x.layout: should be 'disaggregated' or 'colocated', not 'both'"),
+        ("router.tenants.a.wait=2", "router.tenants.a.wait is not a known key (did you mean weight?)"),
         ("transfer.lease_s=0", "transfer.lease_s: should be greater than 0, not 0"),
         ("transfer.transport=pigeon", "transfer.transport: should be 'auto', 'shm' or 'grpc', not 'pigeon'"),
         ("ray.address=auto", "ray.address: 'auto' is not host:port"),
@@ -119,6 +132,7 @@ def test_model_option_names_a_folder_a_configured_model_or_a_built_in_one(tmp_pa
         ("\xff", "router|YAML|level"),
         ("router: {port: 1}\nmodels: {}\nrouter: {port: 2}\n", "the key router appears twice"),
         ("router: {port: 1, port: 2}\n", "the key port appears twice"),
+        ("models:\n  a: {source: /a}\n  a: {source: /b}\n", "the key a appears twice"),
     ],
 )
 def test_a_broken_file_is_refused_by_name(tmp_path: Path, text: str, sentence: str) -> None:
@@ -127,6 +141,17 @@ def test_a_broken_file_is_refused_by_name(tmp_path: Path, text: str, sentence: s
     with pytest.raises(StartupError, match=sentence) as caught:
         load_config(file)
     assert str(file) in str(caught.value)
+
+
+def test_one_source_may_be_served_under_two_names() -> None:
+    config = load_config(None, ["models.a.source=/m", "models.b.source=/m", "models.b.layout=colocated"])
+    assert {name: len(settings.pools()) for name, settings in config.models.items() if name in "ab"} == {"a": 2, "b": 1}
+
+
+def test_a_pool_without_settings_of_its_own_has_the_models_arena() -> None:
+    model = load_config(None, ["models.x.kv.memory_mib=64", "models.x.decode.kv.memory_mib=128"]).models["x"]
+    assert model.pool_kv(Role.PREFILL).memory_mib == 64
+    assert model.pool_kv(Role.DECODE).memory_mib == 128
 
 
 def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -42,16 +43,37 @@ def born(manager: PoolManager, engine_id: EngineId = P) -> int:
     return manager.register(engine_id, {Role.PREFILL}, "m")
 
 
-def test_only_ready_engines_are_told_to_routers() -> None:
+def test_routers_are_told_of_ready_and_of_draining_engines_only() -> None:
+    """A draining engine stays in the list: a router that loses sight of it ends what still runs there."""
     manager = PoolManager(FakeStore())
     epoch = born(manager)
-    assert manager.ready() == []
+    assert manager.engines() == []
     manager.report_ready(info(P, epoch))
-    assert manager.ready() == [info(P, epoch)]
+    assert manager.engines() == [info(P, epoch)]
     manager.report_draining(P, epoch)
-    assert manager.ready() == []
+    assert manager.engines() == [dataclasses.replace(info(P, epoch), draining=True)]
     assert manager.report_dead(P, epoch, "gone")
+    assert manager.engines() == []
     assert [m.state for m in manager.members()] == [EngineState.DEAD]
+
+
+def test_an_engine_that_left_as_asked_is_forgotten() -> None:
+    manager = PoolManager(FakeStore())
+    old = born(manager)
+    manager.report_left(P, old)
+    assert manager.members() == []
+    new = born(manager)
+    manager.report_left(P, old)
+    assert [m.epoch for m in manager.members()] == [new]
+
+
+def test_names_are_reused_only_when_nobody_living_has_them() -> None:
+    manager = PoolManager(FakeStore())
+    epoch = born(manager)
+    assert manager.free_id(Role.PREFILL) == "prefill-1"
+    assert manager.free_id(Role.DECODE) == "decode-0"
+    manager.report_dead(P, epoch, "gone")
+    assert manager.free_id(Role.PREFILL) == P
 
 
 def test_the_version_grows_exactly_with_what_routers_can_see() -> None:
@@ -66,7 +88,7 @@ def test_the_version_grows_exactly_with_what_routers_can_see() -> None:
     assert manager.version == start + 2
     manager.report_dead(P, epoch, "gone")
     assert not manager.report_dead(P, epoch, "gone again")
-    assert manager.version == start + 2
+    assert manager.version == start + 3
 
 
 def test_a_new_life_fences_the_old_one() -> None:
@@ -75,14 +97,14 @@ def test_a_new_life_fences_the_old_one() -> None:
     manager.report_ready(info(P, old))
     new = born(manager)
     assert new > old
-    assert manager.ready() == []
+    assert manager.engines() == []
     with pytest.raises(Fenced):
         manager.report_ready(info(P, old))
     with pytest.raises(Fenced):
         manager.report_draining(P, old)
     assert not manager.report_dead(P, old, "the death of the old life is no news about the new one")
     manager.report_ready(info(P, new))
-    assert [i.ref.epoch for i in manager.ready()] == [new]
+    assert [i.ref.epoch for i in manager.engines()] == [new]
 
 
 def test_the_dead_stay_dead() -> None:
@@ -106,7 +128,7 @@ def test_a_restarted_manager_adopts_members_and_never_repeats_an_epoch_or_a_vers
     epoch = born(first)
     first.report_ready(info(P, epoch))
     second = PoolManager(store)
-    assert second.ready() == [info(P, epoch)]
+    assert second.engines() == [info(P, epoch)]
     assert second.members() == first.members()
     assert second.version > first.version
     assert born(second) > epoch
@@ -162,4 +184,4 @@ def test_epochs_and_versions_never_decrease_under_random_histories() -> None:
             pass
         assert manager.version >= last_version
         last_version = manager.version
-        assert all(i.ref.epoch == epochs[i.ref.engine_id] for i in manager.ready())
+        assert all(i.ref.epoch == epochs[i.ref.engine_id] for i in manager.engines())
