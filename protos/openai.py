@@ -2,48 +2,45 @@
 
 A field is honoured or refused with an error that names it: the classes list what is honoured, FIXED lists known fields
 of which only the default is accepted, everything else is unknown. Nothing is coerced: "5" is not 5 and true is not 1.
+The fields that choose tokens: openai_sampling.py.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import Field, PlainValidator
 
 from .errors import InvalidRequest
-from .strict_json import parse_object, printable
+from .openai_sampling import Alternatives, SamplingFields, Wire, validated
+from .strict_json import parse_object
 
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
 MAX_MESSAGES = 4096
 MAX_LABELS = 16
 
 # Known fields that change nothing at their default; any other value is refused.
 FIXED: dict[str, tuple[object, ...]] = {
     "audio": (None,),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
     "modalities": (None, ["text"]),
-    "n": (None, 1),
     "parallel_tool_calls": (None,),
     "prediction": (None,),
-    "presence_penalty": (None, 0),
     "reasoning_effort": (None,),
     "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True),
     "store": (None, False),
     "suffix": (None, ""),
     "tool_choice": (None, "none"),
     "tools": (None, []),
-    "top_logprobs": (None, 0),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
     "verbosity": (None,),
     "web_search_options": (None,),
 }
+_VLLM_FIXED = ("skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens", "use_beam_search")
 # What clients echo back from an answer's message, empty.
 _EMPTY_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "annotations": (None, []),
@@ -57,36 +54,18 @@ _EMPTY_IN_MESSAGE: dict[str, tuple[object, ...]] = {
 }
 
 
-class _Wire(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class StreamOptions(_Wire):
+class StreamOptions(Wire):
     """`include_usage`: one more chunk with the token counts before the end."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None  # padding against traffic analysis: not offered
 
 
-class Message(_Wire):
+class Message(Wire):
     """One turn; `content` is the joined text of its parts."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str
-
-
-def _stops(value: object) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise InvalidRequest("stop must be a string or a list of strings", "stop")
-    if len(stops) > MAX_STOPS:
-        raise InvalidRequest(f"stop has {len(stops)} strings; the limit is {MAX_STOPS}", "stop")
-    for stop in stops:
-        if not 0 < len(stop) <= MAX_STOP_CHARS:
-            raise InvalidRequest(f"a stop string must have 1 to {MAX_STOP_CHARS} characters", "stop")
-    return tuple(dict.fromkeys(stops))
 
 
 def _labels(value: object) -> None:
@@ -99,26 +78,21 @@ def _labels(value: object) -> None:
         raise InvalidRequest(f"metadata: at most {MAX_LABELS} entries of 64 and 512 characters", "metadata")
 
 
-Stops = Annotated[tuple[str, ...], PlainValidator(_stops)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Label = Annotated[str, Field(max_length=512)]
 
 
-class GenerationRequest(_Wire):
+class GenerationRequest(SamplingFields):
     """What both endpoints share. None means: not given."""
 
     fixed: ClassVar[frozenset[str]]
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    max_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stops = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None  # lower is sooner; not given: 0
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    explain: bool | None = None  # how the request was answered, as the answer's field `diptych`
     user: Label | None = None
     safety_identifier: Label | None = None
     metadata: Annotated[None, PlainValidator(_labels)] = None
@@ -143,7 +117,7 @@ def _message(value: object, path: str) -> Message:
     fields = _without_fixed(value, _EMPTY_IN_MESSAGE, frozenset(_EMPTY_IN_MESSAGE), f"{path}.")
     if "content" in fields:
         fields["content"] = _content(fields["content"], f"{path}.content")
-    return _validated(Message, fields, f"{path}.")
+    return validated(Message, fields, f"{path}.")
 
 
 def _content(value: object, path: str) -> str:
@@ -164,15 +138,23 @@ def _content(value: object, path: str) -> str:
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
-    fixed = frozenset(FIXED) - {"best_of", "echo", "suffix"}
+    fixed = frozenset(FIXED) - {"suffix"}
 
     messages: Annotated[tuple[Message, ...], PlainValidator(_messages)]
+    max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = None
 
     @property
     def wanted_tokens(self) -> int | None:
         """Under either of its two names; None when not given."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives told with each generated token; None: no logprobs at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def _prompt(value: object) -> str | tuple[int, ...]:
@@ -194,11 +176,13 @@ def _prompt(value: object) -> str | tuple[int, ...]:
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
-    fixed = frozenset(
-        {"best_of", "echo", "frequency_penalty", "logit_bias", "logprobs", "n", "presence_penalty", "suffix"}
-    )
+    fixed = frozenset({"suffix", *_VLLM_FIXED})
 
     prompt: Annotated[str | tuple[int, ...], PlainValidator(_prompt)]
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None  # 0: with echo, to score a prompt
+    logprobs: Alternatives | None = None
+    echo: bool | None = None
+    best_of: int | None = None
 
     @property
     def wanted_tokens(self) -> int:
@@ -206,7 +190,6 @@ class CompletionRequest(GenerationRequest):
         return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's documented default
 
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 
@@ -215,19 +198,28 @@ def parse_chat(body: bytes) -> ChatRequest:
     request = _parse(ChatRequest, body)
     if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
         raise InvalidRequest("max_tokens and max_completion_tokens differ; send one of them", "max_tokens")
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequest("top_logprobs is for requests with logprobs: true", "top_logprobs")
     return request
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """The completion request in `body`. Raises InvalidRequest naming the field."""
-    return _parse(CompletionRequest, body)
+    request = _parse(CompletionRequest, body)
+    if request.best_of not in (None, request.num_choices):
+        raise InvalidRequest(f"best_of must equal n ({request.num_choices}): every choice is returned", "best_of")
+    if request.max_tokens == 0 and not request.echo:
+        raise InvalidRequest("max_tokens: 0 is for requests with echo: true", "max_tokens")
+    return request
 
 
 def _parse(cls: type[RequestT], body: bytes) -> RequestT:
     fields = _without_fixed(parse_object(body), FIXED, cls.fixed, "")
-    request = _validated(cls, fields, "")
+    request = validated(cls, fields, "")
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options is for requests with stream: true", "stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequest("prompt_logprobs is for whole answers; leave out stream", "prompt_logprobs")
     return request
 
 
@@ -245,20 +237,3 @@ def _without_fixed(
 
 def _same(value: object, default: object) -> bool:
     return value == default and isinstance(value, bool) == isinstance(default, bool)
-
-
-def _validated(cls: type[ModelT], fields: dict[str, Any], path: str) -> ModelT:
-    for known_as in fields:  # before pydantic, which would collect every one of a million unknown fields
-        if known_as not in cls.model_fields:
-            name = path + printable(known_as)
-            raise InvalidRequest(f"unknown field {name}", name)
-    try:
-        return cls.model_validate(fields)
-    except ValidationError as exc:
-        error = exc.errors(include_url=False, include_input=False, include_context=True)[0]
-    name = path + ".".join(printable(str(part)) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        raise InvalidRequest(f"unknown field {name}", name)
-    if error["type"] == "missing":
-        raise InvalidRequest(f"{name} is missing", name)
-    raise InvalidRequest(f"{name}: {error['msg'].removeprefix('Input ')}", name)

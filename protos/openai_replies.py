@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .errors import DiptychError, RequestError
@@ -19,39 +20,33 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Jso
     }
 
 
-def chat_completion(*, id: str, created: int, model: str, text: str, finish_reason: str, use: JsonObject) -> JsonObject:
-    """The whole answer of /v1/chat/completions. `created` in Unix seconds."""
+def chat_choice(index: int, text: str, finish_reason: str, logprobs: JsonObject | None) -> JsonObject:
+    """One choice of a whole chat answer."""
     message = {"role": "assistant", "content": text, "refusal": None}
-    return {
-        "id": id,
-        "object": "chat.completion",
-        "created": created,
-        "model": model,
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}],
-        "usage": use,
-    }
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def text_completion(*, id: str, created: int, model: str, text: str, finish_reason: str, use: JsonObject) -> JsonObject:
-    """The whole answer of /v1/completions. `created` in Unix seconds."""
-    return {
-        "id": id,
-        "object": "text_completion",
-        "created": created,
-        "model": model,
-        "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}],
-        "usage": use,
-    }
+def text_choice(index: int, text: str, finish_reason: str, logprobs: JsonObject | None) -> JsonObject:
+    """One choice of a whole text completion."""
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def model_card(name: str, created: int, max_context_tokens: int) -> JsonObject:
-    """One entry of /v1/models."""
+def completion(
+    kind: str, *, id: str, created: int, model: str, choices: list[JsonObject], use: JsonObject
+) -> JsonObject:
+    """A whole answer; `kind` is chat.completion or text_completion, `created` in Unix seconds."""
+    return {"id": id, "object": kind, "created": created, "model": model, "choices": choices, "usage": use}
+
+
+def model_card(name: str, created: int, max_context_tokens: int, defaults: Mapping[str, float]) -> JsonObject:
+    """One entry of /v1/models; `defaults` hold for sampling fields that a request does not give."""
     return {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "diptych",
         "max_model_len": max_context_tokens,
+        "sampling_defaults": dict(defaults),
     }
 
 

@@ -54,7 +54,7 @@ class _Pages:
 
     def _card(self, model: ServedModel) -> JsonObject:
         room = min(model.max_context_tokens, self._router.view.capacity_tokens(model.name) or model.max_context_tokens)
-        return model_card(model.name, model.created, room)
+        return model_card(model.name, model.created, room, model.defaults.given())
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})

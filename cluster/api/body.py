@@ -15,6 +15,7 @@ from .errors import BodyTimeout, response_of
 # A connection closed with unread data resets, and the client may lose the answer: so much is read and dropped.
 LINGER_BYTES = 256 << 20
 LINGER_S = 2.0
+MAX_LABEL_CHARS = 128
 
 
 def header(scope: Scope, name: bytes) -> str:
@@ -24,6 +25,14 @@ def header(scope: Scope, name: bytes) -> str:
         if key == name:
             found = value.decode("latin-1")
     return found
+
+
+def label(scope: Scope, name: str) -> str:
+    """A header that names something, such as x-tenant; empty when it is not there. Raises InvalidRequest."""
+    value = header(scope, name.encode())
+    if len(value) > MAX_LABEL_CHARS or not (value.isascii() and value.isprintable()):
+        raise InvalidRequest(f"the header {name} must have 1 to {MAX_LABEL_CHARS} printable ASCII characters", name)
+    return value
 
 
 async def read_body(scope: Scope, receive: Receive, limits: LimitSettings) -> bytes:

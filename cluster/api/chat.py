@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from diptych.protos.openai import ChatRequest, GenerationRequest, parse_chat
-from diptych.protos.openai_replies import JsonObject, chat_completion
+from diptych.protos.openai_replies import JsonObject, chat_choice, completion
 
+from .answer import Choice, Piece
+from .generation import Answer, Whole
+from .logprobs import Entry, chat_logprobs, prompt_logprobs
 from .served import ServedModel
+from .text import TokenTable
 
 
 class ChatEndpoint:
@@ -24,13 +28,40 @@ class ChatEndpoint:
         text = model.renderer.chat_text(request.messages)
         return await model.renderer.encode(text, add_special=False, max_tokens=room, param="messages")
 
-    def max_tokens(self, request: GenerationRequest, default: int) -> int | None:
-        """None when the client named none: the rest of the context, at most `default`."""
+    def max_tokens(self, request: GenerationRequest) -> int | None:
+        """None when the client named none: the rest of the context, at most the router's default."""
         assert isinstance(request, ChatRequest)
         return request.wanted_tokens
 
-    def answer(
-        self, *, id: str, created: int, model: str, text: str, finish_reason: str, use: JsonObject
-    ) -> JsonObject:
-        """The whole answer."""
-        return chat_completion(id=id, created=created, model=model, text=text, finish_reason=finish_reason, use=use)
+    def logprobs(self, request: GenerationRequest) -> int | None:
+        """`top_logprobs`, where `logprobs` is true."""
+        assert isinstance(request, ChatRequest)
+        return request.wanted_logprobs
+
+    def prompt_logprobs(self, request: GenerationRequest) -> int | None:
+        """As asked."""
+        return request.prompt_logprobs
+
+    def echo(self, request: GenerationRequest, choice: Choice, table: TokenTable) -> Piece | None:
+        """A conversation is not repeated."""
+        return None
+
+    def shape_logprobs(self, entries: list[Entry], table: TokenTable) -> JsonObject:
+        """Token by token."""
+        return chat_logprobs(entries, table)
+
+    def answer(self, answer: Answer, choices: list[Whole]) -> JsonObject:
+        """The whole answer; vLLM's prompt_logprobs stand at its top."""
+        reply = completion(
+            "chat.completion",
+            id=answer.id,
+            created=answer.created,
+            model=answer.request.model,
+            choices=[chat_choice(w.choice.index, w.text, w.choice.finish_reason, w.logprobs) for w in choices],
+            use=answer.usage(),
+        )
+        first, num_top = choices[0].choice, answer.request.prompt_logprobs
+        if num_top is not None and first.prompt_logprobs is not None:
+            table = answer.model.renderer.table
+            reply["prompt_logprobs"] = prompt_logprobs(first.call.prompt, first.prompt_logprobs, num_top, table)
+        return reply

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from diptych.protos.openai import CompletionRequest, GenerationRequest, parse_completion
-from diptych.protos.openai_replies import JsonObject, text_completion
+from dataclasses import replace
 
-from .generation import check_token_ids
+from diptych.protos.openai import CompletionRequest, GenerationRequest, parse_completion
+from diptych.protos.openai_replies import JsonObject, completion, text_choice
+
+from .answer import Choice, Piece
+from .generation import Answer, Whole
+from .logprobs import Entry, prompt_logprobs, text_logprobs
+from .sampling import check_token_ids
 from .served import ServedModel
+from .text import TextStream, TokenTable
 
 
 class CompletionEndpoint:
@@ -24,16 +30,60 @@ class CompletionEndpoint:
         assert isinstance(request, CompletionRequest)
         if isinstance(request.prompt, str):
             return await model.renderer.encode(request.prompt, add_special=True, max_tokens=room, param="prompt")
-        check_token_ids(request.prompt, model.vocab_size)
+        check_token_ids(request.prompt, model.vocab_size, "prompt")
         return request.prompt
 
-    def max_tokens(self, request: GenerationRequest, default: int) -> int | None:
+    def max_tokens(self, request: GenerationRequest) -> int | None:
         """OpenAI's 16 when the client named none."""
         assert isinstance(request, CompletionRequest)
         return request.wanted_tokens
 
-    def answer(
-        self, *, id: str, created: int, model: str, text: str, finish_reason: str, use: JsonObject
-    ) -> JsonObject:
-        """The whole answer."""
-        return text_completion(id=id, created=created, model=model, text=text, finish_reason=finish_reason, use=use)
+    def logprobs(self, request: GenerationRequest) -> int | None:
+        """As asked."""
+        assert isinstance(request, CompletionRequest)
+        return request.logprobs
+
+    def prompt_logprobs(self, request: GenerationRequest) -> int | None:
+        """As asked, or as many as an echo with logprobs shows."""
+        assert isinstance(request, CompletionRequest)
+        wanted = [request.prompt_logprobs, request.logprobs if request.echo else None]
+        return max((number for number in wanted if number is not None), default=None)
+
+    def echo(self, request: GenerationRequest, choice: Choice, table: TokenTable) -> Piece | None:
+        """The prompt; with logprobs also its tokens, and what follows counts its characters from here."""
+        assert isinstance(request, CompletionRequest)
+        if not request.echo:
+            return None
+        stream = TextStream(table, ())
+        text, offsets = "", []
+        for token in choice.call.prompt:
+            offsets.append(stream.num_settled)
+            text += stream.feed([token])
+        text += stream.flush()
+        if isinstance(request.prompt, str):
+            text = request.prompt
+        if request.logprobs is None:
+            return Piece(text)
+        told = [replace(own, top=own.top[: request.logprobs]) for own in choice.prompt_logprobs or ()]
+        entries = zip(choice.call.prompt, [None, *told], offsets, strict=True)
+        return Piece(text, [Entry(*entry) for entry in entries])
+
+    def shape_logprobs(self, entries: list[Entry], table: TokenTable) -> JsonObject:
+        """In columns."""
+        return text_logprobs(entries, table)
+
+    def answer(self, answer: Answer, choices: list[Whole]) -> JsonObject:
+        """The whole answer; vLLM's prompt_logprobs stand in each choice."""
+        shaped = [text_choice(w.choice.index, w.text, w.choice.finish_reason, w.logprobs) for w in choices]
+        first, num_top = choices[0].choice, answer.request.prompt_logprobs
+        if num_top is not None and first.prompt_logprobs is not None:
+            told = prompt_logprobs(first.call.prompt, first.prompt_logprobs, num_top, answer.model.renderer.table)
+            shaped = [{**choice, "prompt_logprobs": told} for choice in shaped]
+        return completion(
+            "text_completion",
+            id=answer.id,
+            created=answer.created,
+            model=answer.request.model,
+            choices=shaped,
+            use=answer.usage(),
+        )

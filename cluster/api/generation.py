@@ -7,29 +7,33 @@ the first token, so that every earlier failure has its own HTTP status.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from diptych.cluster.router.router import Explanation, GenerateCall, Router, TokenDelta
-from diptych.protos.errors import ContextTooLong, InvalidRequest, Overloaded, RequestTooLarge, UnknownModel
+from diptych.cluster.router.call import GenerateCall
+from diptych.cluster.router.router import Router
+from diptych.protos.errors import ContextTooLong, Overloaded, RequestTooLarge, UnknownModel
 from diptych.protos.openai import GenerationRequest
 from diptych.protos.openai_replies import JsonObject, usage
 from diptych.protos.strict_json import printable
-from diptych.protos.types import FinishReason, SamplingParams
 
-from .body import header, read_body, refuse_body
+from .answer import Choice, Piece, run
+from .body import header, label, read_body, refuse_body
 from .errors import BodyTimeout, public
+from .logprobs import Entry
+from .sampling import of_choice, sampling_of
 from .served import ServedModel
 from .sse import DONE, EventEncoder, error_event
-from .text import TextStream
+from .text import TextStream, TokenTable
 
 INLINE_BODY_BYTES = 64 << 10  # larger bodies are parsed in a thread: the event loop stays free of long work
 _SSE_HEADERS = [
@@ -51,48 +55,57 @@ class Endpoint(Protocol):
     async def prompt(self, request: GenerationRequest, model: ServedModel, room: int) -> tuple[int, ...]:
         """Token ids; `room` is the context's size in tokens."""
 
-    def max_tokens(self, request: GenerationRequest, default: int) -> int | None:
-        """What the client asked for, or what the endpoint takes instead; None: `default`, cut to what fits."""
+    def max_tokens(self, request: GenerationRequest) -> int | None:
+        """What the client asked for, or what the endpoint takes instead; None: the default, cut to what fits."""
 
-    def answer(
-        self, *, id: str, created: int, model: str, text: str, finish_reason: str, use: JsonObject
-    ) -> JsonObject:
-        """The whole answer's body."""
+    def logprobs(self, request: GenerationRequest) -> int | None:
+        """Alternatives told with each generated token; None: no logprobs."""
+
+    def prompt_logprobs(self, request: GenerationRequest) -> int | None:
+        """The same for the prompt's tokens."""
+
+    def echo(self, request: GenerationRequest, choice: Choice, table: TokenTable) -> Piece | None:
+        """The prompt as the beginning of the answer, where the client wants that."""
+
+    def shape_logprobs(self, entries: list[Entry], table: TokenTable) -> JsonObject:
+        """The `logprobs` of a choice."""
+
+    def answer(self, answer: Answer, choices: list[Whole]) -> JsonObject:
+        """The whole answer's body, but for what both endpoints have."""
 
 
-@dataclass(slots=True)
-class _Answer:
-    """One answer on its way from tokens to text."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What all choices of one answer share."""
 
-    call: GenerateCall
-    text: TextStream
-    num_tokens: int = 0
-    finish_reason: str = ""
-    explanation: Explanation | None = None
-    id: str = ""
-    created: int = field(default_factory=lambda: int(time.time()))
+    request: GenerationRequest
+    model: ServedModel
+    choices: list[Choice]
+    id: str
+    created: int
 
     def usage(self) -> JsonObject:
-        assert self.explanation is not None
-        return usage(len(self.call.prompt), self.num_tokens, self.explanation.cached_tokens)
+        """The prompt once, the tokens of all choices; found in a cache is what choice 0 found there."""
+        first = self.choices[0]
+        assert first.explanation is not None
+        generated = sum(choice.num_tokens for choice in self.choices)
+        return usage(len(first.call.prompt), generated, first.explanation.cached_tokens)
 
-    async def pieces(self, deltas: AsyncGenerator[TokenDelta, bool | None]) -> AsyncIterator[str]:
-        """Text as it settles, possibly empty; after the last piece `finish_reason` and `explanation` are set."""
-        stops = self.call.sampling.stop_token_ids
-        delta = await anext(deltas)
-        while delta.finish is None:
-            self.num_tokens += len(delta.tokens)
-            tokens = delta.tokens
-            if tokens[-1] in stops:  # an end token ends the answer and is no text, special or not
-                tokens = tokens[:-1]
-            yield self.text.feed(tokens)
-            delta = await deltas.asend(True) if self.text.stopped else await anext(deltas)
-        self.explanation = delta.finish
-        tail = "" if self.text.stopped else self.text.flush()
-        ended = self.text.stopped or delta.finish.reason is FinishReason.STOP
-        self.finish_reason = "stop" if ended else "length"
-        if tail:
-            yield tail
+    def explanation(self) -> JsonObject | None:
+        """How each choice was answered, if the client asked."""
+        if not self.request.explain:
+            return None
+        told = [choice.explanation for choice in self.choices]
+        return {"choices": [dataclasses.asdict(entry) for entry in told if entry is not None]}
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A finished choice."""
+
+    choice: Choice
+    text: str
+    logprobs: JsonObject | None
 
 
 class GenerationApp:
@@ -107,19 +120,17 @@ class GenerationApp:
         """ASGI."""
         try:
             body = await read_body(scope, receive, self._router.settings.limits)
-            request, call = await self._prepare(body, header(scope, b"traceparent"))
+            answer = await self._prepare(body, scope)
         except (RequestTooLarge, BodyTimeout) as exc:
             await refuse_body(exc, receive, send)
             return
         except ClientDisconnect:
             return
-        model = self._models[request.model]
-        answer = _Answer(call, TextStream(model.renderer.table, request.stop))
-        answer.id = self._endpoint.id_prefix + os.urandom(12).hex()
-        reply = self._stream(request, answer, send) if request.stream else self._whole(request, answer, send)
+        reply = self._stream(answer, send) if answer.request.stream else self._whole(answer, send)
         await until_disconnect(receive, reply)
 
-    async def _prepare(self, body: bytes, traceparent: str) -> tuple[GenerationRequest, GenerateCall]:
+    async def _prepare(self, body: bytes, scope: Scope) -> Answer:
+        tenant, session = label(scope, "x-tenant"), label(scope, "x-session-id")
         if len(body) <= INLINE_BODY_BYTES:
             request = self._endpoint.parse(body)
         else:
@@ -134,38 +145,55 @@ class GenerationApp:
         room = min(model.max_context_tokens, engines)
         prompt = await self._endpoint.prompt(request, model, room)
         max_tokens = self._max_tokens(request, len(prompt), room)
-        sampling = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            top_k=request.top_k or 0,
-            seed=_seed(request.seed, model.seed),
-            stop_token_ids=frozenset() if request.ignore_eos else model.eos_token_ids,
+        sampling = await sampling_of(
+            request,
+            model,
+            max_tokens=max(max_tokens, 1),
+            logprobs=self._endpoint.logprobs(request),
+            prompt_logprobs=self._endpoint.prompt_logprobs(request),
         )
-        return request, GenerateCall(model=model.name, prompt=prompt, sampling=sampling, traceparent=traceparent)
+        call = GenerateCall(
+            model=model.name,
+            prompt=prompt,
+            sampling=sampling,
+            salt=tenant.encode(),
+            timeout_s=request.timeout_s,
+            traceparent=header(scope, b"traceparent"),
+            priority=request.priority or 0,
+            tenant=tenant,
+            session=session,
+        )
+        choices = [_choice(i, request, model, call, is_scoring=max_tokens == 0) for i in range(request.num_choices)]
+        return Answer(request, model, choices, self._endpoint.id_prefix + os.urandom(12).hex(), int(time.time()))
 
     def _max_tokens(self, request: GenerationRequest, num_prompt: int, room: int) -> int:
-        default = self._router.settings.default_max_tokens
-        wanted = self._endpoint.max_tokens(request, default)
-        if num_prompt + (1 if wanted is None else wanted) > room:
-            asked = "" if wanted is None else f" and max_tokens asks for {wanted} more"
+        wanted = self._endpoint.max_tokens(request)
+        if num_prompt + (wanted or 1) > room:
+            asked = f" and max_tokens asks for {wanted} more" if wanted else ""
             raise ContextTooLong(
                 f"this model's context holds {room} tokens; the prompt has {num_prompt}{asked}",
                 "messages" if self._endpoint.is_chat else "prompt",
             )
+        default = self._router.settings.default_max_tokens
         return min(default, room - num_prompt) if wanted is None else wanted
 
-    async def _whole(self, request: GenerationRequest, answer: _Answer, send: Send) -> None:
-        async with aclosing(self._router.generate(answer.call)) as deltas:
-            text = "".join([piece async for piece in answer.pieces(deltas)])
-        reply = self._endpoint.answer(
-            id=answer.id,
-            created=answer.created,
-            model=request.model,
-            text=text,
-            finish_reason=answer.finish_reason,
-            use=answer.usage(),
-        )
+    async def _whole(self, answer: Answer, send: Send) -> None:
+        texts: list[list[str]] = [[] for _ in answer.choices]
+        entries: list[list[Entry]] = [[] for _ in answer.choices]
+        async with aclosing(run(self._router, answer.choices)) as events:
+            async for choice, piece in events:
+                if piece is not None:
+                    texts[choice.index].append(piece.text)
+                    entries[choice.index].extend(piece.entries)
+        whole = []
+        for choice in answer.choices:
+            echoed = self._echo(answer, choice)
+            text = echoed.text + "".join(texts[choice.index])
+            told = [*echoed.entries, *_moved(entries[choice.index], choice.echoed)]
+            whole.append(Whole(choice, text, self._logprobs(answer, told)))
+        reply = self._endpoint.answer(answer, whole)
+        if (explanation := answer.explanation()) is not None:
+            reply["diptych"] = explanation
         body = json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
         headers = [
             (b"content-type", b"application/json"),
@@ -175,37 +203,82 @@ class GenerationApp:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def _stream(self, request: GenerationRequest, answer: _Answer, send: Send) -> None:
-        events = EventEncoder(
-            chat=self._endpoint.is_chat,
-            id=answer.id,
-            created=answer.created,
-            model=request.model,
-            include_usage=request.include_usage,
-        )
+    def _echo(self, answer: Answer, choice: Choice) -> Piece:
+        choice.prompt_logprobs = answer.choices[0].prompt_logprobs
+        piece = self._endpoint.echo(answer.request, choice, answer.model.renderer.table) or Piece("")
+        choice.echoed = len(piece.text)
+        return piece
+
+    def _logprobs(self, answer: Answer, entries: list[Entry]) -> JsonObject | None:
+        if self._endpoint.logprobs(answer.request) is None:
+            return None
+        return self._endpoint.shape_logprobs(entries, answer.model.renderer.table)
+
+    async def _stream(self, answer: Answer, send: Send) -> None:
         start: dict[str, Any] = {"type": "http.response.start", "status": 200}
         start["headers"] = [*_SSE_HEADERS, (b"x-request-id", answer.id.encode())]
-        lead = events.role()  # goes out with the first token's text, in one write
-        is_started = False
+        encoders = [self._encoder(answer, choice.index) for choice in answer.choices]
+        leads = [encoder.role() for encoder in encoders]  # each goes out with its choice's first text, in one write
+        seen: set[int] = set()
         try:
-            async with aclosing(self._router.generate(answer.call)) as deltas:
-                async for piece in answer.pieces(deltas):
-                    if not is_started:
-                        is_started = True
+            async with aclosing(run(self._router, answer.choices)) as events:
+                async for choice, piece in events:
+                    if not seen:
                         await send(start)
-                    if piece or lead:
-                        data = lead + (events.text(piece) if piece else b"")
-                        lead = b""
+                    i, data = choice.index, b""
+                    if i not in seen:
+                        seen.add(i)
+                        data = leads[i] + self._encoded(answer, encoders[i], self._echo(answer, choice))
+                    if piece is None:
+                        data += encoders[i].finish(choice.finish_reason)
+                    else:
+                        moved = Piece(piece.text, _moved(piece.entries, choice.echoed))
+                        data += self._encoded(answer, encoders[i], moved)
+                    if data:
                         await send({"type": "http.response.body", "body": data, "more_body": True})
-            end = lead + events.finish(answer.finish_reason)
-            if request.include_usage:
-                end += events.usage(answer.usage())
+            end = b""
+            use = answer.usage() if answer.request.include_usage else None
+            explanation = answer.explanation()
+            if use is not None or explanation is not None:
+                end = encoders[0].end(use, explanation)
             end += DONE
         except Exception as exc:
-            if not is_started:
+            if not seen:
                 raise
             end = error_event(public(exc))
         await send({"type": "http.response.body", "body": end, "more_body": False})
+
+    def _encoder(self, answer: Answer, index: int) -> EventEncoder:
+        return EventEncoder(
+            chat=self._endpoint.is_chat,
+            id=answer.id,
+            created=answer.created,
+            model=answer.request.model,
+            include_usage=answer.request.include_usage,
+            index=index,
+        )
+
+    def _encoded(self, answer: Answer, encoder: EventEncoder, piece: Piece) -> bytes:
+        logprobs = self._logprobs(answer, list(piece.entries)) if piece.entries else None
+        return encoder.text(piece.text, logprobs) if piece.text or logprobs else b""
+
+
+def _choice(
+    index: int, request: GenerationRequest, model: ServedModel, call: GenerateCall, *, is_scoring: bool
+) -> Choice:
+    include = request.include_stop_str_in_output is True
+    return Choice(
+        index=index,
+        call=dataclasses.replace(call, sampling=of_choice(call.sampling, index)),
+        text=TextStream(model.renderer.table, request.stop, include_stop=include, min_tokens=call.sampling.min_tokens),
+        keep_end=include,
+        is_scoring=is_scoring,
+    )
+
+
+def _moved(entries: Sequence[Entry], by: int) -> Sequence[Entry]:
+    """What follows an echoed prompt counts its characters too."""
+    return [Entry(entry.token, entry.logprobs, entry.offset + by) for entry in entries] if by else entries
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
@@ -225,18 +298,3 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) ->
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _seed(wanted: int | None, default: int | None) -> int:
-    seed = default if wanted is None else wanted
-    return int.from_bytes(os.urandom(8)) if seed is None else seed & 0xFFFF_FFFF_FFFF_FFFF
-
-
-def check_token_ids(prompt: tuple[int, ...], vocab_size: int) -> None:
-    """Raises InvalidRequest when an id is outside the vocabulary."""
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        wrong = next(token for token in prompt if not 0 <= token < vocab_size)
-        raise InvalidRequest(
-            f"prompt holds the token id {printable(str(wrong), 24)}; this model's ids go from 0 to {vocab_size - 1}",
-            "prompt",
-        )

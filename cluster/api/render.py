@@ -150,6 +150,19 @@ class Renderer:
         encodings = await asyncio.get_running_loop().run_in_executor(self._pool, batch, self.tokenizer)
         return tuple(encodings[0].ids)
 
+    async def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The token sequences that write a word at the start of a text and after a space."""
+        forms = []
+        for word in words:
+            bare = word.lstrip(" ")
+            forms += [bare, f" {bare}"] if bare else [word]
+        batch = operator.methodcaller("encode_batch", forms, add_special_tokens=False)
+        if sum(map(len, forms)) <= INLINE_CHARS:
+            encodings = batch(self.tokenizer)
+        else:
+            encodings = await asyncio.get_running_loop().run_in_executor(self._pool, batch, self.tokenizer)
+        return tuple(dict.fromkeys(tuple(encoding.ids) for encoding in encodings if encoding.ids))
+
 
 def _special_tokens(file: Path) -> dict[str, str]:
     """bos_token, eos_token and the like, as templates name them."""

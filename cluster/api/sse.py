@@ -1,4 +1,4 @@
-"""Server-sent events in OpenAI's shapes: everything that does not change within an answer is encoded once per answer.
+"""Server-sent events in OpenAI's shapes: everything that does not change within a choice is encoded once.
 
 One event per engine step: prefix + escaped text + suffix.
 """
@@ -23,10 +23,11 @@ def _event(value: dict[str, Any]) -> bytes:
 
 
 class EventEncoder:
-    """The chunks of one answer. `chat` chooses between chat.completion.chunk and text_completion."""
+    """The chunks of one choice. `chat` chooses between chat.completion.chunk and text_completion."""
 
-    def __init__(self, *, chat: bool, id: str, created: int, model: str, include_usage: bool) -> None:
+    def __init__(self, *, chat: bool, id: str, created: int, model: str, include_usage: bool, index: int = 0) -> None:
         self._chat = chat
+        self._index = index
         self._head: dict[str, Any] = {
             "id": id,
             "object": "chat.completion.chunk" if chat else "text_completion",
@@ -39,26 +40,32 @@ class EventEncoder:
         before, after = self._chunk({"content": marker} if chat else marker, None).split(_escape(marker).encode())
         self._before, self._after = before, after
 
-    def _chunk(self, delta: dict[str, Any] | str, finish_reason: str | None) -> bytes:
+    def _chunk(
+        self, delta: dict[str, Any] | str, finish_reason: str | None, logprobs: dict[str, Any] | None = None
+    ) -> bytes:
         key = "delta" if self._chat else "text"
-        choice = {"index": 0, key: delta, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": self._index, key: delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return _event({**self._head, "choices": [choice], **self._tail})
 
     def role(self) -> bytes:
         """The first chunk of a chat answer; empty for completions."""
         return self._chunk({"role": "assistant", "content": ""}, None) if self._chat else b""
 
-    def text(self, text: str) -> bytes:
-        """A piece of the answer."""
+    def text(self, text: str, logprobs: dict[str, Any] | None = None) -> bytes:
+        """A piece of the answer, and the logprobs of its tokens where they are wanted."""
+        if logprobs is not None:
+            return self._chunk({"content": text} if self._chat else text, None, logprobs)
         return self._before + _escape(text).encode() + self._after
 
     def finish(self, reason: str) -> bytes:
         """The chunk that says why the answer ended."""
         return self._chunk({} if self._chat else "", reason)
 
-    def usage(self, use: dict[str, Any]) -> bytes:
-        """The last chunk, without choices, for clients that asked for it."""
-        return _event({**self._head, "choices": [], "usage": use})
+    def end(self, use: dict[str, Any] | None, explanation: dict[str, Any] | None) -> bytes:
+        """The last chunk, without choices, for clients that asked for token counts or for an explanation."""
+        more = {} if explanation is None else {"diptych": explanation}
+        tail = self._tail if use is None else {"usage": use}
+        return _event({**self._head, "choices": [], **tail, **more})
 
 
 def error_event(error: DiptychError) -> bytes:

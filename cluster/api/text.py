@@ -46,6 +46,7 @@ class TokenTable:
         self._special = {entry["id"] for entry in spec["added_tokens"] if entry["special"]}
         self._byte_of_char = _byte_of_char()
         self._pieces: dict[int, bytes | str | int | None] = {}
+        self._spellings: dict[int, bytes] = {}
         self.scheme = _scheme(spec["decoder"])
 
     @property
@@ -91,6 +92,30 @@ class TokenTable:
         found = self._pieces[token]
         assert not isinstance(found, bytes)
         return found
+
+    def spelling(self, token: int) -> bytes:
+        """What one token stands for by itself, special ones by their names; empty for ids without a token."""
+        found = self._spellings.get(token)
+        if found is None:
+            found = self._spellings[token] = self._spell(token)
+        return found
+
+    def _spell(self, token: int) -> bytes:
+        word: str | None = self.tokenizer.id_to_token(token)
+        if word is None or token in self._special:
+            return (word or "").encode()
+        match self.scheme:
+            case _ByteLevel():
+                return self.data(token)
+            case _SentencePiece() as scheme:
+                value = self.piece(token)
+                if isinstance(value, int) and scheme.byte_fallback:
+                    return bytes([value])
+                for old, new in scheme.replaces:
+                    word = word.replace(old, new)
+                return word.encode()
+            case _:
+                return str(self.tokenizer.decode([token])).encode()
 
 
 def _byte_value(word: str) -> str | int:
@@ -240,10 +265,13 @@ class StopMatcher:
     """Ends a text at the stop string that is complete first, and never lets out a character of one.
 
     hold back:  ...text that is out | suffix that may begin a stop string
+
+    With `include` the stop string itself is let out, and ends the text.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
         self.matched = False
 
@@ -258,7 +286,8 @@ class StopMatcher:
         if hits:
             self.matched = True
             self._held = ""
-            return text[: min(hits)[1]]
+            end, begin = min(hits)
+            return text[: end if self._include else begin]
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -278,11 +307,19 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TextStream:
-    """Tokens in, text to show out. `stopped`: a stop string ended the text; feed no more."""
+    """Tokens in, text to show out. `stopped`: a stop string ended the text; feed no more.
 
-    def __init__(self, table: TokenTable, stops: Sequence[str]) -> None:
+    Stop strings are not looked for in the text of the first `min_tokens` tokens.
+    """
+
+    def __init__(
+        self, table: TokenTable, stops: Sequence[str], *, include_stop: bool = False, min_tokens: int = 0
+    ) -> None:
         self._detokenizer = table.new()
-        self._matcher = StopMatcher(stops)
+        self._matcher = StopMatcher(stops, include=include_stop)
+        self._unwatched = min_tokens if stops else 0
+        self.num_settled = 0  # characters that the tokens so far have become
+        self.num_shown = 0  # those of them that belong to no stop string
 
     @property
     def stopped(self) -> bool:
@@ -291,9 +328,21 @@ class TextStream:
 
     def feed(self, tokens: Sequence[int]) -> str:
         """The text that these tokens add, as far as it is settled."""
-        return self._matcher.feed(self._detokenizer.feed(tokens))
+        unwatched = ""
+        if self._unwatched:
+            unwatched = self._detokenizer.feed(tokens[: self._unwatched])
+            tokens, self._unwatched = tokens[self._unwatched :], max(0, self._unwatched - len(tokens))
+        text = self._detokenizer.feed(tokens)
+        self.num_settled += len(unwatched) + len(text)
+        return self._show(unwatched + self._matcher.feed(text))
 
     def flush(self) -> str:
         """The rest at the end; may still find a stop string in it."""
-        tail = self._matcher.feed(self._detokenizer.flush())
-        return tail + self._matcher.flush()
+        text = self._detokenizer.flush()
+        self.num_settled += len(text)
+        tail = self._matcher.feed(text)
+        return self._show(tail + self._matcher.flush())
+
+    def _show(self, text: str) -> str:
+        self.num_shown += len(text)
+        return text

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from diptych.protos.errors import StartupError
 
+from .defaults import NO_DEFAULTS, SamplingDefaults, read_defaults
 from .tensors import TensorEntry, read_header
 
 _MAX_JSON_BYTES = 256 * 1024 * 1024  # the largest tokenizer.json known are around 35 MB
@@ -41,6 +42,7 @@ class ModelFacts:
     bos_token_id: int | None
     dtype: str  # of most of the checkpoint's bytes, such as bfloat16
     chat_template: str | None  # Jinja source
+    defaults: SamplingDefaults = NO_DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ def read_facts(folder: Path, name: str) -> ModelFacts:
         bos_token_id=bos[0] if bos else None,
         dtype=_checkpoint_dtype(folder, tensors),
         chat_template=_chat_template(folder, tokenizer_config),
+        defaults=read_defaults(folder / "generation_config.json", generation_config),
     )
 
 

@@ -36,6 +36,18 @@ HONOURED: list[tuple[str, Any]] = [
     ("temperature", 1.5),
     ("top_p", 0.5),
     ("top_k", 40),
+    ("min_p", 0.05),
+    ("repetition_penalty", 1.1),
+    ("presence_penalty", -2),
+    ("frequency_penalty", 2),
+    ("n", 16),
+    ("logprobs", True),
+    ("prompt_logprobs", 20),
+    ("min_tokens", 3),
+    ("include_stop_str_in_output", True),
+    ("priority", -5),
+    ("timeout_s", 1.5),
+    ("explain", True),
     ("seed", -(2**63)),
     ("stream", True),
     ("ignore_eos", True),
@@ -68,12 +80,52 @@ def test_a_fixed_field_of_completions_is_accepted_at_each_of_its_defaults(name: 
     ("name", "value"),
     [
         ("n", True),
-        ("n", 2),
+        ("n", 0),
+        ("n", 17),
+        ("best_of", 1),
+        ("echo", True),
         ("n", 10**300),
-        ("logprobs", True),
-        ("logprobs", 0),
+        ("logprobs", 1),
+        ("top_logprobs", 21),
+        ("top_logprobs", 1),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", True),
+        ("min_p", 1.01),
+        ("min_p", -0.01),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 1000),
+        ("presence_penalty", 2.01),
+        ("frequency_penalty", -2.01),
+        ("logit_bias", []),
+        ("logit_bias", {"1": 100.5}),
+        ("logit_bias", {"1": True}),
+        ("logit_bias", {"1": "2"}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"01": 1}),
+        ("logit_bias", {" 1": 1}),
+        ("logit_bias", {"\u0661": 1}),
+        ("logit_bias", {"9" * 11: 1}),
+        ("logit_bias", {str(i): 1 for i in range(1025)}),
+        ("bad_words", "word"),
+        ("bad_words", [""]),
+        ("bad_words", [1]),
+        ("bad_words", ["x"] * 129),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [True]),
+        ("allowed_token_ids", "1"),
+        ("stop_token_ids", [1.0]),
+        ("stop_token_ids", 1),
+        ("stop_token_ids", list(range(129))),
+        ("min_tokens", -1),
+        ("priority", 2**31),
+        ("priority", 0.5),
+        ("timeout_s", 0),
+        ("timeout_s", "1"),
+        ("explain", 1),
+        ("include_stop_str_in_output", "yes"),
+        ("skip_special_tokens", False),
         ("frequency_penalty", False),
-        ("frequency_penalty", 0.1),
         ("tools", [{"type": "function"}]),
         ("response_format", {"type": "json_object"}),
         ("chat_template", "{{ 1 }}"),
@@ -85,8 +137,9 @@ def test_a_fixed_field_of_completions_is_accepted_at_each_of_its_defaults(name: 
         ("temperature", 10**400),
         ("top_p", 0),
         ("top_p", 1.01),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", 1.0),
+        ("top_k", True),
         ("max_tokens", 0),
         ("max_tokens", -1),
         ("max_tokens", 5.0),
@@ -188,6 +241,54 @@ def test_any_other_prompt_is_refused(prompt: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         completion(prompt=prompt)
     assert caught.value.param == "prompt"
+
+
+def test_every_fixed_field_of_the_table_belongs_to_an_endpoint() -> None:
+    assert ChatRequest.fixed | CompletionRequest.fixed == FIXED.keys()
+
+
+def test_columns_of_ids_are_sorted_without_repetitions() -> None:
+    request = chat(logit_bias={"7": -100, "3": 0.5}, allowed_token_ids=[9, 2, 9], stop_token_ids=[5, 1, 5])
+    assert request.logit_bias == ((3, 0.5), (7, -100.0))
+    assert request.allowed_token_ids == (2, 9)
+    assert request.stop_token_ids == (1, 5)
+    assert chat(bad_words=["b", "a", "b"]).bad_words == ("b", "a")
+    assert chat(logit_bias=None, allowed_token_ids=None, stop_token_ids=None, bad_words=None) == chat()
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_both_ways_to_say_every_token_are_one(top_k: int) -> None:
+    assert chat(top_k=top_k).top_k == 0
+
+
+def test_logprobs_are_asked_for_in_each_endpoints_own_way() -> None:
+    assert chat().wanted_logprobs is None
+    assert chat(logprobs=False, top_logprobs=0).wanted_logprobs is None
+    assert chat(logprobs=True).wanted_logprobs == 0
+    assert chat(logprobs=True, top_logprobs=20).wanted_logprobs == 20
+    assert completion(logprobs=0).logprobs == 0
+    assert completion(logprobs=20).logprobs == 20
+    for wrong in (21, -1, True):
+        with pytest.raises(InvalidRequest, match="logprobs"):
+            completion(logprobs=wrong)
+
+
+def test_best_of_is_n_or_nothing() -> None:
+    assert completion(n=3, best_of=3).num_choices == 3
+    assert completion(best_of=1).num_choices == 1
+    for fields in ({"best_of": 2}, {"n": 3, "best_of": 4}, {"n": 3, "best_of": 1}, {"best_of": True}):
+        with pytest.raises(InvalidRequest, match="best_of"):
+            completion(**fields)
+
+
+def test_no_token_is_asked_for_only_to_score_a_prompt() -> None:
+    assert completion(max_tokens=0, echo=True).wanted_tokens == 0
+    with pytest.raises(InvalidRequest, match="max_tokens: 0 is for requests with echo"):
+        completion(max_tokens=0)
+
+
+def test_prompt_logprobs_are_not_streamed() -> None:
+    assert blamed(prompt_logprobs=1, stream=True) == "prompt_logprobs"
 
 
 def test_completions_generate_16_tokens_by_default() -> None:

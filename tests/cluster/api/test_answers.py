@@ -137,7 +137,7 @@ async def test_a_stop_string_ends_the_answer_and_the_work(http: httpx2.AsyncClie
         assert (text, reason) == ("say hell", "stop")
         assert use["completion_tokens"] < 20
         await until(lambda: len(door.decode.cancels) > 0 and door.decode.open_orders == 0)
-        assert b'outcome="ok"} 1.0' in door.router.metrics.render()
+        assert b'outcome="ok",tenant="other"} 1.0' in door.router.metrics.render()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -153,7 +153,7 @@ async def test_a_client_that_leaves_cancels_on_both_engines(stream: bool) -> Non
         await until(lambda: bool(door.prefill.cancels) and bool(door.decode.cancels))
         await until(lambda: door.decode.open_orders == 0 and door.router.in_flight == {})
         assert all(session.in_flight == 0 for session in door.router.view.sessions())
-        assert b'outcome="cancelled"} 1.0' in door.router.metrics.render()
+        assert b'outcome="cancelled",tenant="other"} 1.0' in door.router.metrics.render()
 
 
 async def test_a_failure_before_the_first_token_has_its_status(http: httpx2.AsyncClient, door: FrontDoor) -> None:
