@@ -8,14 +8,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
+from diptych.kvtransfer.prefix import NameJournal
 from diptych.protos.ports import Clock, Worker, WorkerLoad
 from diptych.protos.status import EngineStatus
 from diptych.protos.types import DecodeOrder, PoolCounts, PrefillOrder, Role
 
 from .inbox import CancelRequest, Inbox, InboxItem, TransferNews
+from .outbox import Outbox
 
 READING_PERIOD_S = 0.1  # a busy loop leaves a new reading this often, an idle one at once
 IDLE_WAIT_S = 1.0  # the longest sleep; a wake-up costs microseconds
+NAMES_WAIT_S = 0.05  # the longest sleep while block names wait to be told
 MIN_WAIT_S = 0.001  # a worker whose wake time is past but who has nothing to run must not make the loop spin
 
 
@@ -23,12 +26,19 @@ class StepLoop:
     """Runs in one thread from `run` until `stop`. `reading()` may be called from any thread."""
 
     def __init__(
-        self, *, workers: Mapping[Role, Worker], inbox: Inbox, counts: Callable[[], PoolCounts], clock: Clock
+        self,
+        *,
+        workers: Mapping[Role, Worker],
+        inbox: Inbox,
+        counts: Callable[[], PoolCounts],
+        clock: Clock,
+        names: tuple[NameJournal, Outbox] | None = None,  # the pool's journal, and where its changes go
     ) -> None:
         self._workers = dict(workers)
         self._inbox = inbox
         self._counts = counts
         self._clock = clock
+        self._names = names
         self._stopping = threading.Event()
         self._steps = 0
         self._busy = 0.0
@@ -58,6 +68,8 @@ class StepLoop:
         happened = bool(items) or stepped > 0
         if not stepped or now - self._read_at >= READING_PERIOD_S:
             self._read()
+        if self._names is not None:
+            self._tell_names(*self._names)
         return happened
 
     def stop(self) -> None:
@@ -82,10 +94,17 @@ class StepLoop:
 
     def sleep_s(self) -> float:
         """How long an idle loop may sleep."""
+        longest = IDLE_WAIT_S if self._names is None or self._names[0].is_empty else NAMES_WAIT_S
         wakes = [wake for worker in self._workers.values() if (wake := worker.next_wake()) is not None]
         if not wakes:
-            return IDLE_WAIT_S
-        return min(max(min(wakes) - self._clock(), MIN_WAIT_S), IDLE_WAIT_S)
+            return longest
+        return min(max(min(wakes) - self._clock(), MIN_WAIT_S), longest)
+
+    def _tell_names(self, journal: NameJournal, outbox: Outbox) -> None:
+        if not journal.is_empty and outbox.takes_names:
+            change = journal.drain()
+            assert change is not None
+            outbox.put_names(change)
 
     def _read(self) -> None:
         self._read_at = self._clock()

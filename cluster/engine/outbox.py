@@ -1,5 +1,5 @@
-"""The seam between step thread and asyncio: a bounded ring of step outputs. The step thread only appends and, when the
-reader sleeps, wakes it; protobuf and routing happen on the other side.
+"""The seam between step thread and asyncio: a bounded ring of step outputs, and room for one change of block names. The
+step thread only appends and, when the reader sleeps, wakes it; protobuf and routing happen on the other side.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
+from diptych.kvtransfer.prefix import NameChange
 from diptych.protos.types import Role, StepOutput
 
 
@@ -21,6 +22,7 @@ class Outbox:
         self._on_ready: Callable[[], None] | None = None
         self._awake = False
         self._lost_before = 0  # of outputs_lost, told by `drain`
+        self._names: NameChange | None = None
         self.outputs_lost = 0
 
     def attach(self, loop: asyncio.AbstractEventLoop, on_ready: Callable[[], None]) -> None:
@@ -55,3 +57,18 @@ class Outbox:
         total = self.outputs_lost  # read once: the step thread goes on counting
         lost, self._lost_before = total > self._lost_before, total
         return outputs, lost
+
+    @property
+    def takes_names(self) -> bool:
+        """Whether the last change of block names was taken: until then the pool's journal sums up what follows."""
+        return self._names is None
+
+    def put_names(self, change: NameChange) -> None:
+        """From the step thread, while `takes_names`. Wakes nobody: names can wait for the reader's next status."""
+        assert self._names is None
+        self._names = change
+
+    def take_names(self) -> NameChange | None:
+        """The change that lies here, or None."""
+        change, self._names = self._names, None
+        return change

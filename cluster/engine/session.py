@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -30,6 +30,7 @@ from .outbox import Outbox
 STATUS_PERIOD_S = 0.25
 LOAD_CHECK_S = 0.05  # a change of load is told after this long at most
 MAX_FRAMES_BEHIND = 4096  # a router that reads so slowly loses its session
+MAX_NAMES_PER_FRAME = 65_536
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,12 @@ class _Session:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     handles: dict[int, tuple[Role, TransferKey]] = field(default_factory=dict)
     failure: SessionRefused | None = None
+    has_names: bool = False  # told all block names, and every change since
+
+    @property
+    def is_slow(self) -> bool:
+        """A router that lags behind needs its tokens more than readings."""
+        return len(self.frames) >= MAX_FRAMES_BEHIND // 2
 
     def send(self, frame: pb.EngineFrame) -> None:
         if len(self.frames) >= MAX_FRAMES_BEHIND:
@@ -65,6 +72,29 @@ class _Session:
     def fail(self, code: grpc.StatusCode, message: str) -> None:
         self.failure = self.failure or SessionRefused(code, message)
         self.ready.set()
+
+
+@dataclass(slots=True)
+class _Columns:
+    """One session's share of a step."""
+
+    handles: list[int] = field(default_factory=list)
+    indexes: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    finishes: list[pb.Finish] = field(default_factory=list)
+    logprobs: list[pb.Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[pb.PromptLogprobs] = field(default_factory=list)
+
+    def frame(self) -> pb.EngineFrame:
+        step = pb.StepTokens(
+            handle=self.handles,
+            index=self.indexes,
+            token=self.tokens,
+            finishes=self.finishes,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+        )
+        return pb.EngineFrame(tokens=step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +117,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         inbox: Inbox,
         outbox: Outbox,
         reading: Callable[[], EngineStatus],
+        prefix_root: bytes = b"",
         abandon: Callable[[TransferKey, DiptychError], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -95,6 +126,8 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         self._inbox = inbox
         self._outbox = outbox
         self._reading = reading
+        self._prefix_root = prefix_root
+        self._names: set[int] = set()  # of the blocks that can be found by their prefix, as told by the step thread
         self._clock = clock
         self._sessions: set[_Session] = set()
         self._routes: dict[Role, dict[TransferKey, _Route]] = {role: {} for role in info.roles}
@@ -248,14 +281,21 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
 
     def _route_step(self, role: Role, output: StepOutput) -> None:
         routes = self._routes[role]
-        columns: dict[_Session, tuple[list[int], list[int], list[int], list[pb.Finish]]] = {}
-        for key, index, token in zip(output.keys, output.indexes, output.tokens, strict=True):
+        columns: defaultdict[_Session, _Columns] = defaultdict(_Columns)
+        for piece in output.prompt_logprobs:
+            route = routes.get(piece.key)
+            if route is not None and route.session in self._sessions:
+                message = codec.prompt_logprobs_to_pb(route.handle, piece)
+                columns[route.session].prompt_logprobs.append(message)
+        for row, (key, index, token) in enumerate(zip(output.keys, output.indexes, output.tokens, strict=True)):
             route = routes.get(key)
             if route is not None and route.session in self._sessions:
-                handles, indexes, tokens, _ = columns.setdefault(route.session, ([], [], [], []))
-                handles.append(route.handle)
-                indexes.append(index)
-                tokens.append(token)
+                own = columns[route.session]
+                if output.logprobs and (logprobs := output.logprobs.get(row)) is not None:
+                    own.logprobs.append(codec.logprobs_to_pb(logprobs, len(own.handles)))
+                own.handles.append(route.handle)
+                own.indexes.append(index)
+                own.tokens.append(token)
         for finish in output.finishes:
             ended = routes.pop(finish.key, None)
             if ended is None:
@@ -264,13 +304,11 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             engine = self._info.ref.engine_id
             record_phase(finish, ended.traceparent, engine, ended.started_ns, time.time_ns())
             if ended.session in self._sessions:
-                finishes = columns.setdefault(ended.session, ([], [], [], []))[3]
-                finishes.append(codec.finish_to_pb(ended.handle, finish))
-        for session, (handles, indexes, tokens, finishes) in columns.items():
-            step = pb.StepTokens(handle=handles, index=indexes, token=tokens, finishes=finishes)
-            session.send(pb.EngineFrame(tokens=step))
+                columns[ended.session].finishes.append(codec.finish_to_pb(ended.handle, finish))
+        for session, own in columns.items():
+            session.send(own.frame())
 
-    # ---- status ----
+    # ---- status and block names ----
 
     def _welcome(self) -> pb.EngineFrame:
         info = self._info
@@ -282,6 +320,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
                 block_tokens=info.block_tokens,
                 num_blocks=info.num_blocks,
                 max_context_tokens=info.max_context_tokens,
+                prefix_root=self._prefix_root,
             )
         )
 
@@ -293,6 +332,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         told: tuple[int, int] | None = None
         for tick in itertools.count():
             await asyncio.sleep(LOAD_CHECK_S)
+            self._tell_names()
             reading = self._reading()
             load = (reading.running, reading.waiting)
             if load == told and tick % round(STATUS_PERIOD_S / LOAD_CHECK_S):
@@ -300,5 +340,31 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             told = load
             frame = pb.EngineFrame(status=codec.status_to_pb(reading))
             for session in self._sessions:
-                if len(session.frames) < MAX_FRAMES_BEHIND // 2:  # a slow router needs its tokens more
+                if not session.is_slow:
                     session.send(frame)
+
+    def _tell_names(self) -> None:
+        """What the prefix index gained and lost since the last time, to every session; all of it to a new one."""
+        change = self._outbox.take_names()
+        if change is not None:
+            if change.reset:
+                self._names.clear()
+            self._names.difference_update(change.removed)
+            self._names.update(change.added)
+        for session in self._sessions:
+            if session.is_slow:
+                session.has_names = session.has_names and change is None
+            elif not session.has_names or (change is not None and change.reset):
+                _send_names(session, True, tuple(self._names), ())
+                session.has_names = True
+            elif change is not None:
+                _send_names(session, False, change.added, change.removed)
+
+
+def _send_names(session: _Session, reset: bool, added: tuple[int, ...], removed: tuple[int, ...]) -> None:
+    """In frames of bounded size; what was removed goes first."""
+    size = MAX_NAMES_PER_FRAME
+    for start in range(0, max(len(added), len(removed), 1), size):
+        stop = start + size
+        change = pb.PrefixChange(reset=reset and start == 0, added=added[start:stop], removed=removed[start:stop])
+        session.send(pb.EngineFrame(prefix=change))

@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 import grpc
 
 from diptych.protos import engine_pb2 as pb
-from diptych.protos.codec import finish_to_pb, key_from_pb, order_from_pb, status_to_pb
+from diptych.protos.codec import (
+    finish_to_pb,
+    key_from_pb,
+    logprobs_to_pb,
+    order_from_pb,
+    prompt_logprobs_to_pb,
+    status_to_pb,
+)
 from diptych.protos.engine_pb2_grpc import EngineServicer, add_EngineServicer_to_server
 from diptych.protos.errors import DiptychError
 from diptych.protos.status import EngineInfo, EngineStatus
@@ -29,10 +36,14 @@ from diptych.protos.types import (
     FinishReason,
     PoolCounts,
     PrefillOrder,
+    PromptLogprobs,
     Role,
     StageTimes,
+    TokenLogprobs,
     TransferKey,
 )
+
+ECHO_ROOT = b"echo"  # of an echo engine's block names
 
 
 @dataclass
@@ -47,6 +58,7 @@ class Faults:
     no_first_token: bool = False  # prefill: hand over without having sent token 0
     also_first_token: bool = False  # decode: send token 0 although prefill did
     swap_pairs: bool = False  # decode: tokens 2,1, 4,3, ...
+    no_prompt_logprobs: bool = False  # although they were asked for
     wrong_first_token: bool = False  # decode: with also_first_token, another one than prefill's
 
 
@@ -54,6 +66,12 @@ class _Tokens(NamedTuple):
     handles: list[int]  # the same one, as often as there are tokens
     indexes: list[int]
     tokens: list[int]
+    top: int | None = None  # SamplingParams.logprobs
+
+
+def echo_logprobs(token: int, top: int) -> TokenLogprobs:
+    """What an echo engine tells of a token: certain of itself, and of its successors a little less."""
+    return TokenLogprobs(-0.25, 1, tuple((token + i, -0.25 - i) for i in range(top)))
 
 
 @dataclass(eq=False)
@@ -70,6 +88,7 @@ class _Session:
         if not isinstance(first, _Tokens):
             return first
         handles, indexes, tokens = list(first.handles), list(first.indexes), list(first.tokens)
+        logprobs = _rows(first, 0)
         seen = {first.handles[0]}
         while not self.outbox.empty():
             piece = self.outbox.get_nowait()
@@ -79,10 +98,18 @@ class _Session:
                     self.outbox.put_nowait(None)
                 break
             seen.add(piece.handles[0])
+            logprobs += _rows(piece, len(handles))
             handles += piece.handles
             indexes += piece.indexes
             tokens += piece.tokens
-        return pb.EngineFrame(tokens=pb.StepTokens(handle=handles, index=indexes, token=tokens))
+        step = pb.StepTokens(handle=handles, index=indexes, token=tokens, logprobs=logprobs)
+        return pb.EngineFrame(tokens=step)
+
+
+def _rows(piece: _Tokens, row: int) -> list[pb.Logprobs]:
+    if piece.top is None:
+        return []
+    return [logprobs_to_pb(echo_logprobs(token, piece.top), row + i) for i, token in enumerate(piece.tokens)]
 
 
 class EchoEngine(EngineServicer):
@@ -143,6 +170,12 @@ class EchoEngine(EngineServicer):
         """Phases in work, over all sessions."""
         return sum(len(tasks) for session in self._sessions for tasks in session.jobs.values())
 
+    def tell_names(self, added: tuple[int, ...], removed: tuple[int, ...] = (), *, reset: bool = False) -> None:
+        """To every session: blocks that its prefix index gained and lost."""
+        for session in self._sessions:
+            change = pb.PrefixChange(reset=reset, added=added, removed=removed)
+            session.outbox.put_nowait(pb.EngineFrame(prefix=change))
+
     def drop_streams(self) -> None:
         """End every session."""
         for session in list(self._sessions):
@@ -187,6 +220,7 @@ class EchoEngine(EngineServicer):
             block_tokens=info.block_tokens,
             num_blocks=info.num_blocks,
             max_context_tokens=info.max_context_tokens,
+            prefix_root=ECHO_ROOT,
         )
 
     def _end(self, session: _Session) -> None:
@@ -228,6 +262,8 @@ class EchoEngine(EngineServicer):
         if not is_prefill and has_peer and total == 1:
             self._finish(session, handle, order, FinishReason.CANCELLED, 0)
             return
+        if (is_prefill or begin == 0) and not self.faults.no_prompt_logprobs:
+            self._tell_prompt(session, handle, order)
         for index in range(begin, end, self._tokens_per_step):
             await asyncio.sleep(self._step_s)
             if self.faults.drop_stream_at is not None and index >= self.faults.drop_stream_at:
@@ -251,7 +287,17 @@ class EchoEngine(EngineServicer):
         tokens = [prompt[i % len(prompt)] for i in indexes]
         if self.faults.wrong_first_token and isinstance(order, DecodeOrder) and 0 in indexes:
             tokens[indexes.index(0)] += 1
-        return _Tokens([handle] * len(indexes), indexes, tokens)
+        return _Tokens([handle] * len(indexes), indexes, tokens, order.request.sampling.logprobs)
+
+    def _tell_prompt(self, session: _Session, handle: int, order: PrefillOrder | DecodeOrder) -> None:
+        prompt, top = order.request.prompt, order.request.sampling.prompt_logprobs
+        if top is None:
+            return
+        half = (len(prompt) + 1) // 2
+        for first, tokens in ((1, prompt[1:half]), (max(half, 1), prompt[max(half, 1) :])):
+            piece = PromptLogprobs(order.request.key, first, tuple(echo_logprobs(token, top) for token in tokens))
+            step = pb.StepTokens(prompt_logprobs=[prompt_logprobs_to_pb(handle, piece)])
+            session.outbox.put_nowait(pb.EngineFrame(tokens=step))
 
     def _finish(
         self,
