@@ -73,7 +73,8 @@ class _Pages:
         engines = [_engine_info(session) for session in sessions]
         degraded = sorted({choice for session in sessions for choice in session.info.degraded})
         for name in self._models:
-            if self._router.is_ready(name) and not self._router.view.live(name, Role.PREFILL):
+            pools = {session.info.layout for session in sessions if session.info.model == name}
+            if "disaggregated" in pools and not self._router.view.live(name, Role.PREFILL):
                 degraded.append(f"{name}: no prefill engine lives, decode engines compute the prompts")
         router = {
             "id": self._router.router_id,
@@ -100,6 +101,7 @@ def _engine_info(session: EngineSession) -> JsonObject:
         "roles": sorted(info.roles),
         "model": info.model,
         "connected": session.is_ready,
+        "draining": info.draining,
         "pid": info.pid,
         "host": info.host,
         "epoch": info.ref.epoch,
