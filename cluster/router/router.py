@@ -118,13 +118,13 @@ class Router:
         span = _TRACER.start_span("router", context_from(call.traceparent), attributes={"model": call.model})
         tenant = call.tenant if call.tenant in self.settings.tenants else "other"
         record = CallRecord(self.metrics, call, tenant=tenant, clock=self._clock)
+        work = self._work(call, deadline, traceparent_of(span) or call.traceparent, record)
         try:
             with _TRACER.start_span("queue", trace.set_span_in_context(span)):
-                await self.admission.enter(deadline)
+                await self.admission.enter(work.request)
             record.admitted()
             self._in_flight[call.model] = self._in_flight.get(call.model, 0) + 1
             try:
-                work = self._work(call, deadline, traceparent_of(span) or call.traceparent, record)
                 async with aclosing(self._attempts(work)) as deltas:
                     delta = await anext(deltas)
                     while delta.finish is None:
@@ -132,7 +132,7 @@ class Router:
                 yield delta
             finally:
                 self._in_flight[call.model] -= 1
-                self.admission.leave(record.working_s())
+                self.admission.leave(work.request, num_tokens=record.num_tokens, duration_s=record.working_s())
         except Exception as exc:
             record.outcome = exc.code if isinstance(exc, DiptychError) else DiptychError.code
             span.record_exception(exc)
