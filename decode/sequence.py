@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from diptych.kvtransfer.pool import BlockTable
-from diptych.protos.lifecycle import StageTimer
+from diptych.protos.fair_line import Place
+from diptych.protos.lifecycle import RowMaker, StageTimer
 from diptych.protos.types import DecodeOrder, GenerateRequest, TransferKey
 
 
@@ -18,7 +19,7 @@ class State(Enum):
     WANTING = "wanting"  # its KV is ready over there; in line for all its blocks
     GRANTED = "granted"  # the receiver writes into its blocks
     WAITING = "waiting"  # in line to be computed here; holds nothing
-    READY = "ready"  # its KV is here; in line for a seat
+    READY = "ready"  # holds all its blocks, whatever is computed in them; in line for a seat
     RUNNING = "running"  # a seat: in the steps, with a slot
     DRAINING = "draining"  # its Finish is out; the receiver may still write into its blocks
     DONE = "done"
@@ -32,13 +33,16 @@ class Sequence:
     """Prompt and generated tokens, and how many of them have KV in the table."""
 
     order: DecodeOrder
-    ticket: int  # order of arrival; the youngest gives way first
+    place: Place
     timer: StageTimer
+    rows: RowMaker
     tokens: list[int]  # ids known so far: the prompt, then what was generated
     state: State
     table: BlockTable | None = None
     computed: int = 0  # positions 0 .. computed - 1 have KV in the table
     slot: int | None = None
+    charged: bool = False  # its tenant has paid for the known tokens; later ones are paid for as they come
+    preemptions: int = 0
     cached_tokens: int | None = None  # of the prompt, when its computation or its transfer began; None before
     transfer_bytes: int = 0
     transport: str = ""

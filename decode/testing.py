@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Unpack
 
 from diptych.kvtransfer.pool import BlockPool
 from diptych.protos.errors import DiptychError
-from diptych.protos.ports import ReceiveEvent
+from diptych.protos.lifecycle import logit_rules
+from diptych.protos.ports import ReceiveEvent, ReceivePort
 from diptych.protos.settings import DecodeSettings
 from diptych.protos.step import SlotPool
-from diptych.protos.testing import EchoRunner, FakeClock, FakeReceiver, Ledger, echo_reference, snapshot
+from diptych.protos.testing import (
+    EchoRunner,
+    FakeClock,
+    FakeReceiver,
+    Ledger,
+    RequestFields,
+    echo_logprobs,
+    echo_reference,
+    snapshot,
+)
 from diptych.protos.types import (
     DecodeOrder,
     EngineId,
@@ -26,7 +38,10 @@ PEER = EngineRef(EngineId("p0"), 1, "unix:/nowhere/p0.sock")
 
 
 class DecodeBench:
-    """Drive `worker` through the methods here; read what happened in `ledger`, `receiver` and `trace`."""
+    """Drive `worker` through the methods here; read what happened in `ledger`, `receiver` and `trace`.
+
+    `port` makes another receiver out of the runner; `receiver` is idle then.
+    """
 
     def __init__(
         self,
@@ -37,6 +52,7 @@ class DecodeBench:
         settings: DecodeSettings | None = None,
         slots: int = 16,
         prefix_cache: bool = True,
+        port: Callable[[EchoRunner], ReceivePort] | None = None,
     ) -> None:
         self.clock = FakeClock()
         self.runner = EchoRunner(num_blocks=num_blocks, block_tokens=block_tokens, max_slots=slots)
@@ -51,7 +67,7 @@ class DecodeBench:
             runner=self.runner,
             pool=self.pool,
             slots=self.slots,
-            receiver=self.receiver,
+            receiver=self.receiver if port is None else port(self.runner),
             emit=self.ledger,
             clock=self.clock,
             max_context_tokens=max_context_tokens,
@@ -64,15 +80,19 @@ class DecodeBench:
         *,
         max_tokens: int = 8,
         stop: Sequence[int] = (),
-        salt: bytes = b"",
-        deadline: float | None = None,
+        sampling: SamplingParams | None = None,
         transfer: bool = True,
         allow_local_prefill: bool = True,
+        **fields: Unpack[RequestFields],
     ) -> TransferKey:
-        """A new order; keys count up. Without `transfer` it names no prefill engine."""
+        """A new order; keys count up. Without `transfer` it names no prefill engine. `sampling` but for max_tokens and
+        the stop tokens.
+        """
         key = TransferKey((len(self.requests) + 1).to_bytes(16, "big"))
-        sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset(stop))
-        request = GenerateRequest(key=key, prompt=tuple(prompt), sampling=sampling, salt=salt, deadline=deadline)
+        sampling = replace(
+            sampling or SamplingParams(max_tokens=1), max_tokens=max_tokens, stop_token_ids=frozenset(stop)
+        )
+        request = GenerateRequest(key=key, prompt=tuple(prompt), sampling=sampling, **fields)
         self.requests[key] = request
         peer = PEER if transfer else None
         self.worker.submit(DecodeOrder(request=request, prefill=peer, allow_local_prefill=allow_local_prefill))
@@ -136,8 +156,10 @@ class DecodeBench:
     def expected(self, key: TransferKey) -> list[int]:
         """All tokens that the request should get, token 0 first."""
         request = self.requests[key]
-        tokens = echo_reference(request.prompt, request.sampling.max_tokens)
-        ends = [at for at, token in enumerate(tokens) if token in request.sampling.stop_token_ids]
+        sampling = request.sampling
+        rules = logit_rules(sampling, len(request.prompt))
+        tokens = echo_reference(request.prompt, sampling.max_tokens, rules=rules)
+        ends = [at for at, token in enumerate(tokens) if token in sampling.stop_token_ids and at >= sampling.min_tokens]
         return tokens[: ends[0] + 1] if ends else tokens
 
     def assert_tokens(self, key: TransferKey) -> None:
@@ -145,12 +167,31 @@ class DecodeBench:
         first = self.ledger.first_index.get(key, 0)
         tokens = self.ledger.tokens.get(key, [])
         assert tokens == self.expected(key)[first : first + len(tokens)]
+        self.assert_logprobs(key)
+
+    def assert_logprobs(self, key: TransferKey) -> None:
+        """Every token came with what was asked for, and so did the prompt's as far as they were told."""
+        request, ledger = self.requests[key], self.ledger
+        top, prompt_top = request.sampling.logprobs, request.sampling.prompt_logprobs
+        first, tokens = ledger.first_index.get(key, 0), ledger.tokens.get(key, [])
+        known = [*request.prompt, *self.expected(key)]
+        at = len(request.prompt) + first
+        wanted = (
+            [] if top is None else [echo_logprobs(known[:to], known[to], top) for to in range(at, at + len(tokens))]
+        )
+        assert ledger.logprobs.get(key, []) == wanted
+        told = ledger.prompt_logprobs.get(key, [])
+        assert not told or prompt_top is not None
+        assert told == [echo_logprobs(known[:to], known[to], prompt_top or 0) for to in range(1, len(told) + 1)]
+        if first == 0 and tokens and prompt_top is not None:
+            assert len(told) == len(request.prompt) - 1
 
     def assert_complete(self, key: TransferKey, *, first_index: int) -> None:
         """The whole answer was emitted, from token `first_index` on, and ended for the right reason."""
         expected = self.expected(key)
         assert self.ledger.first_index[key] == first_index
         assert self.ledger.tokens[key] == expected[first_index:]
+        self.assert_logprobs(key)
         finish = self.ledger.finishes[key]
         assert finish.num_tokens == len(expected)
         stopped = expected[-1] in self.requests[key].sampling.stop_token_ids

@@ -20,7 +20,8 @@ from diptych.protos.errors import (
     Overloaded,
     TransferError,
 )
-from diptych.protos.lifecycle import Deadlines, StageTimer, execute, finish_reason, refusal
+from diptych.protos.fair_line import Place
+from diptych.protos.lifecycle import Deadlines, RowMaker, StageTimer, execute, finish_reason, refusal, row_fault
 from diptych.protos.ports import (
     Clock,
     Closed,
@@ -36,7 +37,7 @@ from diptych.protos.ports import (
     WorkerLoad,
 )
 from diptych.protos.settings import DecodeSettings
-from diptych.protos.step import SlotPool
+from diptych.protos.step import SlotPool, StepPlan, StepResult
 from diptych.protos.types import (
     DecodeOrder,
     Finish,
@@ -48,7 +49,8 @@ from diptych.protos.types import (
     TransferKey,
 )
 
-from .scheduler import Decision, DecodeScheduler, Share
+from .decision import Decision, Share
+from .scheduler import DecodeScheduler
 from .sequence import IN_TRANSFER, Sequence, State
 
 log = logging.getLogger(__name__)
@@ -83,15 +85,17 @@ class DecodeWorker:
             slots=slots,
             max_running=settings.max_running,
             step_tokens=min(settings.step_tokens, runner.max_step_tokens),
+            watermark=settings.watermark,
         )
         self._sequences: dict[TransferKey, Sequence] = {}  # every state but DONE
         self._deadlines = Deadlines()
         self._out = StepOutput()
         self._num_live = 0  # sequences without a Finish
         self._num_orders = 0
-        names = ("requests", "steps", "step_faults", "tokens", "generated_tokens", "cached_tokens")
+        names = ("requests", "steps", "step_faults", "row_faults", "tokens", "generated_tokens", "cached_tokens")
         more = ("preemptions", "local_prefills", "transfer_failures")
         self._counters = dict.fromkeys(names + more, 0)
+        self._step_seconds = 0.0
 
     def submit(self, order: PrefillOrder | DecodeOrder) -> None:
         """Take a decode order. A key that is in work already is ignored: its first order will end."""
@@ -104,8 +108,14 @@ class DecodeWorker:
         self._num_orders += 1
         self._counters["requests"] += 1
         self._num_live += 1
-        timer = StageTimer(self._clock())
-        sequence = Sequence(order, self._num_orders, timer, tokens=list(request.prompt), state=State.WAITING)
+        sequence = Sequence(
+            order,
+            Place.of(request, self._num_orders),
+            StageTimer(self._clock()),
+            RowMaker(request),
+            tokens=list(request.prompt),
+            state=State.WAITING,
+        )
         error = self._refusal(request) if earlier is None else InvalidRequest(f"{key} was used before", "key")
         if error is not None:
             self._finish(sequence, FinishReason.ERROR, error)
@@ -145,19 +155,24 @@ class DecodeWorker:
         plan, decision = self._scheduler.decide()
         self._announce(decision)
         if plan is not None:
-            self._counters["steps"] += 1
-            self._counters["tokens"] += plan.num_tokens
-            try:
-                tokens = execute(self._runner, plan).tokens
-            except EngineFault as fault:
-                self._counters["step_faults"] += 1
-                for share in decision.shares:
-                    self._end(share.sequence, FinishReason.ERROR, fault)
-            else:
-                for share, token in zip(decision.shares, tokens, strict=True):
-                    self._computed(share, token)
+            self._run(plan, decision.shares)
         self._flush()
         return plan is not None
+
+    def _run(self, plan: StepPlan, shares: list[Share]) -> None:
+        self._counters["steps"] += 1
+        self._counters["tokens"] += plan.num_tokens
+        begin = self._clock()
+        try:
+            result = execute(self._runner, plan)
+        except EngineFault as fault:
+            self._counters["step_faults"] += 1
+            for share in shares:
+                self._end(share.sequence, FinishReason.ERROR, fault)
+        else:
+            for at, share in enumerate(shares):
+                self._computed(share, plan, result, at)
+        self._step_seconds += self._clock() - begin
 
     def next_wake(self) -> float | None:
         """The earliest deadline."""
@@ -165,12 +180,19 @@ class DecodeWorker:
 
     def load(self) -> WorkerLoad:
         """Sequences with a seat, and all others that have not ended."""
-        running = len(self._scheduler.running)
+        running = self._scheduler.num_running
         return WorkerLoad(running=running, waiting=self._num_live - running)
 
     def counters(self) -> dict[str, float]:
-        """Totals since the start; `tokens` are those computed, prompts and recomputation included."""
-        return {f"decode_{name}_total": float(value) for name, value in self._counters.items()}
+        """Totals since the start, and as of now decode_running, decode_kv_tokens (held by those that run) and
+        decode_queued_tokens (of prompts to be computed here). `tokens` are all computed ones, in `step_seconds`.
+        """
+        counters = {f"decode_{name}_total": float(value) for name, value in self._counters.items()}
+        counters["decode_step_seconds_total"] = self._step_seconds
+        counters["decode_running"] = float(self._scheduler.num_running)
+        counters["decode_kv_tokens"] = float(self._scheduler.num_kv_tokens)
+        counters["decode_queued_tokens"] = float(self._scheduler.num_queued_tokens)
+        return counters
 
     def _refusal(self, request: GenerateRequest) -> DiptychError | None:
         if len(self._sequences) >= self._max_sequences:
@@ -237,14 +259,15 @@ class DecodeWorker:
         for sequence in decision.unpinned:
             self._unpinned(sequence)
         self._counters["preemptions"] += len(decision.preempted)
-        for sequence in (*decision.started, *decision.preempted):
+        for sequence in decision.admitted:
+            self._counters["cached_tokens"] += 0 if sequence.num_generated else sequence.computed
+        for sequence in (*decision.started, *decision.unseated, *decision.preempted):
             if sequence.state is not State.RUNNING:
                 sequence.timer.enter("queue", now)
             elif sequence.missing == 1 and sequence.num_generated:
                 sequence.timer.enter("decode", now)
             else:
                 sequence.timer.enter("prefill", now)
-                self._counters["cached_tokens"] += 0 if sequence.num_generated else sequence.computed
         for sequence in decision.impossible:
             error = NoBlocks(f"the decode engine's KV pool cannot hold {len(sequence.tokens)} tokens")
             self._end(sequence, FinishReason.ERROR, error)
@@ -258,15 +281,23 @@ class DecodeWorker:
         else:
             self._end(sequence, FinishReason.ERROR, error)
 
-    def _computed(self, share: Share, token: int | None) -> None:
-        sequence = share.sequence
+    def _computed(self, share: Share, plan: StepPlan, result: StepResult, at: int) -> None:
+        sequence, token = share.sequence, result.tokens[at]
+        if at in result.faults:
+            self._counters["row_faults"] += 1
+            self._end(sequence, FinishReason.ERROR, row_fault())
+            return
         self._scheduler.advance(share, token)
+        if at in result.prompt_logprobs:
+            told = sequence.rows.tell_prompt(plan.rows[at], result.prompt_logprobs[at])
+            if told is not None:
+                self._out.prompt_logprobs.append(told)
         if token is None:
             return
         if share.num_tokens > 1 or sequence.num_generated == 1:
             sequence.timer.enter("decode", self._clock())
         self._counters["generated_tokens"] += 1
-        self._out.add(sequence.key, sequence.num_generated - 1, token)
+        self._out.add(sequence.key, sequence.num_generated - 1, token, result.logprobs.get(at))
         self._finish_if_complete(sequence, token)
 
     def _finish_if_complete(self, sequence: Sequence, token: int) -> None:
@@ -313,6 +344,7 @@ class DecodeWorker:
                 times=sequence.timer.read(self._clock()),
                 transfer_bytes=sequence.transfer_bytes,
                 transport=sequence.transport,
+                preemptions=sequence.preemptions,
             )
         )
 

@@ -1,19 +1,20 @@
-"""Which prompt computes how many of its tokens in the next step. First come, first served; called by the worker only.
+"""Which prompt computes how many of its tokens in the next step. Called by the worker only.
 
 Knows blocks, slots and tokens; knows nothing of transfers, clocks and what is told to anyone.
 
     waiting --admit: blocks of the whole prompt, a slot--> computing --plan/advance, chunk by chunk--> leave
+   (FairLine)                                             (FairLine)
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from diptych.kvtransfer.pool import BlockPool, BlockTable
-from diptych.protos.lifecycle import StageTimer, next_row
+from diptych.protos.fair_line import FairLine, Place
+from diptych.protos.lifecycle import RowMaker, StageTimer
 from diptych.protos.step import SlotPool, StepPlan, StepRow
 from diptych.protos.types import GenerateRequest, PoolCounts, PrefillOrder, TransferKey
 
@@ -33,7 +34,9 @@ class Job:
     """One prefill order on its way."""
 
     order: PrefillOrder
+    place: Place
     timer: StageTimer
+    rows: RowMaker
     state: State = State.WAITING
     table: BlockTable | None = None  # set by admit, until the sender has released the blocks
     slot: int | None = None  # set by admit, until the prompt is computed
@@ -50,6 +53,11 @@ class Job:
     def key(self) -> TransferKey:
         """The request's name."""
         return self.order.request.key
+
+    @property
+    def missing(self) -> int:
+        """Tokens of the prompt without KV."""
+        return len(self.order.request.prompt) - self.computed
 
     @property
     def blocks(self) -> Sequence[int]:
@@ -70,8 +78,8 @@ class PrefillScheduler:
     """At most `max_running` jobs hold blocks, at most `step_tokens` tokens are computed in a step."""
 
     def __init__(self, *, pool: BlockPool, slots: SlotPool, max_running: int, step_tokens: int) -> None:
-        self.waiting: OrderedDict[TransferKey, Job] = OrderedDict()
-        self.computing: dict[TransferKey, Job] = {}  # in order of admission
+        self.waiting: FairLine[Job] = FairLine()
+        self.computing: FairLine[Job] = FairLine()
         self.num_holding = 0  # jobs with a table, those whose KV is on its way included
         self._pool = pool
         self._slots = slots
@@ -81,34 +89,42 @@ class PrefillScheduler:
         self._blocked: tuple[Job, PoolCounts] | None = None  # the head that did not fit, and how the pool was then
 
     def add(self, job: Job) -> None:
-        """Join the end of the line."""
-        self.waiting[job.key] = job
+        """Join the line."""
+        self.waiting.add(job.key, job, job.place)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens that wait or are in computation; what the cache saves is known of the latter only."""
+        return sum(job.missing for line in (self.waiting, self.computing) for job in line)
 
     def admit(self) -> list[Job]:
         """Take jobs from the head of the line while they fit. Nobody overtakes a head that does not fit."""
         admitted: list[Job] = []
-        while self.waiting and self.num_holding < self._max_running and self._slots.num_free:
-            job = next(iter(self.waiting.values()))
-            if not self._try_place(job):
+        while self.num_holding < self._max_running and self._slots.num_free:
+            job = self.waiting.head()
+            if job is None or not self._try_place(job):
                 break
-            del self.waiting[job.key]
-            self.computing[job.key] = job
+            self.waiting.take(job.key)
+            self.waiting.charge(job.place, job.missing)
+            self.computing.add(job.key, job, job.place)
             self.num_holding += 1
             admitted.append(job)
         return admitted
 
     def plan(self) -> tuple[StepPlan, list[Share]] | None:
-        """The next step: the oldest jobs first, each as much of its prompt as the budget allows. None: no work."""
+        """The next step: jobs by turn, each as much of its prompt as the budget allows. None: no work."""
         left = self._step_tokens
         shares: list[Share] = []
-        for job in self.computing.values():
-            if left == 0:
-                break
-            share = Share(job, min(left, len(job.request.prompt) - job.computed))
+        while left and (job := self.computing.head()) is not None:
+            self.computing.take(job.key)
+            share = Share(job, min(left, job.missing))
+            self.computing.charge(job.place, share.num_tokens)
             shares.append(share)
             left -= share.num_tokens
         if not shares:
             return None
+        for share in shares:
+            self.computing.add(share.job.key, share.job, share.job.place)  # until it is advanced or stopped
         self._next_step += 1
         return StepPlan(self._next_step, tuple(self._row(share) for share in shares)), shares
 
@@ -118,13 +134,13 @@ class PrefillScheduler:
         assert job.table is not None
         job.computed += share.num_tokens
         job.table.commit(job.request.prompt, job.computed)
-        if job.computed == len(job.request.prompt):
+        if not job.missing:
             self.stop(job)
 
     def stop(self, job: Job) -> None:
         """The job computes nothing any more: its slot is free, its blocks stay. Leaves the line if it still waits."""
-        self.waiting.pop(job.key, None)
-        self.computing.pop(job.key, None)
+        self.waiting.discard(job.key)
+        self.computing.discard(job.key)
         if job.slot is not None:
             self._slots.give(job.slot)
             job.slot = None
@@ -140,8 +156,7 @@ class PrefillScheduler:
         if self._blocked == (job, self._pool.counts()):
             return False  # naming the prompt's blocks costs time; nothing has changed since the last try
         prompt = job.request.prompt
-        # One token at least is computed, so that there is something to sample from.
-        table = self._pool.open(prompt, job.request.salt, max_cached_tokens=len(prompt) - 1)
+        table = self._pool.open(prompt, job.request.salt, max_cached_tokens=job.rows.max_cached_tokens(len(prompt)))
         if not table.try_grow(len(prompt)):
             table.close()
             self._blocked = (job, self._pool.counts())
@@ -155,7 +170,4 @@ class PrefillScheduler:
     def _row(self, share: Share) -> StepRow:
         job = share.job
         assert job.slot is not None
-        request = job.request
-        return next_row(
-            request.sampling, request.prompt, job.computed, share.num_tokens, slot=job.slot, blocks=job.blocks
-        )
+        return job.rows.next_row(job.request.prompt, job.computed, share.num_tokens, slot=job.slot, blocks=job.blocks)

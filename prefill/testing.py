@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Unpack
 
 from diptych.kvtransfer.pool import BlockPool
 from diptych.protos.errors import DiptychError
+from diptych.protos.ports import SendPort
 from diptych.protos.settings import PrefillSettings
 from diptych.protos.step import SlotPool
-from diptych.protos.testing import EchoRunner, FakeClock, FakeSender, Ledger, snapshot
+from diptych.protos.testing import EchoRunner, FakeClock, FakeSender, Ledger, RequestFields, snapshot
 from diptych.protos.types import EngineId, EngineRef, GenerateRequest, PrefillOrder, SamplingParams, TransferKey
 
 from .worker import PrefillWorker
@@ -17,7 +20,10 @@ PEER = EngineRef(EngineId("d0"), 1, "unix:/nowhere/d0.sock")
 
 
 class PrefillBench:
-    """Drive `worker` through the methods here; read what happened in `ledger`, `sender.transfers` and `trace`."""
+    """Drive `worker` through the methods here; read what happened in `ledger`, `sender.transfers` and `trace`.
+
+    `port` makes another sender out of the runner; `sender` is idle then.
+    """
 
     def __init__(
         self,
@@ -27,6 +33,7 @@ class PrefillBench:
         max_context_tokens: int = 200,
         settings: PrefillSettings | None = None,
         slots: int = 16,
+        port: Callable[[EchoRunner], SendPort] | None = None,
     ) -> None:
         self.clock = FakeClock()
         self.runner = EchoRunner(num_blocks=num_blocks, block_tokens=block_tokens, max_slots=slots)
@@ -41,12 +48,12 @@ class PrefillBench:
             runner=self.runner,
             pool=self.pool,
             slots=self.slots,
-            sender=self.sender,
+            sender=self.sender if port is None else port(self.runner),
             emit=self.ledger,
             clock=self.clock,
             max_context_tokens=max_context_tokens,
         )
-        self._num_orders = 0
+        self.requests: dict[TransferKey, GenerateRequest] = {}
 
     def submit(
         self,
@@ -54,14 +61,16 @@ class PrefillBench:
         *,
         max_tokens: int = 8,
         stop: Sequence[int] = (),
-        salt: bytes = b"",
-        deadline: float | None = None,
+        sampling: SamplingParams | None = None,
+        **fields: Unpack[RequestFields],
     ) -> TransferKey:
-        """A new order; keys count up."""
-        self._num_orders += 1
-        key = TransferKey(self._num_orders.to_bytes(16, "big"))
-        sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset(stop))
-        request = GenerateRequest(key=key, prompt=tuple(prompt), sampling=sampling, salt=salt, deadline=deadline)
+        """A new order; keys count up. `sampling` but for max_tokens and the stop tokens."""
+        key = TransferKey((len(self.requests) + 1).to_bytes(16, "big"))
+        sampling = replace(
+            sampling or SamplingParams(max_tokens=1), max_tokens=max_tokens, stop_token_ids=frozenset(stop)
+        )
+        request = GenerateRequest(key=key, prompt=tuple(prompt), sampling=sampling, **fields)
+        self.requests[key] = request
         self.worker.submit(PrefillOrder(request=request, decode=PEER))
         self.pool.check_integrity()
         return key

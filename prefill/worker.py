@@ -19,10 +19,11 @@ from diptych.protos.errors import (
     Overloaded,
     TransferError,
 )
-from diptych.protos.lifecycle import Deadlines, StageTimer, execute, finish_reason, refusal
+from diptych.protos.fair_line import Place
+from diptych.protos.lifecycle import Deadlines, RowMaker, StageTimer, execute, finish_reason, refusal, row_fault
 from diptych.protos.ports import Clock, Emit, ReceiveEvent, Released, Runner, SendEvent, SendPort, WorkerLoad
 from diptych.protos.settings import PrefillSettings
-from diptych.protos.step import SlotPool
+from diptych.protos.step import SlotPool, StepPlan, StepResult
 from diptych.protos.types import (
     DecodeOrder,
     Finish,
@@ -73,19 +74,23 @@ class PrefillWorker:
         self._deadlines = Deadlines()
         self._out = StepOutput()
         self._num_live = 0  # jobs without a Finish
-        self._counters = dict.fromkeys(("steps", "step_faults", "tokens", "cached_tokens", "requests"), 0)
+        self._num_orders = 0
+        self._counters = dict.fromkeys(("steps", "step_faults", "row_faults", "tokens", "cached_tokens", "requests"), 0)
+        self._step_seconds = 0.0
 
     def submit(self, order: PrefillOrder | DecodeOrder) -> None:
         """Take a prefill order. A key that is in work already is ignored: its first order will end."""
         assert isinstance(order, PrefillOrder)
         key = order.request.key
-        job = Job(order, StageTimer(self._clock()))
         earlier = self._jobs.get(key)
         if earlier is not None and earlier.state is not State.DRAINING:
             log.warning("%s: a second prefill order for a request in work is ignored", key)
             return
         self._counters["requests"] += 1
         self._num_live += 1
+        self._num_orders += 1
+        place = Place.of(order.request, self._num_orders)
+        job = Job(order, place, StageTimer(self._clock()), RowMaker(order.request))
         error = self._refusal(order.request) if earlier is None else InvalidRequest(f"{key} was used before", "key")
         if error is None:
             self._jobs[key] = job
@@ -129,20 +134,24 @@ class PrefillWorker:
             self._start(job)
         planned = self._scheduler.plan()
         if planned is not None:
-            plan, shares = planned
-            self._counters["steps"] += 1
-            self._counters["tokens"] += plan.num_tokens
-            try:
-                tokens = execute(self._runner, plan).tokens
-            except EngineFault as fault:
-                self._counters["step_faults"] += 1
-                for share in shares:
-                    self._end(share.job, FinishReason.ERROR, fault)
-            else:
-                for share, token in zip(shares, tokens, strict=True):
-                    self._computed(share, token)
+            self._run(*planned)
         self._flush()
         return planned is not None
+
+    def _run(self, plan: StepPlan, shares: list[Share]) -> None:
+        self._counters["steps"] += 1
+        self._counters["tokens"] += plan.num_tokens
+        begin = self._clock()
+        try:
+            result = execute(self._runner, plan)
+        except EngineFault as fault:
+            self._counters["step_faults"] += 1
+            for share in shares:
+                self._end(share.job, FinishReason.ERROR, fault)
+        else:
+            for at, share in enumerate(shares):
+                self._computed(share, plan, result, at)
+        self._step_seconds += self._clock() - begin
 
     def next_wake(self) -> float | None:
         """The earliest deadline."""
@@ -154,8 +163,11 @@ class PrefillWorker:
         return WorkerLoad(running=self._num_live - waiting, waiting=waiting)
 
     def counters(self) -> dict[str, float]:
-        """Totals since the start: steps, step_faults, tokens (computed), cached_tokens, requests."""
-        return {f"prefill_{name}_total": float(value) for name, value in self._counters.items()}
+        """Totals since the start, and prefill_queued_tokens as of now. `tokens` were computed in `step_seconds`."""
+        counters = {f"prefill_{name}_total": float(value) for name, value in self._counters.items()}
+        counters["prefill_step_seconds_total"] = self._step_seconds
+        counters["prefill_queued_tokens"] = float(self._scheduler.num_queued_tokens)
+        return counters
 
     def _refusal(self, request: GenerateRequest) -> DiptychError | None:
         if len(self._jobs) >= self._max_jobs:
@@ -173,16 +185,24 @@ class PrefillWorker:
         if job.computed:
             self._sender.computed(job.key, job.computed, tuple(job.blocks))
 
-    def _computed(self, share: Share, token: int | None) -> None:
-        job = share.job
+    def _computed(self, share: Share, plan: StepPlan, result: StepResult, at: int) -> None:
+        job, token = share.job, result.tokens[at]
+        if at in result.faults:
+            self._counters["row_faults"] += 1
+            self._end(job, FinishReason.ERROR, row_fault())
+            return
         self._scheduler.advance(share)
+        if at in result.prompt_logprobs:
+            told = job.rows.tell_prompt(plan.rows[at], result.prompt_logprobs[at])
+            if told is not None:
+                self._out.prompt_logprobs.append(told)
         if token is None:
             self._sender.computed(job.key, job.computed, tuple(job.blocks))
             return
         job.num_generated = 1
         job.state = State.SENDING
         job.timer.enter("transfer", self._clock())
-        self._out.add(job.key, 0, token)
+        self._out.add(job.key, 0, token, result.logprobs.get(at))
         reason = finish_reason(
             job.request.sampling,
             token,

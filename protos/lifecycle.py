@@ -12,8 +12,16 @@ from typing import Literal
 
 from .errors import ContextTooLong, DiptychError, EngineFault, InvalidRequest
 from .ports import Runner
-from .step import SampleSpec, StepPlan, StepResult, StepRow
-from .types import FinishReason, GenerateRequest, SamplingParams, StageTimes, TransferKey
+from .step import LogitRules, SampleSpec, StepPlan, StepResult, StepRow
+from .types import (
+    FinishReason,
+    GenerateRequest,
+    PromptLogprobs,
+    SamplingParams,
+    StageTimes,
+    TokenLogprobs,
+    TransferKey,
+)
 
 log = logging.getLogger(__name__)
 
@@ -36,43 +44,154 @@ def finish_reason(
     sampling: SamplingParams, token: int, *, num_generated: int, num_prompt: int, max_context_tokens: int
 ) -> FinishReason | None:
     """Whether `token`, the last of `num_generated`, ends the request. Both engines of a placement must agree on it."""
-    if token in sampling.stop_token_ids:
+    if token in sampling.stop_token_ids and num_generated > sampling.min_tokens:
         return FinishReason.STOP
     if num_generated >= sampling.max_tokens or num_prompt + num_generated >= max_context_tokens:
         return FinishReason.LENGTH
     return None
 
 
-def next_row(
-    sampling: SamplingParams, tokens: Sequence[int], start: int, num_tokens: int, *, slot: int, blocks: Sequence[int]
-) -> StepRow:
-    """Positions start .. start + num_tokens - 1 of a sequence whose known ids are `tokens`.
+def logit_rules(sampling: SamplingParams, num_prompt: int) -> LogitRules | None:
+    """What changes the logits of a request before temperature and filters, or None when nothing does."""
+    min_tokens = sampling.min_tokens if sampling.stop_token_ids else 0
+    rules = LogitRules(
+        num_prompt=num_prompt,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=sampling.logit_bias,
+        bad_words=sampling.bad_words,
+        allowed_token_ids=sampling.allowed_token_ids,
+        min_tokens=min_tokens,
+        stop_token_ids=tuple(sorted(sampling.stop_token_ids)) if min_tokens else (),
+    )
+    return None if rules == LogitRules(num_prompt=num_prompt) else rules
 
-    It samples exactly when it reaches the last known id; the sampled token's place in the sequence is then
-    len(tokens), whether the ids before it came from a prompt, a transfer or an earlier try.
+
+class RowMaker:
+    """Makes the rows of one request, whatever way it goes through an engine.
+
+    Knows what must happen once: one LogitRules for all rows, the history with the first sample in a slot, each prompt
+    position's logprobs.
     """
-    stop = start + num_tokens
-    assert 0 <= start < stop <= len(tokens)
-    sample = None
-    if stop == len(tokens):
-        sample = SampleSpec(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed, stop)
-    row_tokens = tuple(tokens[start:stop])
-    return StepRow(slot=slot, num_tokens=num_tokens, tokens=row_tokens, start=start, blocks=blocks, sample=sample)
+
+    __slots__ = ("_history_due", "_key", "_num_prompt", "_sampling", "_told", "rules")
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._key = request.key
+        self._num_prompt = len(request.prompt)
+        self._sampling = request.sampling
+        self._history_due = True
+        self._told = 0  # the last prompt position whose logprobs are out
+        self.rules = logit_rules(request.sampling, len(request.prompt))
+
+    def new_slot(self) -> None:
+        """The rows to come are in another slot, or in one that was given back in between."""
+        self._history_due = True
+
+    def prompt_is_told(self) -> None:
+        """Another engine has computed the prompt and told its logprobs."""
+        self._told = self._num_prompt - 1
+
+    def max_cached_tokens(self, num_tokens: int) -> int:
+        """How much of `num_tokens` known ones may come from the prefix cache: the last one is sampled from, and who
+        asked for prompt logprobs needs all that were not told.
+        """
+        owed = self._sampling.prompt_logprobs is not None and self._told < self._num_prompt - 1
+        return min(self._told, num_tokens - 1) if owed else num_tokens - 1
+
+    def next_row(
+        self, tokens: Sequence[int], start: int, num_tokens: int, *, slot: int, blocks: Sequence[int]
+    ) -> StepRow:
+        """Positions start .. start + num_tokens - 1 of the sequence whose known ids are `tokens`.
+
+        It samples exactly when it reaches the last known id; the sampled token's place in the sequence is then
+        len(tokens), whether the ids before it came from a prompt, a transfer or an earlier try.
+        """
+        stop = start + num_tokens
+        assert 0 <= start < stop <= len(tokens)
+        prompt_logprobs, next_token = self._sampling.prompt_logprobs, None
+        if prompt_logprobs is not None and self._told < min(stop, self._num_prompt - 1):
+            assert start <= self._told, "a part of the prompt that was asked about is not computed"
+            next_token = tokens[stop] if stop < self._num_prompt else None
+        else:
+            prompt_logprobs = None
+        return StepRow(
+            slot=slot,
+            num_tokens=num_tokens,
+            tokens=tuple(tokens[start:stop]),
+            start=start,
+            blocks=blocks,
+            sample=self._sample(tokens) if stop == len(tokens) else None,
+            prompt_logprobs=prompt_logprobs,
+            next_token=next_token,
+        )
+
+    def tell_prompt(self, row: StepRow, logprobs: Sequence[TokenLogprobs]) -> PromptLogprobs | None:
+        """What of a computed row's prompt logprobs is news, or None."""
+        first = self._told + 1
+        news = tuple(logprobs[first - (row.start + 1) : self._num_prompt - (row.start + 1)])
+        self._told += len(news)
+        return PromptLogprobs(self._key, first, news) if news else None
+
+    def _sample(self, tokens: Sequence[int]) -> SampleSpec:
+        sampling, rules = self._sampling, self.rules
+        history = None
+        if self._history_due and rules is not None and rules.needs_history:
+            history = tuple(tokens)
+        self._history_due = False
+        return SampleSpec(
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            sampling.seed,
+            len(tokens),
+            min_p=sampling.min_p,
+            logprobs=sampling.logprobs,
+            rules=rules,
+            history=history,
+        )
 
 
 def execute(runner: Runner, plan: StepPlan) -> StepResult:
-    """Run one step to its end. Whatever goes wrong in the runner is raised as EngineFault; the cause is in the log."""
+    """Run one step to its end. Whatever goes wrong in the runner is raised as EngineFault; the cause is in the log.
+
+    Rows in the result's `faults` are the caller's to end; no other row lacks anything that its plan asked for.
+    """
     try:
         runner.launch(plan)
         result = runner.collect()
     except Exception as exc:
         log.exception("step %d with %d rows raised", plan.step_id, len(plan.rows))
         raise EngineFault("the engine failed while computing this request", f"{type(exc).__name__}: {exc}") from exc
-    sampled = [row.sample is not None for row in plan.rows]
-    if result.step_id != plan.step_id or [token is not None for token in result.tokens] != sampled:
+    if not _fits(plan, result):
         log.error("step %d came back as %r", plan.step_id, result)
         raise EngineFault("the engine failed while computing this request", "the step's result does not fit its plan")
+    for at in sorted(result.faults):
+        row = plan.rows[at]
+        log.error("step %d: row %d, slot %d, from position %d: not finite", plan.step_id, at, row.slot, row.start)
     return result
+
+
+def row_fault() -> EngineFault:
+    """How a request ends whose row is in a step's faults."""
+    return EngineFault("the model's numbers for this request are not finite", "the row came back among the faults")
+
+
+def _fits(plan: StepPlan, result: StepResult) -> bool:
+    if result.step_id != plan.step_id or len(result.tokens) != len(plan.rows):
+        return False
+    for at, (row, token) in enumerate(zip(plan.rows, result.tokens, strict=True)):
+        sound = at not in result.faults
+        sampled = row.sample is not None and sound
+        told = row.num_tokens - (row.next_token is None) if row.prompt_logprobs is not None and sound else 0
+        if (
+            (token is not None) != sampled
+            or (at in result.logprobs) != (sampled and row.sample is not None and row.sample.logprobs is not None)
+            or len(result.prompt_logprobs.get(at, ())) != told
+        ):
+            return False
+    return all(0 <= at < len(plan.rows) for at in result.faults)
 
 
 class StageTimer:

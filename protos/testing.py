@@ -13,17 +13,27 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict
 
 from .errors import DiptychError, TransferError
 from .ports import Closed, Committed, Failed, Released, WantBlocks
-from .step import StepPlan, StepResult
-from .types import EngineRef, Finish, StepOutput, TransferKey
+from .step import LogitRules, StepPlan, StepResult, StepRow
+from .types import EngineRef, Finish, PromptLogprobs, StepOutput, TokenLogprobs, TransferKey
 
 ECHO_VOCAB = 32_000
 Cell = tuple[int, int]  # (position, token id): what a real engine would compute K and V from
 EMPTY: Cell = (-1, -1)
 GARBAGE: Cell = (-2, -2)
+
+
+class RequestFields(TypedDict, total=False):
+    """Fields of GenerateRequest that a bench passes on."""
+
+    salt: bytes
+    deadline: float | None
+    priority: int
+    tenant: str
+    weight: float
 
 
 class FakeClock:
@@ -43,33 +53,51 @@ class FakeClock:
 
 class Ledger:
     """What an engine emitted, as the router would see it. An Emit that asserts what every worker promises:
-    one Finish per key, nothing after it, token indexes without gaps or repetition.
+    one Finish per key, nothing after it, token indexes and prompt positions without gaps or repetition.
     """
 
     def __init__(self) -> None:
         self.tokens: dict[TransferKey, list[int]] = {}
         self.first_index: dict[TransferKey, int] = {}
         self.finishes: dict[TransferKey, Finish] = {}
+        self.logprobs: dict[TransferKey, list[TokenLogprobs]] = {}  # of the tokens, where they came with them
+        self.prompt_logprobs: dict[TransferKey, list[TokenLogprobs]] = {}  # of prompt positions 1, 2, ...
 
     def __call__(self, out: StepOutput) -> None:
         """Book one output."""
         assert out, "an empty output was emitted"
         assert len(out.keys) == len(out.indexes) == len(out.tokens)
-        for key, index, token in zip(out.keys, out.indexes, out.tokens, strict=True):
+        assert all(0 <= row < len(out.keys) for row in out.logprobs)
+        for told in out.prompt_logprobs:
+            self._book_prompt(told)
+        for row, (key, index, token) in enumerate(zip(out.keys, out.indexes, out.tokens, strict=True)):
             assert key not in self.finishes, f"{key}: a token after the finish"
             first = self.first_index.setdefault(key, index)
             tokens = self.tokens.setdefault(key, [])
             assert first in {0, 1}, f"{key}: the first token has index {first}"
             assert index == first + len(tokens), f"{key}: token {index} after {len(tokens)} from {first}"
             tokens.append(token)
+            if row in out.logprobs:
+                self.logprobs.setdefault(key, []).append(out.logprobs[row])
         for finish in out.finishes:
             assert finish.key not in self.finishes, f"{finish.key}: a second finish"
             self.finishes[finish.key] = finish
 
+    def _book_prompt(self, told: PromptLogprobs) -> None:
+        assert told.key not in self.finishes, f"{told.key}: prompt logprobs after the finish"
+        assert told.key not in self.tokens, f"{told.key}: prompt logprobs after a token"
+        booked = self.prompt_logprobs.setdefault(told.key, [])
+        assert told.first == 1 + len(booked), f"{told.key}: prompt logprobs from {told.first} after {len(booked)}"
+        assert told.logprobs, f"{told.key}: empty prompt logprobs"
+        booked.extend(told.logprobs)
+
 
 def snapshot(plan: StepPlan) -> tuple[tuple[object, ...], ...]:
     """A plan as plain values that stay as they are, to compare schedules."""
-    return tuple((row.slot, row.start, row.tokens, tuple(row.blocks), row.sample) for row in plan.rows)
+    return tuple(
+        (row.slot, row.start, row.tokens, tuple(row.blocks), row.sample, row.prompt_logprobs, row.next_token)
+        for row in plan.rows
+    )
 
 
 def _echo(cells: Sequence[Cell], vocab_size: int) -> int:
@@ -78,19 +106,43 @@ def _echo(cells: Sequence[Cell], vocab_size: int) -> int:
     return int.from_bytes(digest, "little") % vocab_size
 
 
-def echo_reference(prompt: Sequence[int], n: int, vocab_size: int = ECHO_VOCAB) -> list[int]:
+def _obey(rules: LogitRules | None, token: int, num_generated: int, vocab_size: int) -> int:
+    """The next token that the rules allow; the echo has no probabilities, so penalties and bias change nothing."""
+    if rules is None:
+        return token
+    if rules.allowed_token_ids:
+        token = rules.allowed_token_ids[token % len(rules.allowed_token_ids)]
+    while num_generated < rules.min_tokens and token in rules.stop_token_ids:
+        token = (token + 1) % vocab_size
+    return token
+
+
+def _logprobs(guess: int, token: int, top: int, vocab_size: int) -> TokenLogprobs:
+    rank = 1 + (token - guess) % vocab_size
+    return TokenLogprobs(-float(rank), rank, tuple(((guess + at) % vocab_size, -1.0 - at) for at in range(top)))
+
+
+def echo_reference(
+    prompt: Sequence[int], n: int, vocab_size: int = ECHO_VOCAB, *, rules: LogitRules | None = None
+) -> list[int]:
     """The `n` tokens that one undisturbed EchoRunner generates after `prompt`."""
     cells = list(enumerate(prompt))
-    for _ in range(n):
-        cells.append((len(cells), _echo(cells, vocab_size)))
+    for at in range(n):
+        cells.append((len(cells), _obey(rules, _echo(cells, vocab_size), at, vocab_size)))
     return [token for _, token in cells[len(prompt) :]]
+
+
+def echo_logprobs(before: Sequence[int], token: int, top: int, vocab_size: int = ECHO_VOCAB) -> TokenLogprobs:
+    """What an EchoRunner tells of `token` after the ids `before`: it is sure of its guess, less of the ids above it."""
+    return _logprobs(_echo(list(enumerate(before)), vocab_size), token, top, vocab_size)
 
 
 class EchoRunner:
     """ports.Runner without a model: KV of a position is the pair (position, token id), one per block and offset.
 
     `observe` is called with each plan that is launched. `fault` makes the next step raise, in launch or in collect,
-    once, after writing garbage where the step would have written KV.
+    once, after writing garbage where the step would have written KV. Rows for which `poison` is true come back among
+    the faults, with garbage in their blocks.
     """
 
     def __init__(
@@ -108,8 +160,10 @@ class EchoRunner:
         self.block_tokens = block_tokens
         self.fault: Literal["launch", "collect"] | None = None
         self.observe: Callable[[StepPlan], None] | None = None
+        self.poison: Callable[[StepRow], bool] | None = None
         self._kv: list[list[Cell]] = [[EMPTY] * block_tokens for _ in range(num_blocks)]
         self._last_token: dict[int, int] = {}  # by slot
+        self._history: dict[int, list[int]] = {}  # by slot, where the rules need it
         self._outstanding: deque[StepResult | None] = deque()  # None: collect raises
 
     def launch(self, plan: StepPlan) -> None:
@@ -118,24 +172,54 @@ class EchoRunner:
         if self.observe is not None:
             self.observe(plan)
         fault, self.fault = self.fault, None
-        for row in plan.rows:
+        faults = frozenset(at for at, row in enumerate(plan.rows) if self.poison is not None and self.poison(row))
+        for at, row in enumerate(plan.rows):
             tokens = (self._last_token[row.slot],) if row.tokens is None else row.tokens
-            cells = [GARBAGE] * len(tokens) if fault else list(enumerate(tokens, row.start))
-            self.write(row.blocks, row.start, cells)
+            garbage = fault or at in faults
+            self.write(
+                row.blocks, row.start, [GARBAGE] * len(tokens) if garbage else list(enumerate(tokens, row.start))
+            )
         if fault == "launch":
             raise RuntimeError("injected fault in launch")
-        if fault == "collect":
-            self._outstanding.append(None)
-            return
-        sampled: list[int | None] = []
-        for row in plan.rows:
-            if row.sample is None:
-                sampled.append(None)
+        self._outstanding.append(None if fault else self._result(plan, faults))
+
+    def _result(self, plan: StepPlan, faults: frozenset[int]) -> StepResult:
+        sampled: list[int | None] = [None] * len(plan.rows)
+        logprobs: dict[int, TokenLogprobs] = {}
+        prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+        for at, row in enumerate(plan.rows):
+            if at in faults:
                 continue
-            token = _echo(self.read(row.blocks, row.start + row.num_tokens), self.vocab_size)
-            self._last_token[row.slot] = token
-            sampled.append(token)
-        self._outstanding.append(StepResult(plan.step_id, tuple(sampled)))
+            if row.prompt_logprobs is not None:
+                prompt_logprobs[at] = self._of_prompt(row, row.prompt_logprobs)
+            if row.sample is None:
+                continue
+            cells = self.read(row.blocks, row.sample.position)
+            guess, rules = _echo(cells, self.vocab_size), row.sample.rules
+            num_generated = 0 if rules is None else row.sample.position - rules.num_prompt
+            token = _obey(rules, guess, num_generated, self.vocab_size)
+            if rules is not None and rules.needs_history:
+                self._keep_history(row, [known for _, known in cells], token)
+            if row.sample.logprobs is not None:
+                logprobs[at] = _logprobs(guess, token, row.sample.logprobs, self.vocab_size)
+            self._last_token[row.slot] = sampled[at] = token
+        return StepResult(plan.step_id, tuple(sampled), logprobs, prompt_logprobs, faults)
+
+    def _of_prompt(self, row: StepRow, top: int) -> tuple[TokenLogprobs, ...]:
+        cells = self.read(row.blocks, row.start + row.num_tokens)
+        known = [token for _, token in cells] + ([] if row.next_token is None else [row.next_token])
+        return tuple(
+            _logprobs(_echo(cells[:at], self.vocab_size), known[at], top, self.vocab_size)
+            for at in range(row.start + 1, len(known))
+        )
+
+    def _keep_history(self, row: StepRow, known: list[int], token: int) -> None:
+        """A slot's life begins with a history; from then on the slot's own must be that of the sequence."""
+        assert row.sample is not None
+        if row.sample.history is not None:
+            self._history[row.slot] = list(row.sample.history)
+        assert self._history.get(row.slot) == known, f"slot {row.slot} has the history of another sequence"
+        self._history[row.slot].append(token)
 
     def collect(self) -> StepResult:
         """The oldest step's tokens."""

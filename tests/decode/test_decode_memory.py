@@ -52,7 +52,10 @@ def test_the_youngest_gives_way_and_comes_back_first() -> None:
         assert bench.step()
     assert late not in bench.ledger.tokens
     assert len(bench.ledger.tokens[young]) < len(bench.ledger.tokens[old])
-    assert [key for key, _ in bench.worker._scheduler.line.items()] == [young, late]
+    line = bench.worker._scheduler.all.line
+    assert {one.key for one in line} == {young, late}
+    assert (head := line.head()) is not None
+    assert head.key == young
     bench.run()
     for key in (old, young, late):
         bench.assert_complete(key, first_index=0)
@@ -148,22 +151,22 @@ def test_outgrowing_the_pool_lets_the_next_in_line_run() -> None:
     bench.assert_complete(other, first_index=0)
 
 
-def test_grants_are_given_in_order_of_the_first_chunk() -> None:
+def test_grants_are_given_to_those_whose_first_chunk_is_there_in_order_of_arrival() -> None:
     bench = DecodeBench(num_blocks=14)
     keys = [bench.submit(PROMPT[at:][:20], max_tokens=2) for at in range(4)]
-    for key in (keys[2], keys[0], keys[3], keys[1]):
+    for key in (keys[3], keys[0], keys[2]):
         bench.want(key)
     bench.step()
-    assert bench.receiver.grants == [keys[2], keys[0]]
+    assert bench.receiver.grants == [keys[0], keys[2]]
+    bench.want(keys[1])
     bench.commit(keys[0])
-    bench.step()
-    bench.step()
-    assert bench.receiver.grants == [keys[2], keys[0], keys[3]]
-    bench.commit(keys[2])
-    bench.commit(keys[3])
     bench.run()
-    assert bench.receiver.grants == [keys[2], keys[0], keys[3], keys[1]]
+    assert bench.receiver.grants == [keys[0], keys[2], keys[1]]
+    bench.commit(keys[2])
     bench.commit(keys[1])
+    bench.run()
+    assert bench.receiver.grants == [keys[0], keys[2], keys[1], keys[3]]
+    bench.commit(keys[3])
     bench.run()
     for key in keys:
         bench.assert_complete(key, first_index=1)

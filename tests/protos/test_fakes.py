@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diptych.protos.lifecycle import next_row
+from diptych.protos.lifecycle import RowMaker
 from diptych.protos.step import StepPlan, StepRow
 from diptych.protos.testing import EchoRunner, FakeReceiver, FakeSender, Ledger, echo_reference
 from diptych.protos.types import (
@@ -12,6 +12,7 @@ from diptych.protos.types import (
     EngineRef,
     Finish,
     FinishReason,
+    GenerateRequest,
     Role,
     SamplingParams,
     StepOutput,
@@ -24,8 +25,13 @@ KEY = TransferKey(bytes(16))
 PROMPT = [5, 6, 7, 8, 9, 10]
 
 
+def next_row(tokens: list[int], start: int, num: int, *, slot: int, blocks: list[int]) -> StepRow:
+    request = GenerateRequest(key=KEY, prompt=(0,), sampling=PARAMS)
+    return RowMaker(request).next_row(tokens, start, num, slot=slot, blocks=blocks)
+
+
 def run(runner: EchoRunner, tokens: list[int], start: int, num: int, blocks: list[int], slot: int = 0) -> int | None:
-    runner.launch(StepPlan(1, (next_row(PARAMS, tokens, start, num, slot=slot, blocks=blocks),)))
+    runner.launch(StepPlan(1, (next_row(tokens, start, num, slot=slot, blocks=blocks),)))
     return runner.collect().tokens[0]
 
 
@@ -62,7 +68,7 @@ def test_a_token_by_reference_is_the_last_one_of_its_slot() -> None:
     runner = echo()
     first, second = echo_reference(PROMPT, 2)
     assert run(runner, PROMPT, 0, 6, [3, 1, 7, 0], slot=2) == first
-    sample = next_row(PARAMS, [*PROMPT, first], 6, 1, slot=2, blocks=[3, 1, 7, 0]).sample
+    sample = next_row([*PROMPT, first], 6, 1, slot=2, blocks=[3, 1, 7, 0]).sample
     runner.launch(
         StepPlan(2, (StepRow(slot=2, num_tokens=1, tokens=None, start=6, blocks=[3, 1, 7, 0], sample=sample),))
     )
@@ -70,7 +76,7 @@ def test_a_token_by_reference_is_the_last_one_of_its_slot() -> None:
 
 
 def test_rows_that_collide_are_refused() -> None:
-    rows = [next_row(PARAMS, [1, 2], 0, 2, slot=slot, blocks=[block]) for slot, block in [(0, 0), (0, 1), (1, 0)]]
+    rows = [next_row([1, 2], 0, 2, slot=slot, blocks=[block]) for slot, block in [(0, 0), (0, 1), (1, 0)]]
     for pair in ([rows[0], rows[1]], [rows[0], rows[2]]):
         with pytest.raises(AssertionError):
             echo().launch(StepPlan(1, tuple(pair)))

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
 from diptych.protos.errors import EngineFault
-from diptych.protos.lifecycle import Deadlines, StageTimer, execute, finish_reason, next_row
+from diptych.protos.lifecycle import Deadlines, RowMaker, StageTimer, execute, finish_reason
 from diptych.protos.ports import Runner
-from diptych.protos.step import StepPlan, StepResult
-from diptych.protos.types import FinishReason, SamplingParams, StageTimes, TransferKey
+from diptych.protos.step import StepPlan, StepResult, StepRow
+from diptych.protos.types import FinishReason, GenerateRequest, SamplingParams, StageTimes, TransferKey
 
 PARAMS = SamplingParams(max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, seed=11, stop_token_ids=frozenset({2}))
 
 
 def key(number: int) -> TransferKey:
     return TransferKey(number.to_bytes(16, "big"))
+
+
+def rows(prompt: Sequence[int], sampling: SamplingParams = PARAMS) -> RowMaker:
+    return RowMaker(GenerateRequest(key=key(1), prompt=tuple(prompt), sampling=sampling))
+
+
+def next_row(prompt: Sequence[int], start: int, num: int, *, slot: int, blocks: Sequence[int]) -> StepRow:
+    return rows(prompt).next_row(prompt, start, num, slot=slot, blocks=blocks)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +46,7 @@ def test_the_end_of_a_request(token: int, num_generated: int, num_prompt: int, e
 
 @pytest.mark.parametrize(("start", "num_tokens"), [(0, 2), (0, 5), (2, 3), (4, 1)])
 def test_a_row_samples_exactly_at_the_last_known_token(start: int, num_tokens: int) -> None:
-    row = next_row(PARAMS, [7, 8, 9, 10, 11], start, num_tokens, slot=3, blocks=[4, 5])
+    row = next_row([7, 8, 9, 10, 11], start, num_tokens, slot=3, blocks=[4, 5])
     assert row.tokens == (7, 8, 9, 10, 11)[start : start + num_tokens]
     assert (row.slot, row.start, row.num_tokens, row.blocks) == (3, start, num_tokens, [4, 5])
     if start + num_tokens < 5:
@@ -77,7 +86,7 @@ class Strange:
 )
 def test_a_result_that_does_not_fit_its_plan_is_a_fault(result: StepResult) -> None:
     runner: Runner = Strange(result)
-    plan = StepPlan(1, (next_row(PARAMS, [1], 0, 1, slot=0, blocks=[0]),))
+    plan = StepPlan(1, (next_row([1], 0, 1, slot=0, blocks=[0]),))
     with pytest.raises(EngineFault):
         execute(runner, plan)
     assert execute(Strange(StepResult(1, (5,))), plan).tokens == (5,)
