@@ -1,4 +1,4 @@
-"""What `model:` may say, and how it becomes a folder: the catalogue, folders, GGUF files. For `diptych serve`.
+"""What `model:` may say, and how it becomes a folder: the catalogue, folders, GGUF files, hub names.
 
 A GGUF file is converted once into <cache>/models/<name>-<key>, where the key is a digest of the file's bytes. The
 folder appears by one rename under a lock, so that a reader sees all of it or nothing.
@@ -23,6 +23,7 @@ from pathlib import Path
 from diptych.protos.errors import StartupError
 
 from .facts import ModelFolder, read_facts
+from .hub import HUB_NAME, snapshot
 
 _FORMAT = "1"  # of what a conversion writes; a new number converts every file anew
 _LOCK_WAIT_S = 900.0
@@ -54,10 +55,11 @@ def _silent(message: str) -> None:
 
 
 def resolve(source: str, cache: Path, progress: Callable[[str], None] = _silent) -> ModelFolder:
-    """The checked folder of the model that `source` means: a catalogue name, a model folder or a .gguf file.
+    """The checked folder of the model that `source` means: a catalogue name, a model folder, a .gguf file, or a name on
+    a hub.
 
     Converts a GGUF file into `cache` first when that was not done before; `progress` gets a sentence at each stage.
-    Raises StartupError, with what to do, for everything that cannot be served. Reads local files only.
+    Raises StartupError, with what to do, for everything that cannot be served. Only a hub name reaches for a network.
     """
     if source in _CATALOGUE:
         entry = _CATALOGUE[source]
@@ -68,24 +70,22 @@ def resolve(source: str, cache: Path, progress: Callable[[str], None] = _silent)
         return ModelFolder(path, read_facts(path, path.name))
     if source and path.is_file() and path.suffix.lower() == ".gguf":
         return _converted(path.resolve(), path.stem, cache, progress)
+    if HUB_NAME.fullmatch(source) and not path.exists() and path.suffix.lower() != ".gguf":
+        folder = snapshot(source, progress)
+        return ModelFolder(folder, read_facts(folder, source))
     raise StartupError(_explain(source, path))
 
 
 def _explain(source: str, path: Path) -> str:
     possible = (
         f"A model is one of: a built-in name ({', '.join(_CATALOGUE)}); the path of a folder with config.json, "
-        "*.safetensors and tokenizer.json; the path of a .gguf file of the llama architecture."
+        "*.safetensors and tokenizer.json; the path of a .gguf file of the llama architecture; a name on the Hugging "
+        "Face hub, such as org/model."
     )
     if source and path.is_file():
         return f"{source} is a file, but not a .gguf file. {possible}"
     if source and path.suffix.lower() == ".gguf":
         return f"{source} does not exist. {possible}"
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
-        return (
-            f"{source} looks like a name on a model hub, and there is no such folder here. Hubs are not read in this "
-            "version: download the model's files where there is a network, and give the path of their folder. "
-            f"{possible}"
-        )
     return f"There is no model {source!r}. {possible}"
 
 

@@ -38,7 +38,6 @@ def hidden(cache: Path) -> list[Path]:
     [
         ("", "no model ''"),
         ("gpt-17", "no model 'gpt-17'"),
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", "Hubs are not read in this version"),
         ("https://example.com/m.safetensors", "no model 'https"),
         ("./none.gguf", "none.gguf does not exist"),
         ("./none", "no model './none'"),
