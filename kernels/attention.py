@@ -6,7 +6,7 @@ arrives (`diptych_step`). Nothing about a step is global.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,10 @@ class AttentionStep:
     batch: RaggedBatch
     kv: Mapping[int, tuple[Tensor, Tensor]]  # by the layer's `layer_idx`
     seen: dict[int, LayerShape] | None = None
+
+
+# Token ids of the row [T], the step, row indices to give logits of [N] -> logits [N, V].
+Compute = Callable[[Tensor, AttentionStep, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)

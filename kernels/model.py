@@ -10,6 +10,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from diptych.protos.errors import StartupError
 
 from . import attention
-from .attention import AttentionStep, run_module
+from .attention import AttentionStep, Compute, LayerShape, run_module
+from .layers.fused_decoder import fuse
 from .layers.merged import merge_linears
 from .layers.packed import PackedLinear, pack_linears
 from .ops.linear.cpu import has_blocked_layout
@@ -36,7 +38,8 @@ KvLayers = Mapping[int, tuple[Tensor, Tensor]]
 class LoadedModel:
     """A model ready to run. KV layer i of an arena belongs to `layer_ids[i]`, the model's own number of that layer."""
 
-    module: nn.Module
+    module: nn.Module  # transformers' own, which holds the weights
+    compute: Compute  # that module's forward, or a fused form of it
     layers: int  # that keep KV
     kv_heads: int
     head_dim: int
@@ -52,8 +55,7 @@ class LoadedModel:
 
     def forward(self, ids_T: Tensor, batch: RaggedBatch, kv: KvLayers, sampled_N: Tensor) -> Tensor:
         """Logits [N, V] after the row indices `sampled_N`; the KV of all tokens is stored on the way. N may be 0."""
-        step = AttentionStep(batch, kv)
-        return run_module(self.module, ids_T, step, sampled_N)
+        return self.compute(ids_T, AttentionStep(batch, kv), sampled_N)
 
 
 def load_model(folder: Path, *, dtype: str, device: str = "cpu", random_seed: int | None = None) -> LoadedModel:
@@ -87,16 +89,12 @@ def load_model(folder: Path, *, dtype: str, device: str = "cpu", random_seed: in
         shapes = find_layers(module, text, place)
         kv_heads, head_dim = _one_geometry(shapes)
         probe = Probe(DTYPES[dtype], place)
-        expected = compute_alone(module, text.vocab_size, shapes, probe)
+        expected = compute_alone(partial(run_module, module), text.vocab_size, shapes, probe)
         degraded = _swap_modules(module, probe.dtype, place)
-        if differs(compute_alone(module, text.vocab_size, shapes, probe), expected, probe.dtype):
-            raise StartupError(f"{type(module).__name__} is refused: merging its linears changes what it computes.")
-        if differs(compute_ragged(module, text.vocab_size, shapes, probe), expected, probe.dtype):
-            raise StartupError(
-                f"{type(module).__name__} is refused: something other than attention mixes the tokens of a step."
-            )
+        compute = _choose_forward(module, text.vocab_size, shapes, probe, expected, degraded)
     return LoadedModel(
         module=module,
+        compute=compute,
         layers=len(shapes),
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -110,6 +108,30 @@ def load_model(folder: Path, *, dtype: str, device: str = "cpu", random_seed: in
         weights_bytes=_weights_bytes(module),
         degraded=tuple(degraded),
     )
+
+
+def _choose_forward(
+    module: nn.Module,
+    vocab_size: int,
+    shapes: dict[int, LayerShape],
+    probe: Probe,
+    expected: Tensor,
+    degraded: list[str],
+) -> Compute:
+    """The fused form where the model has one that computes what transformers does, else transformers' forward."""
+    name = type(module).__name__
+    fused = fuse(module, shapes)
+    if fused is not None:
+        outputs = (one(fused, vocab_size, shapes, probe) for one in (compute_alone, compute_ragged))
+        if not any(differs(output, expected, probe.dtype) for output in outputs):
+            return fused
+        degraded.append(f"{name} runs through transformers' forward: the fused one computes something else")
+    generic = partial(run_module, module)
+    if differs(compute_alone(generic, vocab_size, shapes, probe), expected, probe.dtype):
+        raise StartupError(f"{name} is refused: merging its linears changes what it computes.")
+    if differs(compute_ragged(generic, vocab_size, shapes, probe), expected, probe.dtype):
+        raise StartupError(f"{name} is refused: something other than attention mixes the tokens of a step.")
+    return generic
 
 
 def _swap_modules(module: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:

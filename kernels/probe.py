@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from diptych.protos.errors import StartupError
 
-from .attention import AttentionStep, LayerShape, run_module
+from .attention import AttentionStep, Compute, LayerShape, run_module
 from .ops.ragged import Segment, build_batch
 
 _BLOCK_TOKENS = 4
@@ -32,7 +33,7 @@ def find_layers(module: nn.Module, config: Any, device: torch.device) -> dict[in
     batch = build_batch([Segment(0, 1, 0, (0,))], _BLOCK_TOKENS, device)
     name = type(module).__name__
     try:
-        _logits(module, [0], AttentionStep(batch, {}, seen), [0])
+        _logits(partial(run_module, module), [0], AttentionStep(batch, {}, seen), [0])
     except StartupError:
         raise
     except Exception as exc:  # whatever transformers' code raises when it cannot run like this
@@ -53,21 +54,21 @@ def find_layers(module: nn.Module, config: Any, device: torch.device) -> dict[in
     return seen
 
 
-def compute_alone(module: nn.Module, vocab_size: int, shapes: Mapping[int, LayerShape], probe: Probe) -> Tensor:
+def compute_alone(model: Compute, vocab_size: int, shapes: Mapping[int, LayerShape], probe: Probe) -> Tensor:
     """Logits [6, V] of the probe's tokens as one undisturbed prompt."""
     kv = probe.new_kv(shapes)
     batch = build_batch([Segment(0, _PROMPT, 0, _BLOCKS)], _BLOCK_TOKENS, probe.device)
-    return _logits(module, _ids(_PROMPT, 3, vocab_size), AttentionStep(batch, kv), list(range(_PROMPT)))
+    return _logits(model, _ids(_PROMPT, 3, vocab_size), AttentionStep(batch, kv), list(range(_PROMPT)))
 
 
-def compute_ragged(module: nn.Module, vocab_size: int, shapes: Mapping[int, LayerShape], probe: Probe) -> Tensor:
+def compute_ragged(model: Compute, vocab_size: int, shapes: Mapping[int, LayerShape], probe: Probe) -> Tensor:
     """The same logits from two steps of four and two tokens, each behind another sequence in the row."""
     kv = probe.new_kv(shapes)
     ids, other = _ids(_PROMPT, 3, vocab_size), _ids(6, 11, vocab_size)
     first = build_batch([Segment(0, 5, 0, (2, 4)), Segment(5, 4, 0, _BLOCKS)], _BLOCK_TOKENS, probe.device)
     second = build_batch([Segment(0, 1, 5, (2, 4)), Segment(1, 2, 4, _BLOCKS)], _BLOCK_TOKENS, probe.device)
-    begin = _logits(module, other[:5] + ids[:4], AttentionStep(first, kv), [5, 6, 7, 8])
-    return torch.cat((begin, _logits(module, other[5:] + ids[4:], AttentionStep(second, kv), [1, 2])))
+    begin = _logits(model, other[:5] + ids[:4], AttentionStep(first, kv), [5, 6, 7, 8])
+    return torch.cat((begin, _logits(model, other[5:] + ids[4:], AttentionStep(second, kv), [1, 2])))
 
 
 def differs(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
@@ -97,6 +98,6 @@ def _ids(count: int, step: int, vocab_size: int) -> list[int]:
     return [(step * (index + 1)) % vocab_size for index in range(count)]
 
 
-def _logits(module: nn.Module, ids: list[int], step: AttentionStep, wanted: list[int]) -> Tensor:
+def _logits(model: Compute, ids: list[int], step: AttentionStep, wanted: list[int]) -> Tensor:
     device = step.batch.positions_T.device
-    return run_module(module, torch.tensor(ids, device=device), step, torch.tensor(wanted, device=device))
+    return model(torch.tensor(ids, device=device), step, torch.tensor(wanted, device=device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops.linear.launch import linear, pack
+from ..ops.linear.launch import linear, linear_add, pack
 
 
 class PackedLinear(nn.Module):
@@ -20,6 +20,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         return linear(x, self.packed, self._buffers["bias"])
+
+    def add_to(self, addend: Tensor, x: Tensor) -> Tensor:
+        """addend + forward(x): [..., out_features]."""
+        return linear_add(x, self.packed, self._buffers["bias"], addend)
 
 
 def pack_linears(model: nn.Module) -> None:

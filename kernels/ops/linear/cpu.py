@@ -28,6 +28,14 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, packed, bias)
 
 
+def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
+    """See reference.py. oneDNN adds before it rounds."""
+    if packed.is_mkldnn and x.numel():
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, addend, packed, bias, "add")
+        return y
+    return linear(x, packed, bias).add_(addend)
+
+
 def has_blocked_layout() -> bool:
     """These operators are torch's own, made for its compiler; a build without oneDNN lacks them."""
     ops = torch.ops.mkldnn

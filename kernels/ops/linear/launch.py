@@ -15,3 +15,8 @@ def pack(weight: Tensor) -> Tensor:
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """[..., in] -> [..., out], with a weight that `pack` gave. A shape that does not fit raises torch's own error."""
     return implementation("linear", x.device.type).linear(x, packed, bias)  # type: ignore[no-any-return]
+
+
+def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
+    """addend + linear(x); a residual connection in the same call where the device can."""
+    return implementation("linear", x.device.type).linear_add(x, packed, bias, addend)  # type: ignore[no-any-return]

@@ -14,3 +14,8 @@ def pack(weight: Tensor) -> Tensor:
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """[..., in] -> [..., out]."""
     return torch.nn.functional.linear(x, packed, bias)
+
+
+def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
+    """addend + linear(x): [..., in], [..., out] -> [..., out]."""
+    return addend + linear(x, packed, bias)

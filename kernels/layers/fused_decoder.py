@@ -1,0 +1,128 @@
+"""Llama's family without transformers' forward: the same modules' weights, a third of the operations.
+
+At one token a step the time is that of calling operators, not of computing. Used where a model's class is listed here
+and every layer is built as expected; whether it computes the same is found out at load, by the probe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu
+
+from ..attention import AttentionStep, LayerShape
+from ..ops.kv_write.launch import kv_write
+from ..ops.paged_attention.launch import paged_attention
+from ..ops.paged_attention.params import AttentionParams
+from .merged import MergedLinear
+from .packed import PackedLinear
+
+# Pre-norm, RMSNorm, rotation of the whole head, SiLU-gated MLP, plain head; Qwen3 also normalises queries and keys.
+FAMILIES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+
+
+@dataclass(slots=True, eq=False)
+class _Norm:
+    """An RMSNorm's weight (the module's own tensor) and epsilon."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.shape[-1:], self.weight, self.eps)
+
+
+@dataclass(slots=True, eq=False)
+class _Layer:
+    """One decoder layer. H query heads, G KV heads, D head size; all linears packed."""
+
+    index: int  # the model's number of the layer, under which the step holds its KV
+    heads: int  # H
+    kv_heads: int  # G
+    params: AttentionParams
+    norm: _Norm
+    qkv: PackedLinear
+    query_norm: _Norm | None
+    key_norm: _Norm | None
+    out: PackedLinear
+    mlp_norm: _Norm
+    gate_up: PackedLinear
+    down: PackedLinear
+
+    def __call__(self, x_TH: Tensor, cos: Tensor, sin: Tensor, step: AttentionStep) -> Tensor:
+        heads, rotated = self.heads, self.heads + self.kv_heads
+        qkv = self.qkv(self.norm(x_TH)).view(x_TH.shape[0], rotated + self.kv_heads, -1)
+        if self.query_norm is not None and self.key_norm is not None:
+            qkv[:, :heads] = self.query_norm(qkv[:, :heads])
+            qkv[:, heads:rotated] = self.key_norm(qkv[:, heads:rotated])
+        halves = qkv[:, :rotated].unflatten(-1, (2, -1))
+        swapped = halves.flip(2)
+        halves.mul_(cos).addcmul_(swapped, sin)
+        k_NGBD, v_NGBD = step.kv[self.index]
+        kv_write(qkv[:, heads:rotated], qkv[:, rotated:], k_NGBD, v_NGBD, step.batch)
+        out_THD = paged_attention(qkv[:, :heads], k_NGBD, v_NGBD, step.batch, self.params)
+        x_TH = self.out.add_to(x_TH, out_THD.flatten(1))
+        gate, up = self.gate_up(self.mlp_norm(x_TH)).chunk(2, dim=-1)
+        return self.down.add_to(x_TH, silu(gate).mul_(up))
+
+
+class FusedDecoder:
+    """Computes what the causal model that it was made from computes; shares its tensors and owns none."""
+
+    def __init__(self, embedding: nn.Module, rotary: nn.Module, layers: list[_Layer], norm: _Norm, head: nn.Module):
+        self._embedding, self._rotary, self._layers, self._norm, self._head = embedding, rotary, layers, norm, head
+
+    def __call__(self, ids_T: Tensor, step: AttentionStep, sampled_N: Tensor) -> Tensor:
+        """As attention.run_module: logits [N, V]."""
+        x_TH: Tensor = self._embedding(ids_T)
+        cos_1TD, sin_1TD = self._rotary(x_TH, position_ids=step.batch.positions_T[None])
+        cos = cos_1TD[0].unflatten(-1, (2, -1))[:, None]
+        sin = sin_1TD[0].unflatten(-1, (2, -1))[:, None].clone()
+        sin[:, :, 0].neg_()  # the first half of a head becomes first * cos - second * sin
+        for layer in self._layers:
+            x_TH = layer(x_TH, cos, sin, step)
+        logits: Tensor = self._head(self._norm(x_TH[sampled_N]))
+        return logits
+
+
+def fuse(module: nn.Module, shapes: dict[int, LayerShape]) -> FusedDecoder | None:
+    """The fused form of a loaded model whose linears are merged and packed, or None where it is of another kind."""
+    if type(module).__name__ not in FAMILIES or not type(module).__module__.startswith("transformers.models."):
+        return None
+    base: Any = module.get_submodule("model")
+    config = base.config
+    layers = [_layer(layer, shapes[index]) for index, layer in enumerate(base.layers)]
+    dims = {shape.head_dim for shape in shapes.values()}
+    built = [layer for layer in layers if layer is not None]
+    if len(built) != len(layers) or dims != {2 * base.rotary_emb.inv_freq.numel()} or config.hidden_act != "silu":
+        return None
+    return FusedDecoder(base.embed_tokens, base.rotary_emb, built, _norm(base.norm), module.get_submodule("lm_head"))
+
+
+def _norm(module: Any) -> _Norm:
+    return _Norm(module.weight, module.variance_epsilon)
+
+
+def _layer(layer: Any, shape: LayerShape) -> _Layer | None:
+    attn, mlp = layer.self_attn, layer.mlp
+    qkv, gate_up = getattr(attn, "merged_q_k_v", None), getattr(mlp, "merged_gate_up", None)
+    linears: Any = (getattr(qkv, "linear", None), attn.o_proj, getattr(gate_up, "linear", None), mlp.down_proj)
+    if not isinstance(qkv, MergedLinear) or not all(isinstance(part, PackedLinear) for part in linears):
+        return None
+    head_norms = [_norm(getattr(attn, name)) if hasattr(attn, name) else None for name in ("q_norm", "k_norm")]
+    return _Layer(
+        index=attn.layer_idx,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        params=AttentionParams(attn.scaling, shape.window),
+        norm=_norm(layer.input_layernorm),
+        qkv=linears[0],
+        query_norm=head_norms[0],
+        key_norm=head_norms[1],
+        out=linears[1],
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        gate_up=linears[2],
+        down=linears[3],
+    )
