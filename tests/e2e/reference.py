@@ -1,4 +1,4 @@
-"""What the cluster's greedy tokens must equal: transformers' own `generate` on the same folder, in float32.
+"""What the cluster's greedy tokens must equal: transformers' own `generate` on the same folder, in float32, eager.
 
 Tie rule: token lists are equal, or at the first difference the reference's two best logits lie within 1e-4.
 """
@@ -6,6 +6,7 @@ Tie rule: token lists are equal, or at the first difference the reference's two 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,72 @@ SENTENCES = (
 
 @dataclass
 class Reference:
-    """The reference model; `ties` counts the differences that the tie rule excused."""
+    """The reference model; `ties` tells the differences that the tie rule excused."""
 
     folder: Path
     model: Any = field(init=False)
-    tokenizer: Tokenizer = field(init=False)
     ties: list[str] = field(default_factory=list)
     _known: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(str(self.folder), dtype=torch.float32).eval()
+        load: Any = AutoModelForCausalLM.from_pretrained
+        self.model = load(str(self.folder), dtype=torch.float32, attn_implementation="eager").eval()
+
+    @torch.inference_mode()
+    def generate(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """`num_tokens` greedy tokens; end tokens do not stop it. What is known of a prompt is not computed again."""
+        known = self._known.get(tuple(prompt), [])
+        if len(known) < num_tokens:
+            ids = torch.tensor([[*prompt, *known]])
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=num_tokens - len(known),
+                min_new_tokens=num_tokens - len(known),
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            known = [int(t) for t in out[0, len(prompt) :]]
+            self._known[tuple(prompt)] = known
+        return known[:num_tokens]
+
+    def check(self, prompt: Sequence[int], got: Sequence[int]) -> None:
+        """Raise unless `got` is what the reference generates after the prompt, up to a tie."""
+        expected = self.generate(prompt, len(got))
+        differing = [i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b]
+        if not differing:
+            return
+        first = differing[0]
+        best = self._best_two([*prompt, *expected[:first]])
+        gap = float(best.values[0] - best.values[1])
+        where = (
+            f"prompt of {len(prompt)} tokens, output token {first}: {expected[first]} and {got[first]}, gap {gap:.2e}"
+        )
+        assert gap <= TIE, f"wrong token: {where}"
+        assert got[first] in best.indices.tolist(), f"wrong token at a tie: {where}"
+        self.ties.append(where)
+
+    def gap(self, tokens: Sequence[int]) -> float:
+        """Between the two best logits of the token after `tokens`."""
+        best = self._best_two(tokens)
+        return float(best.values[0] - best.values[1])
+
+    @torch.inference_mode()
+    def _best_two(self, tokens: Sequence[int]) -> Any:
+        return torch.topk(self.model(torch.tensor([list(tokens)])).logits[0, -1], 2)
+
+
+@dataclass
+class TextReference(Reference):
+    """The reference with its tokenizer, for models that have one."""
+
+    tokenizer: Tokenizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
 
     def prompts(self, count: int, longest: int) -> list[list[int]]:
@@ -59,49 +114,3 @@ class Reference:
             if len(encoded) > 12 + i:
                 encoded[12 + i] = (encoded[12 + i] * longest)[:length]
         return encoded
-
-    @torch.no_grad()
-    def generate(self, prompt: list[int], num_tokens: int) -> list[int]:
-        """`num_tokens` greedy tokens; end tokens do not stop it. Asked twice, it computes once."""
-        known = self._known.get((*prompt, num_tokens))
-        if known is not None:
-            return known
-        ids = torch.tensor([prompt])
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        tokens = [int(t) for t in out[0, len(prompt) :]]
-        self._known[(*prompt, num_tokens)] = tokens
-        return tokens
-
-    @torch.no_grad()
-    def check(self, prompt: list[int], expected: list[int], got: list[int]) -> None:
-        """Raise unless `got` equals `expected` up to a tie."""
-        assert len(got) == len(expected), (len(got), len(expected))
-        differing = [i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b]
-        if not differing:
-            return
-        first = differing[0]
-        best = self._best_two(prompt + expected[:first])
-        gap = float(best.values[0] - best.values[1])
-        where = (
-            f"prompt of {len(prompt)} tokens, output token {first}: {expected[first]} and {got[first]}, gap {gap:.2e}"
-        )
-        assert gap <= TIE, f"wrong token: {where}"
-        assert got[first] in best.indices.tolist(), f"wrong token at a tie: {where}"
-        self.ties.append(where)
-
-    def gap(self, tokens: list[int]) -> float:
-        """Between the two best logits of the token after `tokens`."""
-        best = self._best_two(tokens)
-        return float(best.values[0] - best.values[1])
-
-    @torch.no_grad()
-    def _best_two(self, tokens: list[int]) -> Any:
-        return torch.topk(self.model(torch.tensor([tokens])).logits[0, -1], 2)

@@ -17,11 +17,10 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
-from reference import TIE, Reference
+from reference import TIE, TextReference
 from serving import Cluster
 
-from diptych.cluster.config import default_cache_dir
-from diptych.cluster.models import resolve
+from diptych.cluster.models import ModelFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smollm2-135m-instruct"
@@ -42,11 +41,11 @@ def bytes_across(cluster: Cluster) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def reference(cluster: Cluster) -> Reference:
-    return Reference(resolve(MODEL, default_cache_dir()).path)
+def reference(default_model: ModelFolder) -> TextReference:
+    return TextReference(default_model.path)
 
 
-def check_text(reference: Reference, prompt: list[int], text: str) -> None:
+def check_text(reference: TextReference, prompt: list[int], text: str) -> None:
     """`text` is the reference's greedy continuation, or leaves it at a tie."""
     expected = reference.generate(prompt, NUM_TOKENS)
     if text == reference.tokenizer.decode(expected, skip_special_tokens=True):
@@ -98,7 +97,7 @@ def test_prompt_and_answer_are_computed_in_two_processes_and_the_kv_crosses(clus
     wait_until(stepped, "the decode engine did not make every token but the first")
 
 
-def test_greedy_answers_equal_the_reference_alone_and_in_company(cluster: Cluster, reference: Reference) -> None:
+def test_greedy_answers_equal_the_reference_alone_and_in_company(cluster: Cluster, reference: TextReference) -> None:
     prompts = reference.prompts(10, longest=120)
     for prompt in prompts[:4]:
         check_text(reference, prompt, complete(cluster, prompt))
