@@ -63,6 +63,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt | links
 .PHONY: links
 links:           # type checkers and protoc see the folders as the namespace that they are published as
 	@mkdir -p build/ns/diptych; for f in $(FLOORS); do ln -sfn ../../../$$f build/ns/diptych/$$f; done
+	@ln -sfn ../../../cluster/package/__init__.py build/ns/diptych/__init__.py
 
 # Generated with the oldest protoc that the supported runtimes accept: new runtimes read old code, not the reverse.
 protos: links    ## generate the gRPC code anew

@@ -1,0 +1,31 @@
+"""Diptych from Python: `diptych.connect(url)` talks to a running cluster over HTTP.
+
+This file is published as `diptych/__init__.py`. Importing it loads nothing; the client comes with the first call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diptych.cluster.client import AsyncClient, Client
+
+__all__ = ["connect", "connect_async"]
+
+
+def connect(url: str | None = None, *, tenant: str = "", timeout_s: float = 600.0) -> Client:
+    """A client of the cluster at `url`; None: the one started last by you on this machine.
+
+    `tenant` is sent with every request, `timeout_s` bounds the wait for each piece of an answer. Nothing is sent yet.
+    Raises StartupError when `url` is None and no cluster runs.
+    """
+    from diptych.cluster.client import Client, locate
+
+    return Client(locate(url), tenant=tenant, timeout_s=timeout_s)
+
+
+def connect_async(url: str | None = None, *, tenant: str = "", timeout_s: float = 600.0) -> AsyncClient:
+    """The same for asyncio: every method is a coroutine, every stream an async iterator."""
+    from diptych.cluster.client import AsyncClient, locate
+
+    return AsyncClient(locate(url), tenant=tenant, timeout_s=timeout_s)
