@@ -69,6 +69,7 @@ class _Account:
     by_deadline: list[tuple[float, int, TransferKey]] = field(default_factory=list)
     by_arrival: list[tuple[int, TransferKey]] = field(default_factory=list)
     turns: int = 0
+    in_turn: bool = False  # one of its own has left for its turn and is not charged yet
     rank: tuple[float, float, int, str] | None = None  # as it stands in the lane's order; None: not there
 
     def next_key(self) -> TransferKey:
@@ -116,6 +117,7 @@ class _Lane:
         account = self.accounts[tenant]
         self.virtual = max(self.virtual, account.virtual)
         account.turns += 1
+        account.in_turn = True
 
     def charge(self, place: Place, tokens: int) -> None:
         account = self.accounts.get(place.tenant)
@@ -123,9 +125,12 @@ class _Lane:
             account = self.accounts[place.tenant] = _Account(place.weight, self.virtual)
         account.virtual += tokens / place.weight
         # Newcomers start where those who wait are on average. Were it the start of the last turn alone, ever new
-        # tenants, each with one request, could hold back one who waits.
-        waiting = self._weight + (0.0 if account.by_arrival else place.weight)
-        self.virtual += tokens / max(waiting, place.weight)
+        # tenants, each with one request, could hold back one who waits. What a tenant that does not wait uses up
+        # moves nobody else.
+        if account.by_arrival or account.in_turn:
+            waiting = self._weight + (0.0 if account.by_arrival else place.weight)
+            self.virtual += tokens / max(waiting, place.weight)
+        account.in_turn = False
         self._moved.add(place.tenant)
 
     def head(self) -> TransferKey:
