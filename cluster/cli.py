@@ -10,6 +10,8 @@ from typing import Annotated, Optional
 import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench", help="Measure: an engine alone, or a running server.")
 
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="YAML file; the README shows its keys.")]  # noqa: UP045
 Overrides = Annotated[
@@ -78,6 +80,90 @@ def chat(
         print(f"diptych: {exc}", file=sys.stderr)
         raise typer.Exit(1) from exc
     raise typer.Exit(converse(where, model=model, system=system, max_tokens=max_tokens, temperature=temperature))
+
+
+@bench.command()
+def offline(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    model: Annotated[Optional[str], typer.Option(help="As for serve, or the name of a shape.")] = None,  # noqa: UP045
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Need no weights, only a shape.")] = False,
+    layout: Annotated[Optional[str], typer.Option(help="colocated or disaggregated.")] = None,  # noqa: UP045
+    workload: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A name, or REQUESTSxINPUTxOUTPUT. May be repeated."),
+    ] = None,
+    prompts: Annotated[Optional[Path], typer.Option(help='Lines of {"prompt": ...}.')] = None,  # noqa: UP045
+    output: Annotated[Optional[int], typer.Option(min=1, help="Tokens for each of the prompts.")] = None,  # noqa: UP045
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each workload; the median counts.")] = 1,
+    json_out: Annotated[Optional[Path], typer.Option("--json", help="Result as a file.")] = None,  # noqa: UP045
+) -> None:
+    """Engines in this process: all requests at once, timed to the last token."""
+    began = _process_start()
+    from diptych.cluster.bench.offline import OfflineOptions, run_offline
+    from diptych.protos.errors import DiptychError
+
+    options = OfflineOptions(
+        config=config,
+        overrides=overrides or (),
+        model=model,
+        random_weights=random_weights,
+        layout=layout,
+        workloads=workload or (),
+        prompts=prompts,
+        output=output,
+        repeats=repeats,
+        json_out=json_out,
+    )
+    try:
+        run_offline(options, began)
+    except DiptychError as exc:
+        print(f"diptych: {exc}", file=sys.stderr)
+        raise typer.Exit(1) from exc
+
+
+@bench.command("serve")
+def bench_serve(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    url: Url = None,
+    model: Annotated[Optional[str], typer.Option(help="Model; by default the first one served.")] = None,  # noqa: UP045
+    requests: Annotated[Optional[int], typer.Option(min=1, help="By default 64, or all prompts.")] = None,  # noqa: UP045
+    rate: Annotated[float, typer.Option(help="Requests per second, Poisson; inf: all at once.")] = float("inf"),
+    input: Annotated[int, typer.Option(min=1, help="Tokens of a random prompt.")] = 128,
+    output: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+    vocab: Annotated[int, typer.Option(min=2, help="Random token ids are below this.")] = 30_000,
+    concurrency: Annotated[Optional[int], typer.Option(min=1, help="Most requests in work.")] = None,  # noqa: UP045
+    prompts: Annotated[Optional[Path], typer.Option(help='Lines of {"prompt": ...}.')] = None,  # noqa: UP045
+    timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for one request.")] = 600.0,
+    json_out: Annotated[Optional[Path], typer.Option("--json", help="Result as a file.")] = None,  # noqa: UP045
+) -> None:
+    """A running server under load: streamed, open loop, every gap between tokens counted."""
+    from diptych.cluster.bench.serve import ServeOptions, run_serve_bench
+    from diptych.cluster.status import cluster_url
+    from diptych.protos.errors import DiptychError
+
+    try:
+        options = ServeOptions(
+            url=cluster_url(config, overrides or [], url),
+            model=model,
+            requests=requests,
+            rate=rate,
+            input=input,
+            output=output,
+            seed=seed,
+            vocab=vocab,
+            concurrency=concurrency,
+            prompts=prompts,
+            timeout_s=timeout_s,
+            json_out=json_out,
+        )
+        code = run_serve_bench(options)
+    except DiptychError as exc:
+        print(f"diptych: {exc}", file=sys.stderr)
+        raise typer.Exit(1) from exc
+    raise typer.Exit(code)
 
 
 def _process_start() -> float:

@@ -63,7 +63,16 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
     assert verbs == {
         "serve": where | {"--model", "--port", "--address"},
         "status": where | {"--url"},
+        "bench": set(),  # its own verbs are below
         "chat": where | {"--url", "--model", "--system", "--max-tokens", "--temperature"},
+    }
+    measures = {
+        name: {o for p in verb.params for o in p.opts} for name, verb in group.commands["bench"].commands.items()
+    }  # type: ignore[attr-defined]
+    both = where | {"--model", "--prompts", "--output", "--json"}
+    assert measures == {
+        "offline": both | {"--random-weights", "--layout", "--workload", "--repeats"},
+        "serve": both | {"--url", "--requests", "--rate", "--input", "--seed", "--vocab", "--concurrency", "--timeout"},
     }
 
 
