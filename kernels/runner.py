@@ -2,10 +2,13 @@
 
 The last token sampled for a slot stays here, so that the next step can be launched before the host has read this one.
 On a CPU `launch` computes the step; its error, if any, is kept for `collect`.
+
+logits of a step | sampled rows | other rows | prompt logprobs: their rows' positions but the last |
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +18,26 @@ from torch import Tensor
 
 from diptych.protos.errors import DiptychError, EngineFault
 from diptych.protos.step import SampleSpec, StepPlan, StepResult, StepRow
+from diptych.protos.types import TokenLogprobs
 
+from .history import TokenLog
 from .model import LoadedModel
+from .ops.logprobs.columns import Logprobs
+from .ops.logprobs.launch import logprobs
 from .ops.ragged import RaggedBatch, Segment, build_batch
 from .ops.sampling.launch import sample
 
 MAX_OUTSTANDING = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptRow:
+    """A row of the plan whose prompt tokens are to be told."""
+
+    row: int
+    places: list[int]  # in the logits, of the positions before these tokens
+    tokens: list[int]
+    top: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +46,24 @@ class _Inputs:
 
     batch: RaggedBatch
     ids: list[int]  # of each token of the row; 0 where it comes from a slot
-    carried: list[tuple[int, int]]  # row index and the slot whose last token belongs there
-    sampled: list[int]  # row indices to sample after
-    specs: list[SampleSpec]  # of each of these
+    carried: list[tuple[int, int, int]]  # place in the logits, row index and the slot whose last token belongs there
+    kept: list[int]  # row indices whose logits are computed
+    order: list[int]  # rows of the plan by the place of their last position's logits: those that sample come first
     slots: list[int]  # of each of these
+    specs: list[SampleSpec]  # of those that sample
+    histories: dict[int, Tensor]  # by index of the spec, where its rules look at earlier tokens
+    prompts: list[_PromptRow]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Outcome:
+    """A computed step, on the device. N rows sample, R rows in all, in the order of the inputs."""
+
+    inputs: _Inputs
+    tokens_N: Tensor
+    sound_R: Tensor
+    sampled: Logprobs | None  # of the rows whose spec asks for them
+    prompts: Logprobs | None  # of all prompt rows, one after another
 
 
 class ModelRunner:
@@ -66,8 +97,9 @@ class ModelRunner:
         self._kv = dict(zip(model.layer_ids, kv_layers, strict=True))
         self._num_blocks = kv_layers[0][0].shape[0]
         self._block_tokens = block_tokens
+        self._log = TokenLog(model.device)
         self._last_tokens = torch.full((max_slots,), -1, dtype=torch.int64, device=model.device)
-        self._outstanding: deque[tuple[StepPlan, Tensor | DiptychError]] = deque()
+        self._outstanding: deque[tuple[StepPlan, _Outcome | DiptychError]] = deque()
 
     def launch(self, plan: StepPlan) -> None:
         """See ports.Runner. A plan that breaks the Protocol's rules is an AssertionError here, not a failed step."""
@@ -75,68 +107,120 @@ class ModelRunner:
         assert 0 < plan.num_tokens <= self.max_step_tokens, f"a step of {plan.num_tokens} tokens"
         with torch.inference_mode():
             inputs = self._lay_out(plan)
-            outcome: Tensor | DiptychError
+            outcome: _Outcome | DiptychError
             try:
-                outcome = self._compute(plan.step_id, inputs)
+                outcome = self._compute(inputs)
             except DiptychError as exc:
                 outcome = exc
             except Exception as exc:
                 outcome = EngineFault("The model could not compute a step.", detail=f"step {plan.step_id}: {exc!r}")
                 outcome.__cause__ = exc
-            if isinstance(outcome, DiptychError):
-                self._last_tokens[[row.slot for row in plan.rows]] = -1
+            # Slots that did not sample, or not soundly, have nothing to go on from.
+            last_R = torch.full((len(inputs.slots),), -1, dtype=torch.int64, device=self._model.device)
+            if isinstance(outcome, _Outcome):
+                num = len(inputs.specs)
+                last_R[:num] = outcome.tokens_N.where(outcome.sound_R[:num], last_R[:num])
+            self._last_tokens[torch.tensor(inputs.slots, device=self._model.device)] = last_R
+            for index in inputs.histories:
+                self._log.extend(inputs.slots[index], last_R[index].clamp(min=0))
         self._outstanding.append((plan, outcome))
 
     def collect(self) -> StepResult:
-        """See ports.Runner. EngineFault: no row of the step has a token, and slots must not be continued from."""
+        """See ports.Runner. EngineFault: no row of the step has a token, and slots must not be continued from.
+
+        Rows in `faults`: the logits after the last position, or of a prompt token asked for, were not finite; or the
+        rules left no token; or the token to go on from was never sampled, because the row was in `faults` before.
+        """
         assert self._outstanding, "no step is outstanding"
         plan, outcome = self._outstanding.popleft()
         if isinstance(outcome, DiptychError):
             raise outcome
-        tokens = iter(outcome.tolist())
-        return StepResult(plan.step_id, tuple(next(tokens) if row.sample is not None else None for row in plan.rows))
+        inputs = outcome.inputs
+        faults = {row for row, sound in zip(inputs.order, outcome.sound_R.tolist(), strict=True) if not sound}
+        prompts = _prompt_logprobs(outcome)
+        faults.update(row for row, told in prompts.items() if any(math.isnan(token.logprob) for token in told))
+        tokens: list[int | None] = [None] * len(plan.rows)
+        for row, token in zip(inputs.order, outcome.tokens_N.tolist(), strict=False):  # the first ones sampled
+            tokens[row] = None if row in faults else token
+        return StepResult(
+            plan.step_id,
+            tuple(tokens),
+            logprobs={row: told for row, told in _sampled_logprobs(outcome).items() if row not in faults},
+            prompt_logprobs={row: told for row, told in prompts.items() if row not in faults},
+            faults=frozenset(faults),
+        )
 
     def _lay_out(self, plan: StepPlan) -> _Inputs:
         segments: list[Segment] = []
         ids: list[int] = []
-        carried: list[tuple[int, int]] = []
-        sampled: list[int] = []
-        specs: list[SampleSpec] = []
-        slots: list[int] = []
         for row in plan.rows:
-            first = len(ids)
-            segments.append(Segment(first, row.num_tokens, row.start, row.blocks))
+            segments.append(Segment(len(ids), row.num_tokens, row.start, row.blocks))
             ids.extend(self._ids_of(row))
+        sampling = [index for index, row in enumerate(plan.rows) if row.sample is not None]
+        order = sampling + [index for index, row in enumerate(plan.rows) if row.sample is None]
+        kept: list[int] = []
+        carried: list[tuple[int, int, int]] = []
+        specs: list[SampleSpec] = []
+        histories: dict[int, Tensor] = {}
+        prompts: list[_PromptRow] = []
+        for place, index in enumerate(order):
+            row, segment = plan.rows[index], segments[index]
+            kept.append(segment.first + segment.num_tokens - 1)
             if row.tokens is None:
-                carried.append((first, row.slot))
+                carried.append((place, segment.first, row.slot))
             if row.sample is not None:
-                sampled.append(len(ids) - 1)
                 specs.append(row.sample)
-                slots.append(row.slot)
+                self._recall(row, row.sample, place, histories)
+            if row.prompt_logprobs is not None:
+                prompts.append(_prompt_row(row, index, place))
+        for prompt in prompts:
+            first, count = segments[prompt.row].first, segments[prompt.row].num_tokens - 1
+            prompt.places[:0] = range(len(kept), len(kept) + count)
+            kept.extend(range(first, first + count))
         batch = build_batch(segments, self._block_tokens, self._model.device)
-        return _Inputs(batch, ids, carried, sampled, specs, slots)
+        slots = [plan.rows[index].slot for index in order]
+        return _Inputs(batch, ids, carried, kept, order, slots, specs, histories, prompts)
 
-    def _compute(self, step_id: int, inputs: _Inputs) -> Tensor:
+    def _recall(self, row: StepRow, spec: SampleSpec, place: int, histories: dict[int, Tensor]) -> None:
+        """The sequence's tokens, where its rules look at them."""
+        if spec.rules is None or not spec.rules.needs_history:
+            self._log.forget(row.slot)
+            return
+        if spec.history is not None:
+            self._log.begin(row.slot, spec.history)
+        known = self._log.length(row.slot)
+        assert known == spec.position, f"slot {row.slot} samples position {spec.position}, its history has {known}"
+        histories[place] = self._log.known(row.slot)
+
+    def _compute(self, inputs: _Inputs) -> _Outcome:
         device = self._model.device
         ids_T = torch.tensor(inputs.ids, dtype=torch.int64, device=device)
+        missing: tuple[Tensor, Tensor] | None = None
         if inputs.carried:
-            places, sources = torch.tensor(inputs.carried, device=device).unbind(1)
-            last = self._last_tokens[sources]
-            if device.type == "cpu" and bool((last < 0).any()):
-                raise EngineFault("A sequence was continued that has no sampled token.", detail=f"step {step_id}")
-            ids_T[places] = last
-        sampled_N = torch.tensor(inputs.sampled, dtype=torch.int64, device=device)
-        logits_NV = self._model.forward(ids_T, inputs.batch, self._kv, sampled_N)
-        if not inputs.slots:
-            return sampled_N
-        # A NaN anywhere in a row is its maximum too.
-        broken = ~torch.isfinite(logits_NV.amax(dim=-1))
-        if bool(broken.any()):
-            bad = [inputs.slots[index] for index in broken.nonzero()[:, 0].tolist()]
-            raise EngineFault("The model computed numbers that are not finite.", detail=f"step {step_id}, slots {bad}")
-        tokens_N = sample(logits_NV, inputs.specs)
-        self._last_tokens[torch.tensor(inputs.slots, device=device)] = tokens_N
-        return tokens_N
+            places, firsts, slots = torch.tensor(inputs.carried, device=device).unbind(1)
+            last = self._last_tokens[slots]
+            ids_T[firsts] = last.clamp(min=0)
+            missing = places, last < 0
+        kept = torch.tensor(inputs.kept, dtype=torch.int64, device=device)
+        logits_LV = self._model.forward(ids_T, inputs.batch, self._kv, kept)
+        num_sampled, num_rows = len(inputs.specs), len(inputs.order)
+        chosen = sample(logits_LV[:num_sampled], inputs.specs, inputs.histories)
+        # Rows that do not sample are looked at too: what is wrong in a chunk's KV reaches its last position, at the
+        # cost of one more row for the head. A NaN anywhere in a row is its maximum too.
+        others = torch.isfinite(logits_LV[num_sampled:num_rows].amax(dim=-1))
+        sound_R = torch.cat((chosen.sound_N, others))
+        if missing is not None:
+            sound_R[missing[0]] &= ~missing[1]
+        asking = [index for index, spec in enumerate(inputs.specs) if spec.logprobs is not None]
+        sampled = prompts = None
+        if asking:
+            rows = torch.tensor(asking, device=device)
+            sampled = logprobs(logits_LV, rows, chosen.tokens_N[rows], max(_tops(inputs)))
+        if inputs.prompts:
+            rows = torch.tensor([i for p in inputs.prompts for i in p.places], dtype=torch.int64, device=device)
+            tokens = torch.tensor([t for p in inputs.prompts for t in p.tokens], dtype=torch.int64, device=device)
+            prompts = logprobs(logits_LV, rows, tokens, max(prompt.top for prompt in inputs.prompts))
+        return _Outcome(inputs, chosen.tokens_N, sound_R, sampled, prompts)
 
     def _ids_of(self, row: StepRow) -> Sequence[int]:
         assert 0 <= row.slot < self.max_slots, f"slot {row.slot}"
@@ -144,6 +228,37 @@ class ModelRunner:
         assert row.start + row.num_tokens <= self._model.max_context_tokens, "beyond the model's context"
         if row.tokens is None:
             assert row.num_tokens == 1, "only one token can come from the slot"
+            assert row.prompt_logprobs is None, "a prompt's token cannot come from the slot"
             return (0,)
         assert len(row.tokens) == row.num_tokens, "num_tokens does not match tokens"
         return row.tokens
+
+
+def _prompt_row(row: StepRow, index: int, place: int) -> _PromptRow:
+    """With the place of the last position; those of the others follow when all rows' last ones have theirs."""
+    assert row.tokens is not None
+    assert row.prompt_logprobs is not None
+    tokens = list(row.tokens[1:])
+    if row.next_token is None:
+        return _PromptRow(index, [], tokens, row.prompt_logprobs)
+    return _PromptRow(index, [place], [*tokens, row.next_token], row.prompt_logprobs)
+
+
+def _tops(inputs: _Inputs) -> list[int]:
+    return [spec.logprobs for spec in inputs.specs if spec.logprobs is not None]
+
+
+def _sampled_logprobs(outcome: _Outcome) -> dict[int, TokenLogprobs]:
+    if outcome.sampled is None:
+        return {}
+    inputs = outcome.inputs
+    asking = [row for row, spec in zip(inputs.order, inputs.specs, strict=False) if spec.logprobs is not None]
+    return dict(zip(asking, outcome.sampled.rows(_tops(inputs)), strict=True))
+
+
+def _prompt_logprobs(outcome: _Outcome) -> dict[int, tuple[TokenLogprobs, ...]]:
+    if outcome.prompts is None:
+        return {}
+    prompts = outcome.inputs.prompts
+    told = iter(outcome.prompts.rows([prompt.top for prompt in prompts for _ in prompt.tokens]))
+    return {prompt.row: tuple(next(told) for _ in prompt.tokens) for prompt in prompts}

@@ -12,8 +12,14 @@ from types import ModuleType
 from diptych.protos.errors import StartupError
 
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "cpu": {"paged_attention": "cpu", "kv_write": "cpu", "sampling": "cpu", "linear": "cpu"},
-    "cuda": {"paged_attention": "reference", "kv_write": "cpu", "sampling": "reference", "linear": "reference"},
+    "cpu": {"paged_attention": "cpu", "kv_write": "cpu", "sampling": "cpu", "logprobs": "cpu", "linear": "cpu"},
+    "cuda": {
+        "paged_attention": "reference",
+        "kv_write": "cpu",
+        "sampling": "reference",
+        "logprobs": "reference",
+        "linear": "reference",
+    },
 }
 
 

@@ -227,7 +227,7 @@ def test_sampled_tokens_do_not_depend_on_the_batch_or_the_chunks(model: LoadedMo
     assert len(set(tokens)) > 4
 
 
-def test_a_step_with_nan_fails_whole_and_the_runner_goes_on(folder: Path, reference: Reference) -> None:
+def test_rows_with_nan_are_told_and_the_runner_goes_on(folder: Path, reference: Reference) -> None:
     model = load_model(folder, dtype="float32")
     driver = Driver(model, 4, 512)
     sequence = driver.add(prompts(1, seed=9)[0])
@@ -237,16 +237,15 @@ def test_a_step_with_nan_fails_whole_and_the_runner_goes_on(folder: Path, refere
         norm.fill_(float("nan"))
     row = driver.row(sequence, 512)
     driver.runner.launch(StepPlan(0, (row,)))
+    with torch.inference_mode():
+        norm.copy_(saved)
     decode = StepRow(
         slot=row.slot, num_tokens=1, tokens=None, start=row.num_tokens, blocks=sequence.blocks, sample=None
     )
-    driver.runner.launch(StepPlan(1, (decode,)))
-    with pytest.raises(EngineFault, match="not finite"):
-        driver.runner.collect()
-    with pytest.raises(EngineFault, match="no sampled token"):
-        driver.runner.collect()
-    with torch.inference_mode():
-        norm.copy_(saved)
+    driver.runner.launch(StepPlan(1, (decode,)))  # nothing is wrong but that its token was never sampled
+    for step in (0, 1):
+        result = driver.runner.collect()
+        assert (result.step_id, result.tokens, result.faults) == (step, (None,), {0})
     driver.run([sequence])
     reference.check(sequence)
 

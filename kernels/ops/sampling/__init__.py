@@ -1,1 +1,1 @@
-"""Choosing one token per sampled row: greedy, or temperature, top-k and top-p with a counter-based random number."""
+"""Choosing one token per sampled row: rules on its logits, then greedy or a draw with a counter-based random number."""

@@ -1,74 +1,145 @@
-"""Sampling on a CPU: greedy rows together, the others without sorting the vocabulary. N sampled rows, V vocabulary."""
+"""Sampling on a CPU: one argmax for all rows, and more only for rows that ask for more. N sampled rows, V vocabulary.
+
+numpy where it is faster than torch. 49,152 tokens, one thread of a CPU with AVX-512: argmax of 64 rows 1 against
+20 ms, sorting a row's values 0.12 against 0.2 ms for topk(256). What is rounded (exp) is torch's, as in the definition.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diptych.protos.step import SampleSpec
+from diptych.protos.step import LogitRules, SampleSpec
 
 from .philox import uniform
+from .reference import ends_in
+from .sampled import Sampled
 
-# Tokens looked at first for top_p; widened eightfold while they do not hold the mass. At 49,152 tokens topk(256) takes
-# a tenth of a full sort's time.
-FIRST_CANDIDATES = 256
+Array = npt.NDArray[Any]
 
 
-def sample(logits_NV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+def sample(logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[int, Tensor]) -> Sampled:
     """See reference.py."""
-    tokens_N = logits_NV.argmax(dim=-1)
+    floats_NV = logits_NV.float()
+    values_NV = floats_NV.numpy()
+    tokens_N = values_NV.argmax(axis=1)  # the first of equals, or of NaN
+    sound_N = np.isfinite(values_NV[np.arange(len(specs)), tokens_N])
     for row, spec in enumerate(specs):
-        if spec.temperature != 0:
-            tokens_N[row] = _sample_row(logits_NV[row].float(), spec)
-    return tokens_N
+        ruled = spec.rules is not None and _changes(spec.rules, spec.position)
+        if not sound_N[row] or not (ruled or spec.temperature != 0):
+            continue
+        row_V = floats_NV[row]
+        if ruled:
+            row_V = apply_rules(row_V, spec, histories.get(row))
+            tokens_N[row] = best = row_V.numpy().argmax()
+            sound_N[row] = np.isfinite(row_V.numpy()[best])
+        if spec.temperature != 0 and sound_N[row]:
+            tokens_N[row] = _draw(row_V, spec)
+    tokens_N[~sound_N] = 0
+    return Sampled(torch.from_numpy(tokens_N), torch.from_numpy(sound_N))
 
 
-def _sample_row(logits_V: Tensor, spec: SampleSpec) -> int:
-    weights_V = torch.exp((logits_V - logits_V.max()) / spec.temperature).double()
+def _changes(rules: LogitRules, position: int) -> bool:
+    return bool(
+        rules.allowed_token_ids is not None
+        or rules.logit_bias
+        or rules.bad_words
+        or position - rules.num_prompt < rules.min_tokens
+        or rules.needs_history
+    )
+
+
+def apply_rules(logits_V: Tensor, spec: SampleSpec, history: Tensor | None) -> Tensor:
+    """See reference.py."""
+    rules = spec.rules
+    if rules is None:
+        return logits_V
+    row_V: Array = logits_V.numpy().copy()
+    vocab = len(row_V)
+    if rules.allowed_token_ids is not None:
+        allowed = _within(rules.allowed_token_ids, vocab)
+        kept = row_V[allowed]
+        row_V.fill(-np.inf)
+        row_V[allowed] = kept
+    for token, bias in rules.logit_bias:
+        if 0 <= token < vocab:
+            row_V[token] += bias
+    if rules.bad_words:
+        longest = max(map(len, rules.bad_words))
+        tail = [] if history is None else history[max(0, len(history) - longest) :].tolist()
+        row_V[
+            _within(tuple(word[-1] for word in rules.bad_words if word and ends_in(tail, word[:-1])), vocab)
+        ] = -np.inf
+    if spec.position - rules.num_prompt < rules.min_tokens:
+        row_V[_within(rules.stop_token_ids, vocab)] = -np.inf
+    if history is not None:
+        _penalise(row_V, rules, history.numpy())
+    return torch.from_numpy(row_V)
+
+
+@lru_cache(maxsize=64)  # a list of 10,000 ids takes 0.5 ms to convert, and comes with every token of its request
+def _within(ids: tuple[int, ...], vocab: int) -> Array:
+    array = np.array(ids, dtype=np.int64)
+    return array[(array >= 0) & (array < vocab)]
+
+
+def _penalise(row_V: Array, rules: LogitRules, ids: Array) -> None:
+    """Touches the sequence's own tokens only. One that occurs twice is written twice, with the same value."""
+    with np.errstate(over="ignore"):
+        if rules.repetition_penalty != 1:
+            old, penalty = row_V[ids], np.float32(rules.repetition_penalty)
+            row_V[ids] = np.where(old > 0, old / penalty, old * penalty)
+        generated = ids[rules.num_prompt :]
+        if len(generated) and (rules.frequency_penalty or rules.presence_penalty):
+            counts = np.bincount(generated, minlength=len(row_V))[generated].astype(np.float32)
+            lowered = row_V[generated] - np.float32(rules.frequency_penalty) * counts
+            row_V[generated] = lowered - np.float32(rules.presence_penalty)
+
+
+def _draw(logits_V: Tensor, spec: SampleSpec) -> int:
+    weights_V = torch.exp((logits_V - logits_V.max()) / spec.temperature)
     number = uniform(spec.seed, spec.position)
-    if spec.top_k <= 0 and spec.top_p >= 1:
+    if spec.top_k <= 0 and spec.top_p >= 1 and spec.min_p <= 0:
         return _invert(weights_V, number)
-    ids = _kept_ids(weights_V, spec)
+    ids = torch.from_numpy(_kept_ids(weights_V.numpy(), spec))
     return int(ids[_invert(weights_V[ids], number)])
 
 
 def _invert(weights: Tensor, number: float) -> int:
-    cumulated = weights.cumsum(0)
+    cumulated = weights.cumsum(0, dtype=torch.float64)
     index = int(torch.searchsorted(cumulated, number * cumulated[-1], right=True))
     return index if index < len(weights) else int(weights.nonzero()[-1])
 
 
-def _kept_ids(weights_V: Tensor, spec: SampleSpec) -> Tensor:
-    """The ids that top_k and top_p leave, ascending."""
-    vocab = len(weights_V)
-    limit = min(spec.top_k, vocab) if spec.top_k > 0 else vocab
-    if spec.top_p >= 1:
-        return _largest(weights_V, weights_V.topk(limit).values, limit)
-    # With top_k the mass is that of the k largest; they are few, or all are taken at once.
-    width = limit if spec.top_k > 0 else min(FIRST_CANDIDATES, vocab)
-    total = None if spec.top_k > 0 else float(weights_V.sum())
-    while True:
-        ordered = weights_V.topk(width).values
-        cumulated = ordered.cumsum(0)
-        if width == limit:
-            total = float(cumulated[-1])
-        assert total is not None
-        if width == limit or float(cumulated[-1]) >= spec.top_p * total:
-            count = max(1, int((cumulated - ordered < spec.top_p * total).sum()))
-            return _largest(weights_V, ordered, count)
-        width = min(width * 8, limit)
+def _kept_ids(weights_V: Array, spec: SampleSpec) -> Array:
+    """The ids that top_k, top_p and min_p leave, ascending."""
+    count = vocab = len(weights_V)
+    largest = weights_V
+    if 0 < spec.top_k < vocab:
+        count = spec.top_k
+        largest = np.partition(weights_V, vocab - count)[vocab - count :]
+    if spec.top_p < 1:
+        largest = -np.sort(-largest)
+        cumulated = torch.from_numpy(largest).cumsum(0, dtype=torch.float64).numpy()
+        count = max(1, int((cumulated - largest < spec.top_p * cumulated[-1]).sum()))
+        largest = largest[:count]
+    ids = np.arange(vocab) if count == vocab else _at_least(weights_V, largest.min(), count)
+    if spec.min_p > 0:  # the heaviest weighs 1
+        ids = ids[weights_V[ids].astype(np.float64) >= spec.min_p]
+    return ids
 
 
-def _largest(weights_V: Tensor, ordered: Tensor, count: int) -> Tensor:
-    """Ids of the `count` largest, ascending; of equal ones the lower. `ordered`: the largest values, descending."""
-    pivot = ordered[count - 1]
-    ids = (weights_V >= pivot).nonzero()[:, 0]
+def _at_least(weights_V: Array, pivot: np.float32, count: int) -> Array:
+    """Ascending ids of the `count` heaviest, of which `pivot` is the least; of equal ones the lower."""
+    ids = np.flatnonzero(weights_V >= pivot)
     surplus = len(ids) - count
     if surplus:
-        equal = (weights_V[ids] == pivot).nonzero()[:, 0]
-        keep = torch.ones(len(ids), dtype=torch.bool)
-        keep[equal[len(equal) - surplus :]] = False
-        ids = ids[keep]
+        equal = np.flatnonzero(weights_V[ids] == pivot)
+        ids = np.delete(ids, equal[len(equal) - surplus :])
     return ids
