@@ -5,10 +5,16 @@ This file is published as `diptych/__init__.py`. Importing it loads nothing; the
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diptych.cluster.client import AsyncClient, Client
+
+_FOLDER = os.path.dirname(os.path.abspath(__file__))
+if os.path.basename(_FOLDER) == "package":
+    # A source checkout: the other parts of the package are the folders at its root. Installed, they lie beside it.
+    __path__.append(os.path.dirname(os.path.dirname(_FOLDER)))
 
 __all__ = ["connect", "connect_async"]
 
