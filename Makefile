@@ -23,7 +23,7 @@ rm -rf $(VENV); $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
   echo "$(PYTHON) can make no virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv python3-pip)" >&2; exit 1; }
 endef
 
-.PHONY: help serve test test-slow check format setup protos clean
+.PHONY: help serve test test-slow conformance docs check format setup protos clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/'
@@ -34,8 +34,14 @@ serve: setup     ## install what is missing, start a cluster with the default mo
 test: setup      ## the CPU tests
 	@$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-slow: setup ## the long tests: whole-cluster situations, conformance of the default model, the built wheel
+test-slow: setup ## the long tests: whole clusters, the whole conformance matrix, the built wheel
 	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 900
+
+conformance: setup ## every architecture in every situation against transformers; writes docs/conformance.md
+	@PYTHONPATH=tests/e2e:tests/conformance $(BIN)/python tests/conformance/report.py
+
+docs: setup      ## write docs/configuration.md from the classes behind diptych.yaml
+	@$(BIN)/python tools/configuration_page.py
 
 check: setup     ## formatting, lint, types
 	@$(BIN)/ruff format --check --quiet .
