@@ -122,7 +122,7 @@ class _EngineCollector(Collector):
         labels = ("engine", "role", "model")
         up = GaugeMetricFamily("diptych_engine_up", "Whether the session to the engine is open", labels=labels)
         gauges = {name: GaugeMetricFamily(name, text, labels=labels) for name, (text, _) in ENGINE_GAUGES.items()}
-        counters: dict[str, CounterMetricFamily] = {}
+        counted: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         for reading in self._read():
             values = (reading.engine, reading.roles, reading.model)
             up.add_metric(values, float(reading.is_up))
@@ -130,16 +130,17 @@ class _EngineCollector(Collector):
                 gauges[name].add_metric(values, read(reading.status))
             for key, value in reading.status.counters.items():
                 name = engine_counter_name(key)
-                if name not in counters:
-                    counters[name] = CounterMetricFamily(name, "Counter of the engines", labels=labels)
-                counters[name].add_metric(values, value)
+                if name not in counted:
+                    kind = CounterMetricFamily if key.endswith("_total") else GaugeMetricFamily
+                    counted[name] = kind(name, "Told by the engines", labels=labels)
+                counted[name].add_metric(values, value)
         yield up
         yield from gauges.values()
-        yield from counters.values()
+        yield from counted.values()
 
 
 def engine_counter_name(key: str) -> str:
-    """The exported name of an engine's counter, without `_total`."""
+    """The exported name of what an engine counts, without `_total`; without that ending it is a gauge."""
     name = _NAME.sub("_", key).removesuffix("_total").removeprefix("diptych_").removeprefix("engine_")
     return f"diptych_engine_{name}"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from diptych.protos.status import EngineStatus
 
@@ -73,16 +73,18 @@ class EngineMeter:
         def grown(name: str) -> float:
             return now.get(name, 0.0) - before.get(name, 0.0)
 
-        prefill, per_s = self.rates.prefill_tokens_per_s, 0.0
+        rates = self.rates
         if grown("prefill_step_seconds_total") > 0 < grown("prefill_tokens_total"):
-            per_s = grown("prefill_tokens_total") / grown("prefill_step_seconds_total")
-            prefill += _SMOOTHING * (per_s - prefill)
-        rates = EngineRates(prefill, self.rates.base_s, self.rates.per_sequence_s, self.rates.per_kv_token_s)
-        if grown("decode_steps_total") > 0 < grown("decode_step_seconds_total"):
-            step_s = grown("decode_step_seconds_total") / grown("decode_steps_total")
-            sequences = (now.get("decode_running", 0.0) + before.get("decode_running", 0.0)) / 2
-            kv_tokens = (now.get("decode_kv_tokens", 0.0) + before.get("decode_kv_tokens", 0.0)) / 2
-            rates = _learn_step(rates, step_s, sequences, kv_tokens)
+            rates = _learn_prefill(rates, grown("prefill_tokens_total") / grown("prefill_step_seconds_total"))
+        steps, seconds = grown("decode_steps_total"), grown("decode_step_seconds_total")
+        if steps > 0 < seconds:
+            tokens, generated = grown("decode_tokens_total"), grown("decode_generated_tokens_total")
+            if tokens > 2 * generated:  # mostly prompts, computed here
+                rates = _learn_prefill(rates, tokens / seconds)
+            else:
+                sequences = (now.get("decode_running", 0.0) + before.get("decode_running", 0.0)) / 2
+                kv_tokens = (now.get("decode_kv_tokens", 0.0) + before.get("decode_kv_tokens", 0.0)) / 2
+                rates = _learn_step(rates, seconds / steps, sequences, kv_tokens)
         self.rates = rates
 
     def reserve(self, now: float, *, prompt_tokens: int, kv_tokens: int) -> None:
@@ -99,6 +101,11 @@ class EngineMeter:
         return Reserved(len(queue), sum(r.prompt_tokens for r in queue), sum(r.kv_tokens for r in queue))
 
 
+def _learn_prefill(rates: EngineRates, tokens_per_s: float) -> EngineRates:
+    known = rates.prefill_tokens_per_s
+    return replace(rates, prefill_tokens_per_s=known + _SMOOTHING * (tokens_per_s - known))
+
+
 def _learn_step(rates: EngineRates, step_s: float, sequences: float, kv_tokens: float) -> EngineRates:
     # Normalised least mean squares over (1, sequences / 16, kv tokens / 4096): online, bounded, and it forgets.
     inputs = (1.0, sequences / 16, kv_tokens / 4096)
@@ -106,7 +113,7 @@ def _learn_step(rates: EngineRates, step_s: float, sequences: float, kv_tokens: 
     error = step_s - sum(w * x for w, x in zip(weights, inputs, strict=True))
     gain = _SMOOTHING * error / sum(x * x for x in inputs)
     base, sequence, kv = (max(w + gain * x, 0.0) for w, x in zip(weights, inputs, strict=True))
-    return EngineRates(rates.prefill_tokens_per_s, base, sequence / 16, kv / 4096)
+    return replace(rates, base_s=base, per_sequence_s=sequence / 16, per_kv_token_s=kv / 4096)
 
 
 class PairMeter:

@@ -146,7 +146,7 @@ def _load_of(session: EngineSession, role: Role, now: float) -> EngineLoad:
         same_role=session.in_flight_as(role),
         reported=status.running + status.waiting,
         reserved=session.meter.reserved(now),
-        queued_tokens=int(counters.get("prefill_queued_tokens", 0)),
+        queued_tokens=int(counters.get("prefill_queued_tokens", 0) + counters.get("decode_queued_tokens", 0)),
         sequences=int(counters.get("decode_running", 0)),
         kv_tokens=int(counters.get("decode_kv_tokens", 0)),
         used_blocks=status.blocks.used,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from diptych.kvtransfer.pool import BlockPool, BlockTable
-from diptych.kvtransfer.prefix import block_name, root_name
+from diptych.kvtransfer.prefix import NameChange, PrefixIndex, block_name, root_name, short_name
 
 SIZE = 3
 
@@ -24,6 +24,8 @@ class PoolMachine(RuleBasedStateMachine):
         # block -> (salt, all tokens up to and with it) as of its last commit; what a forward pass would have written
         self.content: dict[int, tuple[bytes, tuple[int, ...]]] = {}
         self.open_tables: list[BlockTable] = []
+        self.journal = self.pool.watch_names()
+        self.told: set[int] = set()  # what a reader of the journal knows
 
     @rule(
         target=tables,
@@ -77,6 +79,22 @@ class PoolMachine(RuleBasedStateMachine):
     def drop(self) -> None:
         self.pool.drop_cache()
         assert self.pool.counts().cached == 0
+
+    @rule()
+    def read_journal(self) -> None:
+        assert not self.journal.is_empty or self.told == self.names_found()
+        change = self.journal.drain()
+        if change is not None:
+            if change.reset:
+                self.told.clear()
+            assert not self.told & set(change.added), "told twice"
+            assert self.told >= set(change.removed), "took back what was not told"
+            self.told = self.told - set(change.removed) | set(change.added)
+        assert self.told == self.names_found()
+        assert self.journal.drain() is None
+
+    def names_found(self) -> set[int]:
+        return {short_name(name) for name in self.pool._index.names()}
 
     @invariant()
     def sums_hold(self) -> None:
@@ -173,3 +191,34 @@ def test_names_differ_by_every_ingredient() -> None:
 def test_nonsense_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="must be positive"):
         BlockPool(num_blocks=0, block_tokens=4)
+
+
+def test_a_journal_that_overflows_tells_everything_instead() -> None:
+    index = PrefixIndex()
+    journal = index.watch(max_names=2)
+    assert journal.drain() == NameChange((), reset=True)
+    names = [bytes([n]) * 32 for n in range(4)]
+    for block, name in enumerate(names[:3]):
+        index.bind(name, block)
+    index.unbind(0)
+    assert journal.drain() == NameChange(tuple(map(short_name, names[1:3])), reset=True)
+    index.bind(names[3], 3)
+    index.unbind(1)
+    assert journal.drain() == NameChange((short_name(names[3]),), (short_name(names[1]),))
+
+
+def test_a_name_that_comes_and_goes_between_two_readings_is_not_told() -> None:
+    index = PrefixIndex()
+    journal = index.watch(max_names=8)
+    index.bind(b"kept" * 8, 0)
+    journal.drain()
+    index.bind(b"came" * 8, 1)
+    index.unbind(1)
+    index.unbind(0)
+    index.bind(b"kept" * 8, 2)
+    assert journal.is_empty
+    assert journal.drain() is None
+
+
+def test_a_name_is_told_as_the_number_of_its_first_eight_bytes() -> None:
+    assert short_name(bytes(range(32))) == 0x0001020304050607

@@ -3,7 +3,9 @@ from __future__ import annotations
 import threading
 
 from diptych.cluster.engine.inbox import CancelRequest, Inbox, TransferNews
-from diptych.cluster.engine.loop import IDLE_WAIT_S, MIN_WAIT_S, StepLoop
+from diptych.cluster.engine.loop import IDLE_WAIT_S, MIN_WAIT_S, NAMES_WAIT_S, StepLoop
+from diptych.cluster.engine.outbox import Outbox
+from diptych.kvtransfer.prefix import NameChange, PrefixIndex, short_name
 from diptych.protos.ports import Closed, ReceiveEvent, SendEvent, WorkerLoad
 from diptych.protos.testing import FakeClock
 from diptych.protos.types import (
@@ -154,3 +156,28 @@ def test_a_reading_holds_the_counters_of_the_loop_and_of_every_worker() -> None:
         "prefill_steps_left_total": 0.0,
         "decode_steps_left_total": 0.0,
     }
+
+
+def test_block_names_wait_in_the_journal_until_the_last_change_was_taken() -> None:
+    bench, index, outbox = Bench(), PrefixIndex(), Outbox(4)
+    journal = index.watch(max_names=9)
+    counts = PoolCounts(total=4, free=4, cached=0, used=0)
+    loop = StepLoop(
+        workers=bench.workers, inbox=bench.inbox, counts=lambda: counts, clock=bench.clock, names=(journal, outbox)
+    )
+    names = [bytes([n]) * 32 for n in range(3)]
+    index.bind(names[0], 0)
+    loop.turn(0.0)
+    assert loop.sleep_s() == IDLE_WAIT_S
+    index.bind(names[1], 1)
+    loop.turn(0.0)
+    index.bind(names[2], 2)
+    index.unbind(0)
+    loop.turn(0.0)
+    assert loop.sleep_s() == NAMES_WAIT_S, "an idle loop must not keep names to itself"
+    assert outbox.take_names() == NameChange((short_name(names[0]),), reset=True)
+    loop.turn(0.0)
+    later = outbox.take_names()
+    assert later == NameChange((short_name(names[1]), short_name(names[2])), (short_name(names[0]),))
+    loop.turn(0.0)
+    assert outbox.take_names() is None

@@ -8,9 +8,11 @@ from pathlib import Path
 import grpc
 import pytest
 
+from diptych.cluster.engine import session as session_module
 from diptych.cluster.engine.inbox import CancelRequest, Inbox, InboxItem
 from diptych.cluster.engine.outbox import Outbox
 from diptych.cluster.engine.session import EngineSessions
+from diptych.kvtransfer.prefix import NameChange
 from diptych.protos import codec
 from diptych.protos import engine_pb2 as pb
 from diptych.protos.engine_pb2_grpc import EngineStub
@@ -23,10 +25,12 @@ from diptych.protos.types import (
     FinishReason,
     GenerateRequest,
     PrefillOrder,
+    PromptLogprobs,
     Role,
     SamplingParams,
     StageTimes,
     StepOutput,
+    TokenLogprobs,
     TransferKey,
 )
 
@@ -63,6 +67,7 @@ class Harness:
             inbox=self.inbox,
             outbox=self.outbox,
             reading=lambda: self.status,
+            prefix_root=b"root",
             abandon=lambda key, error: self.abandoned.append((key, error.code)),
             clock=lambda: 50.0,
         )
@@ -125,6 +130,12 @@ class Router:
             pass
         return frame.tokens
 
+    async def names(self) -> tuple[bool, list[int], list[int]]:
+        """The next PrefixChange: reset, added, removed."""
+        while (frame := await self.read()).WhichOneof("frame") != "prefix":
+            pass
+        return frame.prefix.reset, sorted(frame.prefix.added), sorted(frame.prefix.removed)
+
     async def refused(self) -> tuple[grpc.StatusCode, str]:
         """The status that ended the stream."""
         async with asyncio.timeout(WAIT_S):
@@ -171,6 +182,7 @@ async def test_a_session_opens_with_who_the_engine_is_and_its_status(start: Star
         welcome = (await router.read()).welcome
         assert codec.ref_from_pb(welcome.me) == engine.info.ref
         assert (list(welcome.roles), welcome.model, welcome.num_blocks) == (["decode"], "m", 9)
+        assert welcome.prefix_root == b"root"
         assert codec.status_from_pb((await router.read()).status) == engine.status
 
 
@@ -404,3 +416,86 @@ async def test_closing_tells_routers_that_the_engine_goes(start: Start) -> None:
         await router.read()
         await engine.sessions.close()
         assert (await router.refused())[0] is grpc.StatusCode.UNAVAILABLE
+
+
+def logprobs(value: float) -> TokenLogprobs:
+    return TokenLogprobs(value, 2, ((5, -0.5), (6, -1.25)))
+
+
+async def test_logprobs_stay_beside_their_tokens_though_a_step_is_split_between_routers(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as first, engine.router() as second:
+        await first.submit(11, 1)
+        await second.submit(11, 2)
+        await first.submit(12, 3)
+        await engine.items(3)
+        out = output((2, 0, 200), (1, 0, 100))
+        out.add(key(3), 0, 300, logprobs(-3.0))
+        out.logprobs[0] = logprobs(-2.0)
+        out.prompt_logprobs.append(PromptLogprobs(key(3), 1, (logprobs(-0.5), logprobs(-0.25))))
+        engine.outbox.put(Role.DECODE, out)
+        mine, other = await first.tokens(), await second.tokens()
+    assert list(mine.handle) == [11, 12]
+    assert {m.row: codec.logprobs_from_pb(m) for m in mine.logprobs} == {1: logprobs(-3.0)}
+    assert {m.row: codec.logprobs_from_pb(m) for m in other.logprobs} == {0: logprobs(-2.0)}
+    [piece] = mine.prompt_logprobs
+    assert piece.handle == 12
+    told = codec.prompt_logprobs_from_pb(piece, key(3))
+    assert told == PromptLogprobs(key(3), 1, (logprobs(-0.5), logprobs(-0.25)))
+    assert not other.prompt_logprobs
+
+
+async def test_prompt_logprobs_alone_are_a_message(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        await router.submit(4, 1)
+        await engine.items(1)
+        piece = PromptLogprobs(key(1), 3, (logprobs(-1.0),))
+        engine.outbox.put(Role.DECODE, StepOutput(prompt_logprobs=[piece]))
+        step = await router.tokens()
+    assert (len(step.handle), len(step.prompt_logprobs)) == (0, 1)
+
+
+async def test_a_new_session_is_told_all_block_names_and_then_what_changes(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as first:
+        assert await first.names() == (True, [], [])
+        engine.outbox.put_names(NameChange((1, 2, 3), reset=True))
+        assert await first.names() == (True, [1, 2, 3], [])
+        engine.outbox.put_names(NameChange((4,), (2,)))
+        assert await first.names() == (False, [4], [2])
+        async with engine.router() as second:
+            assert await second.names() == (True, [1, 3, 4], [])
+            engine.outbox.put_names(NameChange((9,), reset=True))
+            assert await second.names() == (True, [9], [])
+            assert await first.names() == (True, [9], [])
+    assert engine.outbox.takes_names
+
+
+async def test_many_block_names_travel_in_frames_of_bounded_size(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "MAX_NAMES_PER_FRAME", 2)
+    engine = await start()
+    async with engine.router() as router:
+        await router.names()
+        engine.outbox.put_names(NameChange((1, 2, 3, 4, 5), reset=True))
+        pieces = [await router.names() for _ in range(3)]
+        assert [reset for reset, _, _ in pieces] == [True, False, False]
+        assert sorted(name for _, added, _ in pieces for name in added) == [1, 2, 3, 4, 5]
+        engine.outbox.put_names(NameChange((6,), (1, 2, 3)))
+        assert [await router.names() for _ in range(2)] == [(False, [6], [1, 2]), (False, [], [3])]
+
+
+async def test_a_router_that_missed_a_change_is_told_everything_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        await router.names()
+        [session] = engine.sessions._sessions
+        monkeypatch.setattr(type(session), "is_slow", True)
+        engine.outbox.put_names(NameChange((1,)))
+        await engine.until(lambda: engine.outbox.takes_names)
+        engine.outbox.put_names(NameChange((2,)))
+        await engine.until(lambda: engine.outbox.takes_names)
+        monkeypatch.setattr(type(session), "is_slow", False)
+        assert await router.names() == (True, [1, 2], [])

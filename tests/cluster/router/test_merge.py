@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from diptych.cluster.router.merge import TokenMerge
 from diptych.protos.errors import EngineFault, EngineLost, NoBlocks
-from diptych.protos.types import Finish, FinishReason, Role, TransferKey
+from diptych.protos.types import Finish, FinishReason, Role, TokenLogprobs, TransferKey
 
 KEY = TransferKey(b"k" * 16)
 
@@ -154,3 +154,57 @@ def test_nothing_of_what_follows_a_disagreement_reaches_the_client() -> None:
         merge.token(index, token)
     assert taken(merge) == []
     assert isinstance(merge.error, EngineFault)
+
+
+def told(number: int) -> TokenLogprobs:
+    return TokenLogprobs(-float(number), number)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_logprobs_stay_beside_their_tokens_in_any_order_and_each_is_given_out_once(data: st.DataObject) -> None:
+    events = data.draw(st.permutations([(index, role) for index in range(6) for role in Role]))
+    merge, tokens, logprobs = TokenMerge(has_prefill=True), list[int](), list[TokenLogprobs | None]()
+    for index, _ in events:
+        merge.token(index, 100 + index, told(index))
+        if data.draw(st.booleans()):
+            new = merge.take()
+            tokens += new
+            logprobs += merge.take_logprobs(len(new))
+    new = merge.take()
+    assert tokens + new == [100 + i for i in range(6)]
+    assert logprobs + merge.take_logprobs(len(new)) == [told(i) for i in range(6)]
+    assert not merge._logprobs
+
+
+def test_a_token_without_logprobs_does_not_shift_those_of_others() -> None:
+    merge = TokenMerge(has_prefill=False)
+    for index in range(3):
+        merge.token(index, index, None if index == 1 else told(index))
+    assert merge.take_logprobs(len(merge.take())) == [told(0), None, told(2)]
+
+
+def test_no_token_is_given_out_before_the_prompts_logprobs_are_whole() -> None:
+    merge = TokenMerge(has_prefill=True, prompt_logprobs=4)
+    merge.token(0, 7)
+    merge.end(Role.PREFILL, finish(Role.PREFILL, FinishReason.STOP, 1))
+    merge.prompt(3, (told(3), told(4), told(5)))  # one more than there is
+    assert taken(merge) == []
+    assert not merge.is_over
+    merge.prompt(1, (told(1), told(2), told(99)))  # position 3 again
+    assert taken(merge) == [7]
+    assert merge.prompt_logprobs == [told(1), told(2), told(3), told(4)]
+    assert merge.finish is not None
+
+
+def test_an_answer_whose_prompt_logprobs_never_came_is_a_retryable_error() -> None:
+    merge = TokenMerge(has_prefill=True, prompt_logprobs=2)
+    merge.token(0, 7)
+    merge.end(Role.PREFILL, EngineLost("gone"))
+    merge.token(1, 8)
+    merge.settle()
+    assert not merge.is_over
+    merge.end(Role.DECODE, finish(Role.DECODE, FinishReason.STOP, 2))
+    assert taken(merge) == []
+    assert merge.error is not None
+    assert merge.error.retryable

@@ -14,12 +14,15 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
-from diptych.cluster.config import LimitSettings, RouterSettings
+from diptych.cluster.config import LimitSettings, PlacementSettings, RouterSettings, TenantSettings
 from diptych.cluster.observability.tracing import json_lines
 from diptych.cluster.router import router as router_module
-from diptych.cluster.router.router import Explanation, GenerateCall, Router
+from diptych.cluster.router.call import Explanation, GenerateCall, TokenDelta
+from diptych.cluster.router.router import Router
 from diptych.cluster.router.session import EngineSession
-from diptych.cluster.router.testing import EchoEngine, StaticDirectory
+from diptych.cluster.router.testing import ECHO_ROOT, EchoEngine, StaticDirectory, echo_logprobs
+from diptych.kvtransfer.prefix import block_name, root_name, short_name
+from diptych.protos import engine_pb2 as pb
 from diptych.protos.errors import (
     DeadlineExceeded,
     EngineFault,
@@ -47,6 +50,9 @@ class Rig:
             if delta.finish is not None:
                 return tokens, delta.finish
         raise AssertionError("the answer ended without a finish")
+
+    async def deltas(self, call: GenerateCall) -> list[TokenDelta]:
+        return [delta async for delta in self.router.generate(call)]
 
     def ready(self) -> int:
         return sum(session.is_ready for session in self.router.view.sessions())
@@ -79,7 +85,13 @@ async def until(condition: object) -> None:
 
 @asynccontextmanager
 async def rig(
-    folder: Path, roles: dict[str, frozenset[Role]], *, step_s: float = 0.0, tokens_per_step: int = 1
+    folder: Path,
+    roles: dict[str, frozenset[Role]],
+    *,
+    step_s: float = 0.0,
+    tokens_per_step: int = 1,
+    placement: PlacementSettings | None = None,
+    max_attempts: int = 3,
 ) -> AsyncIterator[Rig]:
     async with AsyncExitStack() as stack:
         engines = {}
@@ -91,7 +103,13 @@ async def rig(
             stack.push_async_callback(engine.stop)
             engines[name] = engine
         directory = StaticDirectory([engine.info for engine in engines.values()])
-        settings = RouterSettings(limits=LimitSettings(request_timeout_s=30), connect_timeout_s=2)
+        settings = RouterSettings(
+            limits=LimitSettings(request_timeout_s=30),
+            connect_timeout_s=2,
+            placement=placement or PlacementSettings(),
+            max_attempts=max_attempts,
+            tenants={"gold": TenantSettings(weight=4)},
+        )
         router = Router(directory=directory, settings=settings)
         await router.start()
         stack.push_async_callback(router.stop)
@@ -153,12 +171,33 @@ async def test_engines_that_disagree_about_the_first_token_give_an_error(tmp_pat
         await until(lambda: bool(r.engines["d"].cancels))
 
 
-async def test_a_lost_prefill_engine_does_not_disturb_the_answer(tmp_path: Path) -> None:
-    async with rig(tmp_path, PAIR, step_s=0.002) as r:
+async def test_a_prefill_engine_lost_on_the_last_attempt_leaves_the_answer_to_decode(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR, step_s=0.002, max_attempts=1) as r:
         r.engines["p"].faults.drop_stream_at = 0
         r.engines["d"].faults.also_first_token = True  # what a decode engine does when the transfer fails
         assert (await r.ask(20))[0] == wanted(20)
         assert r.metric("diptych_engine_sessions_lost_total") == 1
+
+
+async def test_an_order_lost_with_the_prefill_stream_does_not_hold_the_answer_up(tmp_path: Path) -> None:
+    """The decode engine waited for a prefill engine that never got the order, as long as a lease lasts."""
+    async with rig(tmp_path, PAIR) as r:
+        r.engines["p"].faults.drop_stream_at = 0
+        r.engines["d"].on_order = lambda: setattr(r.engines["d"].faults, "silent", len(r.engines["d"].orders) < 2)
+        tokens, finish = await r.ask()
+        assert tokens == wanted(8)
+        assert (finish.attempts, finish.prefill_engine, finish.path) == (2, "", "local")
+        first, second = (order.request.key for order in r.engines["d"].orders)
+        assert second == replace(first, attempt=1)
+        await until(lambda: r.engines["d"].cancels == [first])
+
+
+async def test_the_other_prefill_engine_is_tried_when_one_is_lost(tmp_path: Path) -> None:
+    async with rig(tmp_path, {"p0": P, "p1": P, "d": D}) as r:
+        r.engines["p0"].faults.drop_stream_at = 0
+        tokens, finish = await r.ask()
+        assert tokens == wanted(8)
+        assert (finish.attempts, finish.prefill_engine) == (2, "p1")
 
 
 async def test_without_a_prefill_engine_decode_gets_the_whole_request(tmp_path: Path) -> None:
@@ -405,3 +444,129 @@ async def test_without_a_tracer_the_callers_traceparent_still_reaches_the_engine
         async for _ in r.router.generate(call(traceparent=header)):
             pass
         assert r.engines["d"].orders[0].request.traceparent == header
+
+
+def asking(**sampling: int) -> GenerateCall:
+    return replace(call(), sampling=SamplingParams(max_tokens=8, **sampling))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("roles", [PAIR, {"d": D}])
+async def test_logprobs_reach_the_caller_beside_their_tokens(tmp_path: Path, roles: dict[str, frozenset[Role]]) -> None:
+    async with rig(tmp_path, roles, tokens_per_step=3) as r:
+        deltas = await r.deltas(asking(logprobs=2, prompt_logprobs=1))
+        told = [one for delta in deltas for one in delta.logprobs or []]
+        assert told == [echo_logprobs(token, 2) for token in wanted(8)]
+        assert deltas[0].prompt_logprobs == [echo_logprobs(token, 1) for token in PROMPT[1:]]
+        assert all(delta.prompt_logprobs is None for delta in deltas[1:])
+        assert r.engines["d"].orders[0].request.sampling.logprobs == 2
+
+
+async def test_a_prompt_of_one_token_has_no_logprobs_and_waits_for_none(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR) as r:
+        deltas = await r.deltas(replace(asking(prompt_logprobs=0), prompt=(5,)))
+        assert deltas[0].prompt_logprobs == []
+
+
+async def test_nobody_who_did_not_ask_gets_logprobs(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR) as r:
+        deltas = await r.deltas(call())
+        assert all(delta.logprobs is None and delta.prompt_logprobs is None for delta in deltas)
+
+
+async def test_an_engine_that_keeps_the_prompts_logprobs_to_itself_fails_the_request(tmp_path: Path) -> None:
+    async with rig(tmp_path, {"d": D}, max_attempts=1) as r:
+        r.engines["d"].faults.no_prompt_logprobs = True
+        with pytest.raises(EngineLost, match="logprobs"):
+            await r.deltas(asking(prompt_logprobs=0))
+
+
+async def test_a_step_that_makes_no_sense_costs_the_connection_and_not_the_session(tmp_path: Path) -> None:
+    async with rig(tmp_path, {"d": D}) as r:
+        [session] = r.engines["d"]._sessions
+        session.outbox.put_nowait(pb.EngineFrame(tokens=pb.StepTokens(handle=[1, 2], index=[0], token=[3])))
+        await until(lambda: r.metric("diptych_engine_sessions_lost_total") == 1)
+        await until(lambda: r.ready() == 1)
+        assert (await r.ask())[0] == wanted(8)
+
+
+async def test_later_choices_join_the_first_ones_engines(tmp_path: Path) -> None:
+    async with rig(
+        tmp_path, {"p0": P, "p1": P, "d0": D, "d1": D}, placement=PlacementSettings(policy="round_robin")
+    ) as r:
+        first = await r.deltas(call())
+        pin = first[0].placement
+        assert pin is not None
+        assert {delta.placement for delta in first} == {pin}
+        for _ in range(3):
+            deltas = await r.deltas(replace(call(), pin=pin))
+            assert deltas[-1].placement == pin
+            assert deltas[-1].finish is not None
+            assert (deltas[-1].finish.policy, deltas[-1].finish.attempts) == ("pin", 1)
+
+
+def block_names(count: int) -> tuple[int, ...]:
+    names, parent = [], root_name(ECHO_ROOT, b"")
+    for start in range(0, count * 16, 16):
+        parent = block_name(parent, PROMPT[start : start + 16])
+        names.append(short_name(parent))
+    return tuple(names)
+
+
+async def test_what_engines_tell_of_their_caches_decides_the_placement(tmp_path: Path) -> None:
+    placement = PlacementSettings(policy="prefix", local_prefill_below=5)
+    async with rig(tmp_path, {"p": P, "d0": D, "d1": D}, placement=placement) as r:
+        _, far = await r.ask()
+        assert (far.path, far.decode_engine, far.policy) == ("pd", "d0", "prefix")
+        r.engines["d1"].tell_names(block_names(1))
+        mirror = r.router.view.session(r.engines["d1"].info.ref).mirror  # type: ignore[union-attr]
+        await until(lambda: len(mirror.names) == 1)
+        _, near = await r.ask()
+        assert (near.path, near.decode_engine, near.choice) == ("local", "d1", "local: 4 tokens < 5")
+        r.engines["d1"].tell_names((), block_names(1))
+        await until(lambda: not mirror.names)
+        assert (await r.ask())[1].path == "pd"
+        r.engines["d1"].tell_names(block_names(1), reset=True)
+        await until(lambda: bool(mirror.names))
+        r.engines["d1"].drop_streams()
+        await until(lambda: not mirror.names)
+        await until(lambda: r.ready() == 3)
+        assert not mirror.names
+        kinds = r.metric("diptych_router_decisions_total")
+        assert kinds == 3
+
+
+async def test_priority_tenant_and_weight_reach_both_engines(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR) as r:
+        for tenant, weight in (("gold", 4.0), ("nobody knows", 1.0)):
+            await r.deltas(replace(call(), tenant=tenant, priority=-3))
+            for engine in r.engines.values():
+                request = engine.orders[-1].request
+                assert (request.tenant, request.weight, request.priority) == (tenant, weight, -3)
+        labels = {
+            sample.labels["tenant"]
+            for family in r.router.metrics.registry.collect()
+            for sample in family.samples
+            if "tenant" in sample.labels
+        }
+        assert labels == {"gold", "other"}, "clients choose tenant names: they must not become time series"
+
+
+async def test_the_explanation_says_where_why_and_how_long(tmp_path: Path) -> None:
+    async with rig(tmp_path, PAIR, step_s=0.002) as r:
+        _, told = await r.ask()
+        assert (told.policy, told.path, told.choice.split(":")[0]) == ("cost", "pd", "cost")
+        assert (told.prefill_cached_tokens, told.decode_cached_tokens, told.preemptions) == (16, 0, 0)
+        assert (told.transfer_bytes, told.transport) == (1024 * len(PROMPT), "echo")
+        assert 0 <= told.queue_s < told.ttft_s < told.total_s
+        assert r.router.recent[-1] == told
+
+
+async def test_colocated_engines_get_whole_requests_under_every_policy(tmp_path: Path) -> None:
+    for policy in ("cost", "prefix", "session", "least_load", "round_robin"):
+        folder = tmp_path / policy
+        folder.mkdir()
+        placement = PlacementSettings(policy=policy)  # type: ignore[arg-type]
+        async with rig(folder, {"d0": D, "d1": D}, placement=placement) as r:
+            _, told = await r.ask()
+            assert (told.prefill_engine, told.path) == ("", "local")
+            assert r.metric("diptych_local_fallbacks_total") == 0

@@ -1,0 +1,136 @@
+"""What crosses between router and engine comes back as it was."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diptych.protos import codec
+from diptych.protos import engine_pb2 as pb
+from diptych.protos.errors import InvalidRequest
+from diptych.protos.types import (
+    DecodeOrder,
+    EngineId,
+    EngineRef,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    PrefillOrder,
+    PromptLogprobs,
+    Role,
+    SamplingParams,
+    StageTimes,
+    TokenLogprobs,
+    TransferKey,
+)
+
+KEY = TransferKey(b"k" * 16, 2)
+PEER = EngineRef(EngineId("e"), 5, "unix:/e")
+IDS = st.integers(0, 2**32 - 1)
+FLOATS = st.floats(allow_nan=False, width=32)
+SAMPLINGS = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 2**32 - 1),
+    temperature=FLOATS,
+    top_p=FLOATS,
+    top_k=IDS,
+    min_p=FLOATS,
+    seed=st.integers(0, 2**64 - 1),
+    stop_token_ids=st.frozensets(IDS, max_size=3),
+    min_tokens=IDS,
+    repetition_penalty=FLOATS.filter(bool),
+    presence_penalty=FLOATS,
+    frequency_penalty=FLOATS,
+    logit_bias=st.lists(st.tuples(IDS, FLOATS), max_size=3).map(tuple),
+    bad_words=st.lists(st.lists(IDS, min_size=1, max_size=3).map(tuple), max_size=2).map(tuple),
+    allowed_token_ids=st.none() | st.lists(IDS, max_size=3).map(tuple),
+    logprobs=st.none() | st.integers(0, 20),
+    prompt_logprobs=st.none() | st.integers(0, 20),
+)
+LOGPROBS = st.builds(
+    TokenLogprobs, FLOATS, st.integers(1, 2**32 - 1), st.lists(st.tuples(IDS, FLOATS), max_size=3).map(tuple)
+)
+
+
+@given(
+    sampling=SAMPLINGS,
+    prompt=st.lists(IDS, min_size=1, max_size=4).map(tuple),
+    tenant=st.text(max_size=5),
+    priority=st.integers(-(2**31), 2**31 - 1),
+    weight=st.floats(0.001, 1000),
+    role=st.sampled_from(Role),
+    has_peer=st.booleans(),
+)
+def test_an_order_survives_the_way(
+    sampling: SamplingParams,
+    prompt: tuple[int, ...],
+    tenant: str,
+    priority: int,
+    weight: float,
+    role: Role,
+    has_peer: bool,
+) -> None:
+    request = GenerateRequest(
+        key=KEY,
+        prompt=prompt,
+        sampling=sampling,
+        salt=b"s",
+        deadline=12.0,
+        traceparent="00-a",
+        priority=priority,
+        tenant=tenant,
+        weight=weight,
+    )
+    order: PrefillOrder | DecodeOrder = PrefillOrder(request=request, decode=PEER)
+    if role is Role.DECODE:
+        order = DecodeOrder(request=request, prefill=PEER if has_peer else None, allow_local_prefill=has_peer)
+    sent = pb.Submit.FromString(codec.submit_to_pb(7, order, 10.0).SerializeToString())
+    assert codec.order_from_pb(sent, 10.0) == order
+
+
+@given(logprobs=LOGPROBS, row=IDS)
+def test_logprobs_survive_the_way(logprobs: TokenLogprobs, row: int) -> None:
+    sent = pb.Logprobs.FromString(codec.logprobs_to_pb(logprobs, row).SerializeToString())
+    assert (codec.logprobs_from_pb(sent), sent.row) == (logprobs, row)
+
+
+@given(first=st.integers(1, 2**32 - 1), logprobs=st.lists(LOGPROBS, max_size=3).map(tuple))
+def test_prompt_logprobs_survive_the_way(first: int, logprobs: tuple[TokenLogprobs, ...]) -> None:
+    piece = PromptLogprobs(KEY, first, logprobs)
+    sent = pb.PromptLogprobs.FromString(codec.prompt_logprobs_to_pb(9, piece).SerializeToString())
+    assert (codec.prompt_logprobs_from_pb(sent, KEY), sent.handle) == (piece, 9)
+
+
+def test_a_finish_survives_the_way() -> None:
+    finish = Finish(
+        key=KEY,
+        role=Role.DECODE,
+        reason=FinishReason.ERROR,
+        num_tokens=3,
+        cached_tokens=4,
+        error_code="no_kv_blocks",
+        error_message="full",
+        times=StageTimes(1.0, 2.0, 3.0, 4.0),
+        transfer_bytes=5,
+        transport="shm",
+        preemptions=6,
+    )
+    sent = pb.Finish.FromString(codec.finish_to_pb(1, finish).SerializeToString())
+    assert codec.finish_from_pb(sent, lambda _: KEY, Role.DECODE) == finish
+
+
+def test_nonsense_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        codec.logprobs_from_pb(pb.Logprobs(top_token=[1, 2], top_logprob=[0.5]))
+    good = pb.Submit(transfer_id=b"k" * 16, prompt=[1], sampling=pb.Sampling(max_tokens=1), phase=pb.PHASE_DECODE)
+    for field, value in (("transfer_id", b"k"), ("phase", 9)):
+        bad = pb.Submit.FromString(good.SerializeToString())
+        setattr(bad, field, value)
+        with pytest.raises(InvalidRequest):
+            codec.order_from_pb(bad, 0.0)
+    for message in (pb.Sampling(), pb.Sampling(max_tokens=1, bias_token_ids=[1])):
+        bad = pb.Submit.FromString(good.SerializeToString())
+        bad.sampling.CopyFrom(message)
+        with pytest.raises(InvalidRequest):
+            codec.order_from_pb(bad, 0.0)
