@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from diptych.cluster.control.connect import connect
+from diptych.cluster.control.connect import serve_handle
 
-router = connect(sys.argv[1] if len(sys.argv) > 1 else None)
+router = serve_handle(sys.argv[1] if len(sys.argv) > 1 else None)
 body = {
     "model": "smollm2-135m-instruct",
     "messages": [{"role": "user", "content": "What is the capital of France?"}],

@@ -203,7 +203,13 @@ def wait_until(condition: Any, message: str, seconds: float = 30) -> None:
 
 @pytest.mark.parametrize(
     ("example", "expected"),
-    [("chat_openai.py", "tokens in"), ("stream_curl.sh", "data: [DONE]"), ("ray_handle.py", "Paris")],
+    [
+        ("chat_openai.py", "tokens in"),
+        ("stream_curl.sh", "data: [DONE]"),
+        ("ray_handle.py", "Paris"),
+        ("python_client.py", "refused: temperature"),
+        ("sampling.py", "with penalties"),
+    ],
 )
 def test_the_examples_run(cluster: Cluster, example: str, expected: str) -> None:
     path = ROOT / "examples" / example
