@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import grpc
@@ -80,6 +81,13 @@ class _Session:
     jobs: dict[TransferKey, set[asyncio.Task[None]]] = field(default_factory=dict)
     kept: pb.EngineFrame | _Tokens | None = None  # taken from the outbox, but part of the next frame
 
+    def end_job(self, key: TransferKey, task: asyncio.Task[None]) -> None:
+        """A phase is over."""
+        tasks = self.jobs.get(key, set())
+        tasks.discard(task)
+        if not tasks:
+            self.jobs.pop(key, None)
+
     async def next_frame(self) -> pb.EngineFrame | None:
         """As an engine packs it: one step's tokens of all requests together, each request in it once."""
         first, self.kept = self.kept, None
@@ -128,6 +136,7 @@ class EchoEngine(EngineServicer):
         block_tokens: int = 16,
         num_blocks: int = 4096,
         max_context_tokens: int = 8192,
+        keeps_orders: bool = True,
     ) -> None:
         self.info = EngineInfo(
             ref=EngineRef(EngineId(engine_id), epoch, target),
@@ -150,6 +159,7 @@ class EchoEngine(EngineServicer):
         self._sessions: set[_Session] = set()
         self._server: grpc.aio.Server | None = None
         self._steps = 0
+        self._keeps_orders = keeps_orders
 
     async def start(self) -> None:
         """Listen."""
@@ -225,8 +235,8 @@ class EchoEngine(EngineServicer):
 
     def _end(self, session: _Session) -> None:
         self._sessions.discard(session)
-        for tasks in session.jobs.values():
-            for task in tasks:
+        for tasks in list(session.jobs.values()):
+            for task in list(tasks):
                 task.cancel()
         session.outbox.put_nowait(None)
 
@@ -234,16 +244,16 @@ class EchoEngine(EngineServicer):
         async for frame in requests:
             if frame.WhichOneof("frame") == "submit":
                 order = order_from_pb(frame.submit, asyncio.get_running_loop().time())
-                self.orders.append(order)
+                if self._keeps_orders:
+                    self.orders.append(order)
                 self.on_order()
                 task = asyncio.create_task(self._work(session, frame.submit.handle, order))
-                tasks = session.jobs.setdefault(order.request.key, set())
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
+                session.jobs.setdefault(order.request.key, set()).add(task)
+                task.add_done_callback(partial(session.end_job, order.request.key))
             elif frame.WhichOneof("frame") == "cancel":
                 key = key_from_pb(frame.cancel)
                 self.cancels.append(key)
-                for task in session.jobs.pop(key, ()):
+                for task in session.jobs.pop(key, set()):
                     task.cancel()
         session.outbox.put_nowait(None)
 
@@ -365,6 +375,7 @@ async def _serve(args: argparse.Namespace) -> None:
         roles=frozenset(Role(name) for name in args.roles.split(",")),
         step_s=args.step_ms / 1e3,
         num_blocks=args.num_blocks,
+        keeps_orders=False,
     )
     await engine.start()
     print("ready", flush=True)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from diptych.cluster.router import mirror as mirror_module
 from diptych.cluster.router.mirror import PrefixMirror, PromptNames
 from diptych.kvtransfer.pool import BlockPool, BlockTable
+from diptych.kvtransfer.prefix import block_name
 
 SIZE = 2
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9).map(tuple)
@@ -42,7 +43,7 @@ def test_a_chain_is_computed_once_for_all_engines_and_only_as_far_as_somebody_kn
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = []
-    true_name = mirror_module.block_name
+    true_name = block_name
 
     def counting(*args: object) -> bytes:
         calls.append(args)

@@ -52,7 +52,7 @@ class Time:
 
 
 def placer(policy: str, *, local_below: int = 0, clock: Time | None = None, pairs: PairMeter | None = None) -> Placer:
-    settings = PlacementSettings(policy=policy, local_prefill_below=local_below)  # type: ignore[arg-type]
+    settings = PlacementSettings(policy=policy, local_prefill_below=local_below)
     return placer_of(settings, pairs=pairs or PairMeter(), clock=clock or Time())
 
 

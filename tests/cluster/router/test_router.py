@@ -565,7 +565,7 @@ async def test_colocated_engines_get_whole_requests_under_every_policy(tmp_path:
     for policy in ("cost", "prefix", "session", "least_load", "round_robin"):
         folder = tmp_path / policy
         folder.mkdir()
-        placement = PlacementSettings(policy=policy)  # type: ignore[arg-type]
+        placement = PlacementSettings(policy=policy)
         async with rig(folder, {"d0": D, "d1": D}, placement=placement) as r:
             _, told = await r.ask()
             assert (told.prefill_engine, told.path) == ("", "local")
