@@ -6,16 +6,18 @@ import pytest
 
 from diptych.protos.lifecycle import RowMaker
 from diptych.protos.step import StepPlan, StepRow
-from diptych.protos.testing import EchoRunner, FakeReceiver, FakeSender, Ledger, echo_reference
+from diptych.protos.testing import EchoRunner, FakeReceiver, FakeSender, Ledger, echo_logprobs, echo_reference
 from diptych.protos.types import (
     EngineId,
     EngineRef,
     Finish,
     FinishReason,
     GenerateRequest,
+    PromptLogprobs,
     Role,
     SamplingParams,
     StepOutput,
+    TokenLogprobs,
     TransferKey,
 )
 
@@ -126,3 +128,52 @@ def test_a_ledger_notices_what_no_worker_may_emit(broken: str) -> None:
         second.finishes.append(Finish(key=KEY, role=Role.DECODE, reason=FinishReason.STOP))
     with pytest.raises(AssertionError):
         ledger(second)
+
+
+def test_an_echo_runner_notices_the_history_of_another_sequence() -> None:
+    sampling = SamplingParams(max_tokens=3, repetition_penalty=1.5)
+    makers = [RowMaker(GenerateRequest(key=KEY, prompt=tuple(PROMPT[:n]), sampling=sampling)) for n in (6, 5)]
+    runner = echo()
+    runner.launch(StepPlan(1, (makers[0].next_row(PROMPT, 0, 6, slot=0, blocks=[0, 1, 2]),)))
+    token = runner.collect().tokens[0]
+    assert token is not None
+    runner.launch(StepPlan(2, (makers[0].next_row([*PROMPT, token], 6, 1, slot=0, blocks=[0, 1, 2, 3]),)))
+    runner.collect()
+    makers[1].next_row(PROMPT[:5], 0, 5, slot=0, blocks=[4, 5, 6])  # takes the history that was due
+    with pytest.raises(AssertionError, match="history"):
+        runner.launch(StepPlan(3, (makers[1].next_row(PROMPT[:5], 0, 5, slot=0, blocks=[4, 5, 6]),)))
+
+
+def test_a_poisoned_row_comes_back_as_a_fault_and_leaves_garbage() -> None:
+    runner = echo()
+    runner.poison = lambda row: row.slot == 1
+    rows = [next_row(PROMPT, 0, 6, slot=slot, blocks=[3 * slot, 3 * slot + 1, 3 * slot + 2]) for slot in (0, 1)]
+    runner.launch(StepPlan(1, tuple(rows)))
+    result = runner.collect()
+    assert result.tokens == (echo_reference(PROMPT, 1)[0], None)
+    assert result.faults == {1}
+    assert runner.read([3], 1) != [(0, PROMPT[0])]
+
+
+def test_logprobs_name_the_guess_first_and_rank_the_token() -> None:
+    guess = echo_reference(PROMPT, 1)[0]
+    sure, unsure = echo_logprobs(PROMPT, guess, 2), echo_logprobs(PROMPT, guess + 4, 2)
+    assert (sure.rank, sure.logprob, sure.top[0]) == (1, -1.0, (guess, -1.0))
+    assert (unsure.rank, unsure.logprob) == (5, -5.0)
+    assert [logprob for _, logprob in sure.top] == [-1.0, -2.0]
+
+
+@pytest.mark.parametrize("broken", ["gap", "repeat", "late", "empty"])
+def test_a_ledger_notices_prompt_logprobs_that_no_worker_may_emit(broken: str) -> None:
+    ledger, told = Ledger(), TokenLogprobs(-1.0, 1)
+    ledger(StepOutput(prompt_logprobs=[PromptLogprobs(KEY, 1, (told, told))]))
+    out = StepOutput(prompt_logprobs=[PromptLogprobs(KEY, {"gap": 4, "repeat": 2}.get(broken, 3), (told,))])
+    if broken == "empty":
+        out = StepOutput(prompt_logprobs=[PromptLogprobs(KEY, 3, ())])
+    if broken == "late":
+        first = StepOutput()
+        first.add(KEY, 0, 5, told)
+        ledger(first)
+        assert ledger.logprobs == {KEY: [told]}
+    with pytest.raises(AssertionError):
+        ledger(out)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from diptych.protos.errors import EngineFault
-from diptych.protos.lifecycle import Deadlines, RowMaker, StageTimer, execute, finish_reason
+from diptych.protos.lifecycle import Deadlines, RowMaker, StageTimer, execute, finish_reason, logit_rules
 from diptych.protos.ports import Runner
-from diptych.protos.step import StepPlan, StepResult, StepRow
-from diptych.protos.types import FinishReason, GenerateRequest, SamplingParams, StageTimes, TransferKey
+from diptych.protos.step import LogitRules, SampleSpec, StepPlan, StepResult, StepRow
+from diptych.protos.types import FinishReason, GenerateRequest, SamplingParams, StageTimes, TokenLogprobs, TransferKey
 
 PARAMS = SamplingParams(max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, seed=11, stop_token_ids=frozenset({2}))
 
@@ -120,3 +121,127 @@ def test_deadlines_do_not_pile_up() -> None:
         deadlines.discard(key(number))
     assert len(deadlines._heap) <= 64 + 1
     assert deadlines.earliest() is None
+
+
+# ---- rows with everything that can be asked for -----------------------------------------------
+
+
+def test_rules_exist_only_where_something_is_set() -> None:
+    assert logit_rules(SamplingParams(max_tokens=3, stop_token_ids=frozenset({2})), 5) is None
+    assert logit_rules(SamplingParams(max_tokens=3, min_tokens=2), 5) is None, "there is nothing to hold back"
+    held = logit_rules(SamplingParams(max_tokens=3, min_tokens=2, stop_token_ids=frozenset({9, 2})), 5)
+    assert held == LogitRules(num_prompt=5, min_tokens=2, stop_token_ids=(2, 9))
+    for change in (
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+        {"logit_bias": ((3, 1.0),)},
+        {"bad_words": ((3, 4),)},
+        {"allowed_token_ids": ()},
+        {"allowed_token_ids": (1, 2)},
+    ):
+        rules = logit_rules(replace(PARAMS, **change), 5)
+        ((name, value),) = change.items()
+        assert rules is not None
+        assert getattr(rules, name) == value
+
+
+def test_all_rows_share_one_rules_object_and_the_history_is_given_once_per_slot() -> None:
+    maker = rows([7, 8, 9], replace(PARAMS, repetition_penalty=1.2, min_p=0.1, logprobs=4))
+
+    def sample(tokens: list[int], start: int) -> SampleSpec:
+        found = maker.next_row(tokens, start, len(tokens) - start, slot=0, blocks=[0]).sample
+        assert found is not None
+        return found
+
+    assert maker.next_row([7, 8, 9], 0, 2, slot=0, blocks=[0]).sample is None
+    first, second = sample([7, 8, 9], 2), sample([7, 8, 9, 1], 3)
+    assert (first.history, second.history) == ((7, 8, 9), None)
+    assert first.rules is second.rules is maker.rules is not None
+    assert (first.min_p, first.logprobs) == (0.1, 4)
+    maker.new_slot()
+    assert sample([7, 8, 9, 1, 2], 0).history == (7, 8, 9, 1, 2)
+    assert sample([7, 8, 9, 1, 2, 3], 5).history is None
+
+
+@pytest.mark.parametrize("change", [{}, {"logit_bias": ((1, 2.0),)}, {"bad_words": ((1,),)}])
+def test_no_history_where_no_rule_looks_back(change: dict[str, object]) -> None:
+    sample = rows([7, 8, 9], replace(PARAMS, **change)).next_row([7, 8, 9], 0, 3, slot=0, blocks=[0]).sample  # type: ignore[arg-type]
+    assert sample is not None
+    assert sample.history is None
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("num_prompt", [1, 2, 5, 8])
+def test_every_prompt_position_is_asked_for_and_told_once(num_prompt: int, chunk: int) -> None:
+    prompt = list(range(num_prompt))
+    maker = rows(prompt, replace(PARAMS, prompt_logprobs=0))
+    assert maker.max_cached_tokens(num_prompt) == 0
+    told: list[int] = []
+    for start in range(0, num_prompt, chunk):
+        row = maker.next_row(prompt, start, min(chunk, num_prompt - start), slot=0, blocks=[0] * 8)
+        stop = start + row.num_tokens
+        assert row.next_token == (prompt[stop] if stop < num_prompt else None)
+        if row.prompt_logprobs is None:
+            assert stop == start + 1 == num_prompt, "only the last position alone has nothing to tell"
+            continue
+        answer = [position(at) for at in range(start + 1, stop + (row.next_token is not None))]
+        news = maker.tell_prompt(row, answer)
+        assert news is not None
+        assert news.first == len(told) + 1
+        told += [entry.rank for entry in news.logprobs]
+    assert told == list(range(1, num_prompt))
+    again = maker.next_row([*prompt, 50], 0, num_prompt + 1, slot=0, blocks=[0] * 8)
+    assert again.prompt_logprobs is None, "what was told is not asked for again"
+    assert maker.max_cached_tokens(num_prompt + 1) == num_prompt, "nor need it be computed again"
+
+
+def position(at: int) -> TokenLogprobs:
+    return TokenLogprobs(-1.0, at)
+
+
+def test_what_is_computed_again_tells_only_the_rest() -> None:
+    maker = rows(range(8), replace(PARAMS, prompt_logprobs=1))
+    first = maker.next_row(range(8), 0, 3, slot=0, blocks=[0])
+    assert maker.tell_prompt(first, [position(at) for at in (1, 2, 3)]) is not None
+    assert maker.max_cached_tokens(8) == 3
+    again = maker.next_row(range(8), 0, 8, slot=1, blocks=[0])
+    assert (again.prompt_logprobs, again.next_token) == (1, None)
+    news = maker.tell_prompt(again, [position(at) for at in range(1, 8)])
+    assert news is not None
+    assert (news.first, [entry.rank for entry in news.logprobs]) == (4, [4, 5, 6, 7])
+
+
+def test_a_prompt_that_another_engine_told_of_is_like_any_other() -> None:
+    maker = rows(range(8), replace(PARAMS, prompt_logprobs=1))
+    maker.prompt_is_told()
+    assert maker.max_cached_tokens(8) == 7
+    assert maker.next_row(range(8), 0, 8, slot=0, blocks=[0]).prompt_logprobs is None
+
+
+def test_a_stop_token_counts_only_after_min_tokens() -> None:
+    held = replace(PARAMS, min_tokens=2, max_tokens=9)
+    reasons = [finish_reason(held, 2, num_generated=n, num_prompt=1, max_context_tokens=100) for n in (1, 2, 3)]
+    assert reasons == [None, None, FinishReason.STOP]
+
+
+@pytest.mark.parametrize(
+    ("result", "fits"),
+    [
+        (StepResult(1, (5,), {0: position(1)}, {0: (position(1), position(2))}), True),
+        (StepResult(1, (5,), {}, {0: (position(1), position(2))}), False),
+        (StepResult(1, (5,), {0: position(1)}, {0: (position(1),)}), False),
+        (StepResult(1, (5,), {0: position(1)}), False),
+        (StepResult(1, (None,), faults=frozenset({0})), True),
+        (StepResult(1, (5,), faults=frozenset({0})), False),
+        (StepResult(1, (None,), faults=frozenset({0, 1})), False),
+    ],
+)
+def test_a_result_must_have_all_that_was_asked_for_but_of_faulty_rows(result: StepResult, fits: bool) -> None:
+    row = rows([1, 2, 3], replace(PARAMS, logprobs=0, prompt_logprobs=0)).next_row([1, 2, 3], 0, 3, slot=0, blocks=[0])
+    plan = StepPlan(1, (row,))
+    if fits:
+        assert execute(Strange(result), plan) is result
+    else:
+        with pytest.raises(EngineFault):
+            execute(Strange(result), plan)
