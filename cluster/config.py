@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -236,10 +236,14 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), model: 
         tree["models"] = _only(tree["models"], model)
     for override in overrides:
         _apply(tree, override)
+    return check_config(tree, str(file) if file is not None else "configuration")
+
+
+def check_config(tree: Mapping[str, Any], origin: str) -> DiptychConfig:
+    """The configuration that a tree of plain values means. Raises StartupError with a sentence per mistake."""
     try:
         return DiptychConfig.model_validate(tree)
     except ValidationError as exc:
-        origin = str(file) if file is not None else "configuration"
         raise StartupError(f"{origin}: " + "; ".join(_sentence(error) for error in exc.errors())) from exc
 
 

@@ -1,7 +1,8 @@
-"""The Ray Serve deployment `Router` of the app `diptych`: one router replica with its own HTTP listener, and the same
+"""The Ray Serve app `diptych`. Its deployment `Router` is one router replica with its own HTTP listener, and the same
 ASGI app as Serve's ingress. For Python users of Ray: `serve.get_app_handle("diptych").chat.remote({...})`.
 
-torch is never imported in this process.
+`build` is for `serve run` and `serve deploy` on a Ray cluster that exists: there the deployment `Pools` brings the
+engines up and takes them down. torch is never imported in these processes.
 """
 
 from __future__ import annotations
@@ -9,21 +10,25 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
 
-from diptych.cluster.config import RouterSettings
+from diptych.cluster.config import DiptychConfig, RouterSettings, check_config, load_config
 from diptych.cluster.inprocess import post_json
 from diptych.cluster.models import ModelFolder
 from diptych.cluster.observability.tracing import configure_tracing, flush_tracing
-from diptych.protos.errors import EngineLost, InvalidRequest, error_from_code
+from diptych.protos.errors import EngineLost, InvalidRequest, StartupError, error_from_code
 
 APP_NAME = "diptych"
 READY_POLL_S = 0.05
 HEALTH_TIMEOUT_S = 5.0
+SHUTDOWN_MARGIN_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +63,7 @@ class RouterPlan:
 class RouterDeployment:
     """Composition only: router, app, listener."""
 
-    async def __init__(self, plan: RouterPlan) -> None:  # type: ignore[misc] # Serve awaits it
+    async def __init__(self, plan: RouterPlan | DeploymentHandle[Any]) -> None:  # type: ignore[misc] # Serve awaits it
         from diptych.cluster.api.app import create_app
         from diptych.cluster.api.listener import start_listener
         from diptych.cluster.api.served import ServedModel
@@ -66,6 +71,8 @@ class RouterDeployment:
         from diptych.cluster.router.router import Router
 
         logging.getLogger("diptych").setLevel(logging.INFO)
+        if isinstance(plan, DeploymentHandle):  # of Pools: waits until the engines are ready
+            plan = cast("RouterPlan", await plan.router_plan.remote())
         configure_tracing(plan.trace_file, "router")
         models = [
             ServedModel.load(m.name, m.folder, max_context_tokens=m.max_context_tokens, seed=m.seed)
@@ -76,7 +83,7 @@ class RouterDeployment:
         await self._router.start()
         self._app = create_app(self._router, models)
         self._is_draining = False
-        settings = plan.settings
+        self._settings = settings = plan.settings
         self._listener = await start_listener(self._app, host=settings.host, port=settings.port, limits=settings.limits)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -105,11 +112,17 @@ class RouterDeployment:
             raise EngineLost(f"no decode engine could be reached within {timeout_s:g} s") from None
 
     async def drain(self, grace_s: float) -> None:
-        """Accept nothing more, let running requests end for `grace_s` seconds, cancel the rest."""
+        """Accept nothing more, let running requests end for `grace_s` seconds, cancel the rest. Once."""
+        if self._is_draining:
+            return
         self._is_draining = True
         await self._listener.stop(grace_s)
         await self._router.stop()
         flush_tracing()
+
+    async def __del__(self) -> None:
+        """Serve awaits it before it ends a replica."""
+        await self.drain(self._settings.drain_grace_s)
 
     async def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         """A chat completion, whole: the body and the answer of POST /v1/chat/completions. Raises its errors."""
@@ -127,3 +140,74 @@ class RouterDeployment:
             error = answer["error"]
             raise error_from_code(error.get("code") or "internal_error", error["message"])
         return answer
+
+
+@serve.deployment(
+    name="Pools",
+    num_replicas=1,
+    health_check_period_s=5,
+    health_check_timeout_s=10,
+    max_constructor_retry_count=1,
+    ray_actor_options={"num_cpus": 0},
+)
+class PoolsDeployment:
+    """The engines of an app of `build`. A replica that dies leaves them running, and the next one takes them over."""
+
+    async def __init__(self, config: DiptychConfig) -> None:  # type: ignore[misc] # Serve awaits it
+        from diptych.cluster.control.deploy import PoolsKeeper
+
+        logging.getLogger("diptych").setLevel(logging.INFO)
+        self._keeper = PoolsKeeper(config)
+        folders = await self._keeper.start()
+        self._plan = router_plan(config, folders)
+
+    async def router_plan(self) -> RouterPlan:
+        """For Router."""
+        return self._plan
+
+    async def __del__(self) -> None:
+        """Serve awaits it when the app is deleted, updated or shut down."""
+        await self._keeper.stop()
+
+
+def router_plan(config: DiptychConfig, folders: Mapping[str, ModelFolder]) -> RouterPlan:
+    """What a router replica of this configuration is told; `folders` by model name."""
+    models = tuple(
+        RoutedModel(name=name, folder=folders[name], max_context_tokens=settings.max_context_tokens, seed=settings.seed)
+        for name, settings in config.models.items()
+    )
+    return RouterPlan(settings=config.router, models=models, trace_file=config.telemetry.trace_file)
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The app for `import_path: diptych.cluster.entry:build`; name it `diptych`.
+
+    `args` is `{config: FILE}` or what such a file holds. Where it sets no router.port, the router's own listener takes
+    a free one: 8000 is Serve's. Raises StartupError for a wrong configuration.
+    """
+    if "config" in args:
+        if len(args) > 1:
+            raise StartupError(
+                f"args: config names a file, and {', '.join(sorted(set(args) - {'config'}))} stand beside it"
+            )
+        config = load_config(Path(args["config"]))
+    else:
+        config = check_config(args, "args")
+    foreign = [f"ray.{key}" for key in sorted(config.ray.model_fields_set - {"engine_timeout_s"})]
+    foreign += ["router.serve_port"] if "serve_port" in config.router.model_fields_set else []
+    if foreign:
+        raise StartupError(
+            f"{', '.join(foreign)}: these belong to `diptych serve`; a deployment finds Ray and Serve there"
+        )
+    if "port" not in config.router.model_fields_set:
+        config = config.model_copy(update={"router": config.router.model_copy(update={"port": 0})})
+    grace_s = config.router.drain_grace_s + SHUTDOWN_MARGIN_S
+    pools = cast("Any", PoolsDeployment).options(graceful_shutdown_timeout_s=grace_s).bind(config)
+    return cast("Application", cast("Any", RouterDeployment).options(graceful_shutdown_timeout_s=grace_s).bind(pools))
+
+
+def __getattr__(name: str) -> Application:
+    """`diptych.cluster.entry:app` is the app of the default configuration, for `serve build`; made when asked for."""
+    if name == "app":
+        return build({})
+    raise AttributeError(name)

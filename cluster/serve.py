@@ -109,7 +109,8 @@ def _print_ready(state: ClusterState, timeline: Timeline, degraded: list[str]) -
         say(f"  {choice}")
     say(f"\nready: {state.url}  (OpenAI API; also /info, /metrics)")
     say(f"       {state.serve_url}  (the same through Ray Serve)")
-    say(f"       ray address {state.ray_address}, state in {state.folder}")
+    client = f", for Ray clients {state.ray_client_address}" if state.ray_client_address else ""
+    say(f"       ray address {state.ray_address}{client}; state in {state.folder}")
     body = '{"model": "%s", "messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'
     say("\ntry it:")
     say(f"  curl -N {state.url}/v1/chat/completions -H 'Content-Type: application/json' \\")

@@ -92,6 +92,7 @@ class Cluster:
             url=url,
             serve_url=serve_url,
             ray_address=address,
+            ray_client_address=None if self._head is None else self._head.client_address,
             token_path=None if self._head is None else str(self._head.token_path),
             folder=str(folder),
             models=tuple(config.models),
@@ -206,7 +207,7 @@ class Cluster:
     def _start_router(self, folders: dict[str, ModelFolder]) -> str:
         from ray import serve
 
-        from diptych.cluster.entry import APP_NAME, RoutedModel, RouterDeployment, RouterPlan
+        from diptych.cluster.entry import APP_NAME, RouterDeployment, router_plan
 
         config = self._config
         # Serve says on this terminal what it does and what it misses while it ends; only errors are of use here.
@@ -219,16 +220,7 @@ class Cluster:
         )
         if self._head is None:  # our own Ray takes Serve down with it, and other people's apps live on theirs
             self._ending.callback(serve.delete, APP_NAME)
-        models = tuple(
-            RoutedModel(
-                name=name,
-                folder=folders[name],
-                max_context_tokens=settings.max_context_tokens,
-                seed=settings.seed,
-            )
-            for name, settings in config.models.items()
-        )
-        plan = RouterPlan(settings=config.router, models=models, trace_file=config.telemetry.trace_file)
+        plan = router_plan(config, folders)
         try:
             self._router = serve.run(cast("Any", RouterDeployment).bind(plan), name=APP_NAME, route_prefix="/")
         except RuntimeError as exc:

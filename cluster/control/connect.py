@@ -1,7 +1,8 @@
-"""For Python users of Ray on the same machine: join a running cluster and get the router's handle."""
+"""For other processes of the same user on the same machine: join a running cluster's Ray."""
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,27 +11,58 @@ from diptych.cluster.config import default_run_dir
 from diptych.protos.errors import StartupError
 
 from .launch import ray_environment
-from .state import find_cluster
+from .state import ClusterState, find_cluster
 
 
-def connect(url: str | None = None, run_dir: Path | None = None) -> Any:
+def serve_handle(url: str | None = None, run_dir: Path | None = None) -> Any:
     """The `DeploymentHandle` of the router of the cluster at `url` (None: the one started last on this machine).
 
     Call it before anything else imports ray: Ray reads its authentication from the environment when it is loaded.
     Raises StartupError when no such cluster runs.
     """
-    state = find_cluster(run_dir or default_run_dir(), url)
+    join(running_cluster(url, run_dir))
+    from ray import serve
+
+    return serve.get_app_handle("diptych")
+
+
+def manager(address: str | None = None, url: str | None = None, run_dir: Path | None = None) -> Any:
+    """The handle of the PoolManager of the Ray cluster at `address`, else as for `serve_handle`. Raises StartupError."""
+    join(running_cluster(url, run_dir) if address is None else address)
+    import ray
+
+    from .engines import NAMESPACE
+    from .manager_actor import MANAGER_NAME
+
+    try:
+        return ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
+    except ValueError as exc:
+        raise StartupError(f"no Diptych cluster runs on the Ray cluster at {address}") from exc
+
+
+def running_cluster(url: str | None = None, run_dir: Path | None = None) -> ClusterState:
+    """What the cluster started last on this machine (at `url`) says of itself. Raises StartupError without one."""
+    run_dir = run_dir or default_run_dir()
+    state = find_cluster(run_dir, url)
     if state is None:
         raise StartupError(
-            f"no cluster of yours runs {f'at {url}' if url else 'on this machine'}; start `diptych serve`"
+            f"no cluster of yours runs {f'at {url}' if url else 'here'} (looked in {run_dir}); start `diptych serve`"
         )
-    if state.token_path is not None:
-        os.environ |= ray_environment(Path(state.token_path))
+    return state
+
+
+def join(where: ClusterState | str) -> None:
+    """Connect this process to a Ray cluster, unless it is connected. Raises StartupError."""
+    address = where if isinstance(where, str) else where.ray_address
+    if isinstance(where, ClusterState) and where.token_path is not None:
+        os.environ |= ray_environment(Path(where.token_path))
     import ray
-    from ray import serve
 
     from .engines import NAMESPACE
 
-    if not ray.is_initialized():
-        ray.init(address=state.ray_address, namespace=NAMESPACE, log_to_driver=False)
-    return serve.get_app_handle("diptych")
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as exc:
+        raise StartupError(f"cannot join the Ray cluster at {address}: {' '.join(str(exc).split())[:300]}") from exc

@@ -35,6 +35,7 @@ class RayHead:
 
     process: subprocess.Popen[bytes]
     address: str
+    client_address: str  # for `ray.init`, from Python processes that are no part of the cluster
     token_path: Path
     log: Path
 
@@ -52,6 +53,9 @@ def ray_environment(token_path: Path) -> dict[str, str]:
         # Off, this variable makes Ray treat the machine as a cluster of its own and bind to loopback only. On Linux
         # nothing else depends on it; without it Ray replaces 127.0.0.1 by the address of the network card.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Ray's client proxy forks a server per client while its other threads are in gRPC; with gRPC's handlers around
+        # the fork that child sometimes dies at once, and the client waits half a minute for an error.
+        "GRPC_ENABLE_FORK_SUPPORT": "0",
         # On SIGTERM end now: who could move elsewhere has been drained, and a single node has no elsewhere.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
@@ -66,7 +70,8 @@ def start_ray(folder: Path, settings: RaySettings) -> RayHead:
     # For this process too: Ray reads them when it is first imported.
     os.environ |= environment
     log = folder / "ray.log"
-    process = spawn(_command(folder, settings), log, environment)
+    client, dashboard, agent = free_ports(3)
+    process = spawn(_command(folder, settings, client, dashboard, agent), log, environment)
     address_file = folder / "ray" / "ray_current_cluster"
     deadline = time.monotonic() + settings.start_timeout_s
     try:
@@ -82,7 +87,7 @@ def start_ray(folder: Path, settings: RaySettings) -> RayHead:
     except BaseException:
         end_tree(process)
         raise
-    return RayHead(process, address, token_path, log)
+    return RayHead(process, address, f"ray://127.0.0.1:{client}", token_path, log)
 
 
 def end_tree(process: subprocess.Popen[bytes], grace_s: float = _TERM_GRACE_S) -> None:
@@ -103,8 +108,7 @@ def end_tree(process: subprocess.Popen[bytes], grace_s: float = _TERM_GRACE_S) -
     psutil.wait_procs(alive, timeout=_KILL_GRACE_S)
 
 
-def _command(folder: Path, settings: RaySettings) -> list[str]:
-    client, dashboard, agent = free_ports(3)
+def _command(folder: Path, settings: RaySettings, client: int, dashboard: int, agent: int) -> list[str]:
     options = {
         "port": 0,
         "temp-dir": folder / "ray",

@@ -196,7 +196,7 @@ class Pools:
     async def release(self, owner: str, grace_s: float) -> bool:
         """End all engines, if the pools still belong to `owner`. False: somebody else applied a plan since."""
         self.adopt()
-        if owner != self._owner:
+        if self._plan is not None and owner != self._owner:
             return False
         async with self._lock:
             self._plan, self._pools = None, {}

@@ -22,19 +22,23 @@ STATE_FILE = "state.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterState:
-    """What one needs to talk to a running cluster. `token_path` is None when the Ray cluster is somebody else's."""
+    """What one needs to talk to a running cluster. `token_path` and `ray_client_address` are None when the
+    Ray cluster is somebody else's."""
 
     pid: int  # of `diptych serve`
     url: str  # of the API
     serve_url: str  # the same through Ray Serve's proxy
     ray_address: str
+    ray_client_address: str | None  # ray://host:port
     token_path: str | None
     folder: str
     models: tuple[str, ...]
 
 
-def make_folder(run_dir: Path) -> Path:
-    """A new private folder for this process below `run_dir`; folders whose process is gone are removed.
+def make_folder(run_dir: Path, name: str = "") -> Path:
+    """A private folder for this process below `run_dir`; folders whose process is gone are removed.
+
+    With a `name` it is that of a deployment, outlives this process, and is taken as it is when it is there.
 
     Raises StartupError when `run_dir` belongs to somebody else or others may write to it.
     """
@@ -47,9 +51,10 @@ def make_folder(run_dir: Path) -> Path:
                 "set run_dir to another one"
             )
         _sweep(run_dir)
-        folder = run_dir / str(os.getpid())
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
+        folder = run_dir / (name or str(os.getpid()))
+        if not name:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700, exist_ok=bool(name))
     except OSError as exc:
         raise StartupError(f"cannot create a folder below run_dir {run_dir}: {exc.strerror}") from exc
     return folder

@@ -68,7 +68,14 @@ def test_a_taken_port_is_not_free_and_free_ports_differ() -> None:
 
 def state_of(folder: Path, pid: int, url: str = "http://u") -> ClusterState:
     return ClusterState(
-        pid=pid, url=url, serve_url="s", ray_address="r", token_path="t", folder=str(folder), models=("m",)
+        pid=pid,
+        url=url,
+        serve_url="s",
+        ray_address="r",
+        ray_client_address="ray://r",
+        token_path="t",
+        folder=str(folder),
+        models=("m",),
     )
 
 

@@ -1,0 +1,69 @@
+"""The engines of a Serve app: what `diptych serve` does for its own Ray, done from inside a Ray cluster that exists."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import uuid
+from pathlib import Path
+
+import ray
+
+from diptych.cluster.config import DiptychConfig
+from diptych.cluster.models import ModelFolder, resolve
+from diptych.protos.errors import StartupError
+
+from . import host
+from .manager_actor import ensure_manager
+from .memory import plan_memory
+from .plan import plan_cluster
+from .state import make_folder
+
+FOLDER = "deployed"
+
+log = logging.getLogger(__name__)
+
+
+class PoolsKeeper:
+    """`start` once, `stop` once. `stop` ends nothing that a later keeper has taken over meanwhile."""
+
+    def __init__(self, config: DiptychConfig) -> None:
+        self._config = config
+        self._owner = uuid.uuid4().hex
+        self._folder: Path | None = None
+
+    async def start(self) -> dict[str, ModelFolder]:
+        """Until all engines are ready; the models' folders by name. Raises StartupError, and nothing is left then."""
+        config = self._config
+        folders = {
+            name: await asyncio.to_thread(resolve, settings.source, config.cache_dir, log.info)
+            for name, settings in config.models.items()
+        }
+        self._folder = make_folder(config.run_dir, FOLDER)
+        plan = plan_cluster(config, folders, self._folder)
+        manager = ensure_manager()
+        _, present = await manager.engines.remote()
+        memory = plan_memory(plan.engines(), host.memory_with([info.pid for info in present]), ray_is_ours=False)
+        log.info("memory plan (MiB)\n%s", memory.table())
+        try:
+            memory.check()
+            await manager.apply.remote(plan, self._owner)
+            done = await manager.settled.remote()
+            if done.failed:
+                raise StartupError("; ".join(done.failed))
+        except BaseException:
+            await self.stop(grace_s=0.0)
+            raise
+        return folders
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Let the engines finish what they have, for the configuration's grace unless told otherwise, and end them."""
+        grace_s = self._config.router.drain_grace_s if grace_s is None else grace_s
+        manager = ensure_manager()
+        with contextlib.suppress(ray.exceptions.RayError):
+            if await manager.release.remote(self._owner, grace_s):
+                ray.kill(manager)
+                if self._folder is not None:
+                    shutil.rmtree(self._folder, ignore_errors=True)

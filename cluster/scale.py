@@ -1,0 +1,63 @@
+"""The verb `diptych scale`: asks the pool manager for other pool sizes and tells what came of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from diptych.cluster.config import load_config
+from diptych.protos.errors import DiptychError, StartupError
+from diptych.protos.types import Role
+
+CALL_TIMEOUT_S = 3600.0  # the manager has time limits of its own for engines that start and that drain
+
+
+def run_scale(
+    model: str,
+    sizes: dict[Role, int],
+    *,
+    config: Path | None = None,
+    url: str | None = None,
+    address: str | None = None,
+) -> int:
+    """Change the pools of `model` one after the other; the exit code. `address` is a Ray cluster's, see `connect`."""
+    try:
+        if not sizes:
+            raise StartupError("say what to change: --prefill N, --decode N, or both")
+        from diptych.cluster.control.connect import manager
+
+        handle = manager(address, url, load_config(config).run_dir)
+        code = 0
+        for role, engines in sizes.items():
+            code |= _scale(handle, model, role, engines)
+    except DiptychError as exc:
+        print(f"diptych: {exc}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _scale(handle: Any, model: str, role: Role, engines: int) -> int:
+    import ray
+
+    began = time.monotonic()
+    try:
+        done: Any = ray.get(handle.scale.remote(model, role, engines), timeout=CALL_TIMEOUT_S)
+    except ray.exceptions.RayTaskError as exc:
+        if isinstance(exc.cause, DiptychError):
+            raise exc.cause from exc
+        raise
+    except ray.exceptions.RayError as exc:
+        raise StartupError(f"the pool manager does not answer: {' '.join(str(exc).split())[:300]}") from exc
+    for engine in done.started:
+        print(f"{engine.info.ref.engine_id} is ready (pid {engine.info.pid})")
+    for name in done.ended:
+        print(f"{name} has finished its requests and ended")
+    for sentence in done.failed:
+        print(f"diptych: {sentence}", file=sys.stderr)
+    if not (done.started or done.ended or done.failed):
+        print(f"the {role} pool of {model} has {engines} already")
+    else:
+        print(f"{role} pool of {model}: {time.monotonic() - began:.1f} s")
+    return 1 if done.failed else 0
