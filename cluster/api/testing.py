@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from diptych.cluster.config import LimitSettings, RouterSettings
+from diptych.cluster.models import NO_DEFAULTS, SamplingDefaults
 from diptych.cluster.router.router import Router
 from diptych.cluster.router.testing import EchoEngine, StaticDirectory
 from diptych.protos.types import Role
@@ -75,8 +76,10 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def front_door(limits: LimitSettings | None = None, step_s: float = 0.0) -> AsyncIterator[FrontDoor]:
-    """Everything started, both engines connected; everything stopped afterwards."""
+async def front_door(
+    limits: LimitSettings | None = None, step_s: float = 0.0, defaults: SamplingDefaults = NO_DEFAULTS
+) -> AsyncIterator[FrontDoor]:
+    """Everything started, both engines connected; everything stopped afterwards. `defaults` are the model's."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engines = []
@@ -99,6 +102,7 @@ async def front_door(limits: LimitSettings | None = None, step_s: float = 0.0) -
             vocab_size=tokenizer.get_vocab_size(),
             max_context_tokens=2048,
             eos_token_ids=frozenset(tokenizer.encode("<|im_end|>").ids),
+            defaults=defaults,
         )
         stack.callback(served.renderer.close)
         app = create_app(router, [served])
