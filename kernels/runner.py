@@ -3,7 +3,7 @@
 The last token sampled for a slot stays here, so that the next step can be launched before the host has read this one.
 On a CPU `launch` computes the step; its error, if any, is kept for `collect`.
 
-logits of a step | sampled rows | other rows | prompt logprobs: their rows' positions but the last |
+logits of a step | sampled rows: their last positions | prompt logprobs: the positions before the tokens told |
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _PromptRow:
     """A row of the plan whose prompt tokens are to be told."""
 
     row: int
-    places: list[int]  # in the logits, of the positions before these tokens
+    places: range  # in the logits, of the positions before these tokens
     tokens: list[int]
     top: int
 
@@ -46,10 +46,11 @@ class _Inputs:
 
     batch: RaggedBatch
     ids: list[int]  # of each token of the row; 0 where it comes from a slot
-    carried: list[tuple[int, int, int]]  # place in the logits, row index and the slot whose last token belongs there
+    carried: list[tuple[int, int, int]]  # place in `order`, row index and the slot whose last token belongs there
     kept: list[int]  # row indices whose logits are computed
-    order: list[int]  # rows of the plan by the place of their last position's logits: those that sample come first
+    order: list[int]  # rows of the plan, those that sample first
     slots: list[int]  # of each of these
+    owners: list[int]  # of each token of the row, its place in `order`
     specs: list[SampleSpec]  # of those that sample
     histories: dict[int, Tensor]  # by index of the spec, where its rules look at earlier tokens
     prompts: list[_PromptRow]
@@ -128,8 +129,8 @@ class ModelRunner:
     def collect(self) -> StepResult:
         """See ports.Runner. EngineFault: no row of the step has a token, and slots must not be continued from.
 
-        Rows in `faults`: the logits after the last position, or of a prompt token asked for, were not finite; or the
-        rules left no token; or the token to go on from was never sampled, because the row was in `faults` before.
+        Rows in `faults`: keys, values or logits that they computed are not finite; or their rules left no token; or the
+        token to go on from was never sampled, because the row was in `faults` before.
         """
         assert self._outstanding, "no step is outstanding"
         plan, outcome = self._outstanding.popleft()
@@ -158,28 +159,30 @@ class ModelRunner:
             ids.extend(self._ids_of(row))
         sampling = [index for index, row in enumerate(plan.rows) if row.sample is not None]
         order = sampling + [index for index, row in enumerate(plan.rows) if row.sample is None]
+        owners = [0] * len(ids)
         kept: list[int] = []
         carried: list[tuple[int, int, int]] = []
         specs: list[SampleSpec] = []
         histories: dict[int, Tensor] = {}
-        prompts: list[_PromptRow] = []
         for place, index in enumerate(order):
-            row, segment = plan.rows[index], segments[index]
-            kept.append(segment.first + segment.num_tokens - 1)
+            row, first = plan.rows[index], segments[index].first
+            owners[first : first + row.num_tokens] = [place] * row.num_tokens
             if row.tokens is None:
-                carried.append((place, segment.first, row.slot))
+                carried.append((place, first, row.slot))
             if row.sample is not None:
+                kept.append(first + row.num_tokens - 1)
                 specs.append(row.sample)
                 self._recall(row, row.sample, place, histories)
-            if row.prompt_logprobs is not None:
-                prompts.append(_prompt_row(row, index, place))
-        for prompt in prompts:
-            first, count = segments[prompt.row].first, segments[prompt.row].num_tokens - 1
-            prompt.places[:0] = range(len(kept), len(kept) + count)
-            kept.extend(range(first, first + count))
+        prompts: list[_PromptRow] = []
+        for index, row in enumerate(plan.rows):
+            if row.prompt_logprobs is not None and row.tokens is not None:
+                tokens = [*row.tokens[1:], *(() if row.next_token is None else (row.next_token,))]
+                first, place = segments[index].first, len(kept)
+                kept.extend(range(first, first + len(tokens)))
+                prompts.append(_PromptRow(index, range(place, len(kept)), tokens, row.prompt_logprobs))
         batch = build_batch(segments, self._block_tokens, self._model.device)
         slots = [plan.rows[index].slot for index in order]
-        return _Inputs(batch, ids, carried, kept, order, slots, specs, histories, prompts)
+        return _Inputs(batch, ids, carried, kept, order, slots, owners, specs, histories, prompts)
 
     def _recall(self, row: StepRow, spec: SampleSpec, place: int, histories: dict[int, Tensor]) -> None:
         """The sequence's tokens, where its rules look at them."""
@@ -203,12 +206,9 @@ class ModelRunner:
             missing = places, last < 0
         kept = torch.tensor(inputs.kept, dtype=torch.int64, device=device)
         logits_LV = self._model.forward(ids_T, inputs.batch, self._kv, kept)
-        num_sampled, num_rows = len(inputs.specs), len(inputs.order)
-        chosen = sample(logits_LV[:num_sampled], inputs.specs, inputs.histories)
-        # Rows that do not sample are looked at too: what is wrong in a chunk's KV reaches its last position, at the
-        # cost of one more row for the head. A NaN anywhere in a row is its maximum too.
-        others = torch.isfinite(logits_LV[num_sampled:num_rows].amax(dim=-1))
-        sound_R = torch.cat((chosen.sound_N, others))
+        chosen = sample(logits_LV[: len(inputs.specs)], inputs.specs, inputs.histories)
+        sound_R = self._sound_kv(inputs)
+        sound_R[: len(inputs.specs)] &= chosen.sound_N
         if missing is not None:
             sound_R[missing[0]] &= ~missing[1]
         asking = [index for index, spec in enumerate(inputs.specs) if spec.logprobs is not None]
@@ -222,6 +222,19 @@ class ModelRunner:
             prompts = logprobs(logits_LV, rows, tokens, max(prompt.top for prompt in inputs.prompts))
         return _Outcome(inputs, chosen.tokens_N, sound_R, sampled, prompts)
 
+    def _sound_kv(self, inputs: _Inputs) -> Tensor:
+        """Which rows' tokens have finite keys and values in the last layer, where a NaN of any layer before arrives.
+
+        Rows that do not sample have no other witness, and their KV is handed on and kept as a prefix for others.
+        """
+        batch = inputs.batch
+        broken_T = torch.zeros(batch.num_tokens, dtype=torch.int64, device=self._model.device)
+        for tensor in self._kv[self._model.layer_ids[-1]]:
+            written_TKH = tensor[batch.blocks_T, :, batch.offsets_T]
+            broken_T += ~torch.isfinite(written_TKH).flatten(1).all(dim=1)
+        owners_T = torch.tensor(inputs.owners, dtype=torch.int64, device=self._model.device)
+        return torch.zeros_like(broken_T[: len(inputs.order)]).index_add_(0, owners_T, broken_T) == 0
+
     def _ids_of(self, row: StepRow) -> Sequence[int]:
         assert 0 <= row.slot < self.max_slots, f"slot {row.slot}"
         assert row.start >= 0, f"start {row.start}"
@@ -232,16 +245,6 @@ class ModelRunner:
             return (0,)
         assert len(row.tokens) == row.num_tokens, "num_tokens does not match tokens"
         return row.tokens
-
-
-def _prompt_row(row: StepRow, index: int, place: int) -> _PromptRow:
-    """With the place of the last position; those of the others follow when all rows' last ones have theirs."""
-    assert row.tokens is not None
-    assert row.prompt_logprobs is not None
-    tokens = list(row.tokens[1:])
-    if row.next_token is None:
-        return _PromptRow(index, [], tokens, row.prompt_logprobs)
-    return _PromptRow(index, [place], [*tokens, row.next_token], row.prompt_logprobs)
 
 
 def _tops(inputs: _Inputs) -> list[int]:

@@ -215,6 +215,21 @@ def test_cpu_equals_the_reference(
     assert choose(cpu, logits, specs) == choose(reference, logits, specs)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.01, 3.0, 12.0])
+def test_top_p_near_its_ends_and_on_an_edge_equals_the_reference(scale: float) -> None:
+    """A flat row, where the mass of a prefix is top_p itself; and so peaked a row that one token is all of it."""
+    logits = logits_of(1, 1000, scale=scale)
+    for top_p in (1 - 1e-15, 1 - 1e-9, 0.999999, 0.5, 0.3, 0.1, 1e-300):
+        specs = [spec(1.0, top_p, seed=seed) for seed in range(8)]
+        rows = logits.expand(8, -1)
+        assert choose(cpu, rows, specs) == choose(reference, rows, specs)
+        one, two = (
+            cpu._kept_ids(torch.exp(logits[0] - logits[0].max()).numpy(), specs[0]),
+            reference.kept_tokens(torch.exp(logits[0] - logits[0].max()).double(), specs[0]).nonzero()[:, 0],
+        )
+        assert one.tolist() == two.tolist()
+
+
 def test_specs_and_rows_must_match() -> None:
     with pytest.raises(ValueError, match=r"\(2, 5\) for 1 specs"):
         launch.sample(torch.zeros(2, 5), [spec()])

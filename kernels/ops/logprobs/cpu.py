@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .columns import Logprobs
 
-PIECE = 32  # rows: 6 MiB of float32 at 49,152 tokens, 32 MiB at 262,144; a prompt's chunk has 512
+PIECE = 8  # rows: 1.5 MiB of float32 at 49,152 tokens, which the cache holds; a prompt's chunk has 512 rows
 
 
 def logprobs(logits_NV: Tensor, rows_R: Tensor, tokens_R: Tensor, most: int) -> Logprobs:

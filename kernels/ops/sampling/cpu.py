@@ -22,6 +22,7 @@ from .reference import ends_in
 from .sampled import Sampled
 
 Array = npt.NDArray[Any]
+ROUNDING = 1e-9  # relative; float64 sums of some 100,000 numbers differ by less than 1e-10 between orders
 
 
 def sample(logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[int, Tensor]) -> Sampled:
@@ -125,14 +126,35 @@ def _kept_ids(weights_V: Array, spec: SampleSpec) -> Array:
         count = spec.top_k
         largest = np.partition(weights_V, vocab - count)[vocab - count :]
     if spec.top_p < 1:
-        largest = -np.sort(-largest)
-        cumulated = torch.from_numpy(largest).cumsum(0, dtype=torch.float64).numpy()
-        count = max(1, int((cumulated - largest < spec.top_p * cumulated[-1]).sum()))
-        largest = largest[:count]
+        largest = _nucleus(largest, spec.top_p)
+        count = len(largest)
     ids = np.arange(vocab) if count == vocab else _at_least(weights_V, largest.min(), count)
     if spec.min_p > 0:  # the heaviest weighs 1
         ids = ids[weights_V[ids].astype(np.float64) >= spec.min_p]
     return ids
+
+
+def _nucleus(weights: Array, top_p: float) -> Array:
+    """The heaviest that hold top_p of the mass, descending.
+
+    Those lighter than the mean of what may be left out need not be sorted: 0.1 ms instead of 0.4 for a usual row. The
+    definition sums in order of weight; where its rounding could decide, everything is sorted.
+    """
+    rough = float(np.sum(weights, dtype=np.float64))
+    heavy = weights[np.flatnonzero(weights >= (1 - top_p) * rough / (2 * len(weights)))]
+    ordered, before, _ = _descending(heavy)
+    least, most = (np.count_nonzero(before < top_p * rough * margin) for margin in (1 - ROUNDING, 1 + ROUNDING))
+    if least != most or least == len(heavy):
+        ordered, before, total = _descending(weights)
+        least = np.count_nonzero(before < top_p * total)
+    return ordered[: max(1, least)]
+
+
+def _descending(weights: Array) -> tuple[Array, Array, np.float64]:
+    """The weights in order, the sum of those before each, and of all."""
+    ordered = -np.sort(-weights)
+    cumulated = torch.from_numpy(ordered).cumsum(0, dtype=torch.float64).numpy()
+    return ordered, cumulated - ordered, cumulated[-1]
 
 
 def _at_least(weights_V: Array, pivot: np.float32, count: int) -> Array:
