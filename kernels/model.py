@@ -28,6 +28,7 @@ from .ops.linear.cpu import has_blocked_layout
 from .ops.ragged import RaggedBatch
 from .probe import Probe, compute_alone, compute_ragged, differs, find_layers
 from .random_weights import allocate_parameters, random_digest, seeded
+from .rope import context_tokens
 from .weights import load_weights, weights_digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -92,6 +93,9 @@ def load_model(folder: Path, *, dtype: str, device: str = "cpu", random_seed: in
         expected = compute_alone(partial(run_module, module), text.vocab_size, shapes, probe)
         degraded = _swap_modules(module, probe.dtype, place)
         compute = _choose_forward(module, text.vocab_size, shapes, probe, expected, degraded)
+    max_context_tokens, shortened = context_tokens(module, text)
+    if shortened is not None:
+        degraded.append(shortened)
     return LoadedModel(
         module=module,
         compute=compute,
@@ -99,7 +103,7 @@ def load_model(folder: Path, *, dtype: str, device: str = "cpu", random_seed: in
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=text.vocab_size,
-        max_context_tokens=text.max_position_embeddings,
+        max_context_tokens=max_context_tokens,
         dtype=dtype,
         device=place,
         weights_digest=weights_digest(folder) if random_seed is None else random_digest(folder, random_seed),

@@ -101,7 +101,7 @@ def read_facts(folder: Path, name: str) -> ModelFacts:
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=vocab_size,
-        max_context_tokens=sizes.number(("max_position_embeddings", "n_positions", "max_seq_len"), 1_000_000_000),
+        max_context_tokens=_context_tokens(sizes),
         weights_bytes=sum(entry.end - entry.begin for entry in tensors.values()),
         num_parameters=sum(entry.num_elements for entry in tensors.values()),
         eos_token_ids=_token_ids(sizes, "eos_token_id", eos, vocab_size),
@@ -110,6 +110,16 @@ def read_facts(folder: Path, name: str) -> ModelFacts:
         chat_template=_chat_template(folder, tokenizer_config),
         defaults=read_defaults(folder / "generation_config.json", generation_config),
     )
+
+
+def _context_tokens(sizes: _Sizes) -> int:
+    """Of a model with longrope only its original context: kernels/rope.py says why."""
+    whole = sizes.number(("max_position_embeddings", "n_positions", "max_seq_len"), 1_000_000_000)
+    rope = sizes.find(("rope_parameters", "rope_scaling"))
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
+        return whole
+    original = rope.get("original_max_position_embeddings", sizes.find(("original_max_position_embeddings",)))
+    return min(whole, original) if isinstance(original, int) and original > 0 else whole
 
 
 class _Sizes:

@@ -29,6 +29,8 @@ ROWS: dict[str, list[tuple[int, int]]] = {
     "prompts one off the edges": [(0, 3), (0, 4), (0, 5), (0, 15), (0, 16), (0, 17)],
     "chunks behind a cached prefix": [(4, 4), (3, 2), (16, 17), (33, 1)],
     "decode, prefill and chunk mixed": [(37, 1), (0, 9), (0, 1), (5, 1), (8, 8), (70, 1)],
+    "equal chunks side by side": [(0, 5), (0, 5), (7, 5), (9, 5)],
+    "equal chunks with others between": [(0, 5), (3, 1), (0, 5), (60, 3), (7, 5), (0, 2), (61, 3), (90, 5)],
     "very different lengths": [(1, 1), (130, 1), (2, 1), (64, 1), (129, 1), (0, 1)],
 }
 

@@ -1,4 +1,4 @@
-"""Paged attention on a CPU: sequences with one new token are gathered and batched, longer ones go one by one.
+"""Paged attention on a CPU: sequences with equally many new tokens are gathered and batched.
 
 T tokens of the row, H query heads, G KV heads, R = H / G, D head size, N blocks, B tokens a block; S sequences of a
 group, n new tokens, L padded context.
@@ -28,7 +28,7 @@ class _Group:
 
     @property
     def causal_only(self) -> bool:
-        """A prompt from its beginning: the mask is the plain triangle, once L is cut to n."""
+        """Prompts from their beginning: the mask is the plain triangle, once L is cut to n."""
         return self.num_new > 1 and self.segments[0].start == 0
 
 
@@ -48,21 +48,23 @@ def paged_attention(
 
 def _plan(batch: RaggedBatch, kv_heads: int, device: torch.device) -> list[_Group]:
     size = batch.block_tokens
+    alike: dict[tuple[int, bool], list[Segment]] = {}
+    for segment in batch.segments:
+        alike.setdefault((segment.num_tokens, segment.start == 0), []).append(segment)
     groups: list[_Group] = []
-    single = sorted((s for s in batch.segments if s.num_tokens == 1), key=lambda s: s.end)
-    while single:
-        # One group pads to at most twice its shortest context, plus four blocks: few calls, little waste.
-        limit = 2 * single[0].end + 4 * size
-        count = next((i for i, s in enumerate(single) if s.end > limit), len(single))
-        members, single = single[:count], single[count:]
-        if count == batch.num_tokens:
-            members = list(batch.segments)
-        groups.append(_group(members, size, kv_heads, count == batch.num_tokens, device))
-    groups.extend(_group([s], size, kv_heads, True, device) for s in batch.segments if s.num_tokens > 1)
+    for members in alike.values():
+        members.sort(key=lambda s: s.end)
+        while members:
+            # One group pads to at most twice its shortest context, plus four blocks: few calls, little waste.
+            limit = 2 * members[0].end + 4 * size
+            count = next((i for i, s in enumerate(members) if s.end > limit), len(members))
+            groups.append(_group(members[:count], size, kv_heads, device))
+            members = members[count:]
     return groups
 
 
-def _group(members: list[Segment], size: int, kv_heads: int, dense: bool, device: torch.device) -> _Group:
+def _group(members: list[Segment], size: int, kv_heads: int, device: torch.device) -> _Group:
+    members.sort(key=lambda s: s.first)
     num_blocks = max(-(-segment.end // size) for segment in members)
     table = []
     for segment in members:
@@ -71,11 +73,12 @@ def _group(members: list[Segment], size: int, kv_heads: int, dense: bool, device
         table.append([*segment.blocks[:used], *[segment.blocks[0]] * (num_blocks - used)])
     table_Sb = torch.tensor(table, dtype=torch.int64, device=device)
     gather = (table_Sb[:, None, :] * kv_heads + torch.arange(kv_heads, device=device)[None, :, None]).reshape(-1)
-    first = members[0].first
-    rows = (
-        slice(first, first + sum(s.num_tokens for s in members)) if dense else torch.tensor([s.first for s in members])
-    )
-    return _Group(rows, gather, tuple(members), members[0].num_tokens, num_blocks * size)
+    first, new = members[0].first, members[0].num_tokens
+    rows: Tensor | slice = slice(first, first + new * len(members))
+    if members[-1].first + new != first + new * len(members):  # others lie between
+        starts = torch.tensor([s.first for s in members], device=device)
+        rows = (starts[:, None] + torch.arange(new, device=device)).reshape(-1)
+    return _Group(rows, gather, tuple(members), new, num_blocks * size)
 
 
 def _mask(batch: RaggedBatch, group: _Group, window: int | None, like: Tensor) -> Tensor:
