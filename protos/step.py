@@ -95,7 +95,7 @@ class StepResult:
     tokens: tuple[int | None, ...]
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
-    faults: frozenset[int] = frozenset()  # rows whose numbers were not finite; the others are sound
+    faults: frozenset[int] = frozenset()  # rows with numbers not finite or no token left by their rules
 
 
 class SlotPool:

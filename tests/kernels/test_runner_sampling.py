@@ -285,6 +285,16 @@ def test_a_chunk_that_does_not_sample_faults_too(model: LoadedModel) -> None:
     assert result.tokens[2] is not None
 
 
+def test_a_fault_that_the_last_position_cannot_see_is_found(tmp_path: Path) -> None:
+    """With a window of 4 the last of 30 tokens sees nothing of what position 4 took from the broken block."""
+    folder = make_tiny_checkpoint(tmp_path / "windowed", "mistral", sliding_window=4)
+    runner, kv = make_runner(load_model(folder, dtype="float32"))
+    poison(kv, 1)
+    for sample in (None, GREEDY):
+        result = run(runner, row_of(0, prompt_of(30), 0, sample), row_of(1, prompt_of(30), 4, sample))
+        assert result.faults == {1}
+
+
 def test_prompt_logprobs_of_a_broken_row_are_not_told(model: LoadedModel) -> None:
     runner, kv = make_runner(model)
     poison(kv, 1)

@@ -128,7 +128,7 @@ def test_the_order_of_rules(module: ModuleType) -> None:
 @BOTH
 def test_ids_outside_of_the_vocabulary_have_no_effect(module: ModuleType) -> None:
     logits, history = logits_of(1)[0], history_of(6)
-    fields = {
+    fields: dict[str, Any] = {
         "logit_bias": ((-1, 50.0), (VOCAB, 50.0)),
         "bad_words": ((), (VOCAB,), (-1,), (int(history[-1]), VOCAB)),
         "min_tokens": 9,
