@@ -44,7 +44,7 @@ ROUTER_METRICS: dict[str, MetricSpec] = {
     "waiting_limit": MetricSpec("diptych_requests_waiting_limit", "gauge", "Bound of the waiting requests", ()),
     "running_limit": MetricSpec("diptych_requests_running_limit", "gauge", "Bound of the requests in work", ()),
     "ttft": MetricSpec("diptych_ttft_seconds", "histogram", "From the call to the first token", _CLASS),
-    "ttst": MetricSpec("diptych_ttst_seconds", "histogram", "From the call to the second delivery of tokens", _CLASS),
+    "ttst": MetricSpec("diptych_ttst_seconds", "histogram", "From the call to the second token", _CLASS),
     "itl": MetricSpec("diptych_itl_seconds", "histogram", "Between deliveries, per token", _CLASS),
     "e2e": MetricSpec("diptych_e2e_seconds", "histogram", "From the call to the end, however it ended", _CLASS),
     "stage": MetricSpec(
@@ -56,7 +56,7 @@ ROUTER_METRICS: dict[str, MetricSpec] = {
     "decisions": MetricSpec(
         "diptych_router_decisions_total",
         "counter",
-        "Placements by kind (pd, local, reject) and reason (policy, pinned, short, no_prefill, colocated, no_engine)",
+        "Placements by kind and reason; pd, local: policy, pinned, short, no_prefill, colocated; reject: an error code",
         ("model", "kind", "reason"),
     ),
     "fallbacks": MetricSpec(

@@ -80,7 +80,7 @@ class Attempt:
             if self.merge.finish is not None:
                 return []
             lost = self.merge.over.get(Role.PREFILL)
-            if isinstance(lost, DiptychError) and not self.merge.tokens and not self._is_last:
+            if isinstance(lost, DiptychError) and not self.merge.has_begun and not self._is_last:
                 raise lost
             if self._is_late:
                 raise DeadlineExceeded("the request's deadline passed")
@@ -99,8 +99,10 @@ class Attempt:
 
     def failed_engines(self) -> set[str]:
         """Whom another attempt should avoid: the prefill engine when that one was lost, else the decode engine."""
-        lost = [role for role, outcome in self.merge.over.items() if isinstance(outcome, DiptychError)]
-        engine = self._prefill if self._prefill is not None and lost == [Role.PREFILL] else self._decode
+        engine, over = self._decode, self.merge.over
+        if self._prefill is not None and self._decode.is_ready and Role.DECODE not in over:
+            is_lost = not self._prefill.is_ready or isinstance(over.get(Role.PREFILL), DiptychError)
+            engine = self._prefill if is_lost else self._decode
         return {engine.info.ref.engine_id}
 
     def stop(self, num_tokens: int) -> None:

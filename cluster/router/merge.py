@@ -38,6 +38,11 @@ class TokenMerge:
         return self.finish is not None or self.error is not None
 
     @property
+    def has_begun(self) -> bool:
+        """Whether there is, or was, something to take."""
+        return bool(self.tokens) and len(self._prompt) == self._num_prompt
+
+    @property
     def prompt_logprobs(self) -> list[TokenLogprobs]:
         """Of the prompt's positions 1, 2, ...; whole as soon as `take` gives tokens."""
         return [self._prompt[position] for position in range(1, self._num_prompt + 1)]
@@ -105,6 +110,8 @@ class TokenMerge:
         elif len(self.over) == len(self._roles):
             missing = "the whole answer" if is_told else "the prompt's logprobs"
             self._fail(_cause(prefill) or EngineLost(f"the engines ended without {missing}"))
+        elif _handed_over(prefill) and not is_told:  # decode knows tokens only
+            self._fail(EngineLost("the prefill engine handed over without the prompt's logprobs"))
         elif prefill is not None and not self.tokens and (self._early or _handed_over(prefill)):
             self._fail(_cause(prefill) or EngineLost("the first token was lost with its engine"))
 
@@ -116,7 +123,7 @@ class TokenMerge:
             self.error = error
 
 
-def _handed_over(outcome: Finish | DiptychError) -> bool:
+def _handed_over(outcome: Finish | DiptychError | None) -> bool:
     return isinstance(outcome, Finish) and outcome.reason is FinishReason.HANDOFF
 
 

@@ -76,9 +76,10 @@ class Choice:
 
 
 class PlacementPolicy(Protocol):
-    """Chooses among live engines of one model."""
+    """Chooses among live engines of one model. `sees_caches`: it asks what engines have of the prompt."""
 
     name: str
+    sees_caches: bool
 
     def choose(self, ask: Ask, prefill: Sequence[EngineLoad], decode: Sequence[EngineLoad]) -> Choice:
         """The engines for one attempt. `decode` is not empty; without `prefill` the choice has none.
@@ -98,7 +99,7 @@ class Decision:
     policy: str
     reason: Reason
     choice: str  # the reason in words
-    lacks: int  # prompt tokens that the engine that computes it has to compute
+    lacks: int  # prompt tokens to compute; all of them where the policy sees no caches
 
     @property
     def path(self) -> str:
@@ -126,23 +127,19 @@ class Placer:
         policy, choice = "pin", _pinned(pin, prefill, decode)
         reason: Reason = "pinned"
         if choice is None:
-            policy, reason, choice = self.policy.name, "policy", self.policy.choose(ask, prefill, decode)
-            if choice.prefill is None and is_colocated:
-                reason = "colocated"
-        words = choice.words
-        first = choice.prefill
-        if first is not None and self.local_below and (lacks := ask.lacks(choice.decode)) < self.local_below:
-            first, reason, words = None, "short", f"local: {lacks} tokens < {self.local_below}"
+            policy, choice = self.policy.name, self.policy.choose(ask, prefill, decode)
+            reason = "policy"
+        first, words = choice.prefill, choice.words
+        if prefill and self.local_below and (short := ask.lacks(choice.decode)) < self.local_below:
+            first, reason, words = None, "short", f"local: {short} tokens < {self.local_below}"
+        elif first is None and reason == "policy" and is_colocated:
+            reason = "colocated"
         elif first is None and reason == "policy":
-            lacks = ask.lacks(choice.decode)
-            if prefill and lacks < self.local_below:
-                reason, words = "short", f"local: {lacks} tokens < {self.local_below}"
-            else:
-                reason, words = "no_prefill", f"no other engine computes prompts now; {words}"
+            reason, words = "no_prefill", f"no other engine computes prompts now; {words}"
+        # Whoever looks at no cache needs no names: hashing a long prompt takes a tenth of a millisecond.
+        lacks = ask.lacks(first or choice.decode) if self.policy.sees_caches else ask.names.num_tokens
         placement = Placement(first.ref if first is not None else None, choice.decode.ref)
-        return Decision(
-            placement=placement, policy=policy, reason=reason, choice=words, lacks=ask.lacks(first or choice.decode)
-        )
+        return Decision(placement=placement, policy=policy, reason=reason, choice=words, lacks=lacks)
 
 
 def _pinned(pin: Placement | None, prefill: Sequence[EngineLoad], decode: Sequence[EngineLoad]) -> Choice | None:

@@ -34,7 +34,6 @@ class CallRecord:
         self._last = 0.0
         self._is_admitted = False
         self._path = ""
-        self._deliveries = 0
         self._inter_token: Histogram | None = None
         self._explanation: Explanation | None = None
 
@@ -66,18 +65,17 @@ class CallRecord:
 
     def tokens(self, count: int) -> None:
         """So many tokens go to the client now."""
-        now = self._clock()
-        if self._deliveries == 0:
+        now, before = self._clock(), self.num_tokens
+        self.num_tokens += count
+        if before == 0:
             self.ttft_s = now - self._begin
             self._histogram("ttft", self.ttft_s)
         else:
-            if self._deliveries == 1:
-                self._histogram("ttst", now - self._begin)
             assert self._inter_token is not None
             self._inter_token.observe((now - self._last) / count)
-        self._deliveries += 1
+        if before < 2 <= self.num_tokens:
+            self._histogram("ttst", now - self._begin)
         self._last = now
-        self.num_tokens += count
 
     def answered(self, attempt: Attempt, decision: Decision) -> Explanation:
         """The call has its whole answer."""

@@ -120,9 +120,7 @@ class Router:
         record = CallRecord(self.metrics, call, tenant=tenant, clock=self._clock)
         work = self._work(call, deadline, traceparent_of(span) or call.traceparent, record)
         try:
-            with _TRACER.start_span("queue", trace.set_span_in_context(span)):
-                await self.admission.enter(work.request)
-            record.admitted()
+            await self._enter(work, span)
             self._in_flight[call.model] = self._in_flight.get(call.model, 0) + 1
             try:
                 async with aclosing(self._attempts(work)) as deltas:
@@ -139,6 +137,15 @@ class Router:
             raise
         finally:
             record.close(span)
+
+    async def _enter(self, work: _Work, span: trace.Span) -> None:
+        try:
+            with _TRACER.start_span("queue", trace.set_span_in_context(span)):
+                await self.admission.enter(work.request)
+        except DiptychError as exc:
+            work.record.refused(exc.code)
+            raise
+        work.record.admitted()
 
     def _work(self, call: GenerateCall, deadline: float, traceparent: str, record: CallRecord) -> _Work:
         request = GenerateRequest(
@@ -214,7 +221,7 @@ class Router:
             if work.attempt == 0 or left <= 0:
                 break
             await self.view.wait_change(left)
-        work.record.refused("no_engine")
+        work.record.refused(EngineLost.code)
         if self._clock() >= work.deadline:
             raise DeadlineExceeded("the request's deadline passed while no engine was reachable")
         raise EngineLost(f"no decode engine of {work.call.model} is reachable")

@@ -170,7 +170,7 @@ class EngineSession:
                         pb.RouterFrame(open=pb.Open(router_id=self._router_id, engine_epoch=self.info.ref.epoch))
                     )
                     welcome = self._check(await self._read(call))
-                self.mirror.begin(welcome.prefix_root, welcome.block_tokens)
+                self.mirror.begin(welcome.prefix_root, max(welcome.block_tokens, 1))
                 self._outbox.clear()
                 self.is_ready = True
                 self._on_change()

@@ -18,6 +18,7 @@ class Cost:
     """Targets in seconds. A prompt of which d lacks fewer than `local_below` tokens is computed by d."""
 
     name = "cost"
+    sees_caches = True
 
     def __init__(self, *, ttft_target_s: float, itl_target_s: float, local_below: int, pairs: PairMeter) -> None:
         self._ttft_target_s = ttft_target_s

@@ -11,6 +11,7 @@ class LeastLoad:
     """The least loaded of each role: this router's requests in flight, or what the engine reports if that is more."""
 
     name = "least_load"
+    sees_caches = False
 
     def choose(self, ask: Ask, prefill: Sequence[EngineLoad], decode: Sequence[EngineLoad]) -> Choice:
         """See PlacementPolicy."""

@@ -13,6 +13,7 @@ class Prefix:
     """Longest cached prefix of each role, then least load."""
 
     name = "prefix"
+    sees_caches = True
 
     def choose(self, ask: Ask, prefill: Sequence[EngineLoad], decode: Sequence[EngineLoad]) -> Choice:
         """See PlacementPolicy."""

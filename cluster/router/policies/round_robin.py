@@ -11,6 +11,7 @@ class RoundRobin:
     """A turn per model and role, over the engines by name; whoever is not there is passed over."""
 
     name = "round_robin"
+    sees_caches = False
 
     def __init__(self) -> None:
         self._turns: dict[tuple[str, str], int] = {}

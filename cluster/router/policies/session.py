@@ -26,6 +26,7 @@ class Session:
     """
 
     name = "session"
+    sees_caches = False
 
     def __init__(self, *, ttl_s: float, clock: Callable[[], float]) -> None:
         self._ttl_s = ttl_s

@@ -208,3 +208,12 @@ def test_an_answer_whose_prompt_logprobs_never_came_is_a_retryable_error() -> No
     assert taken(merge) == []
     assert merge.error is not None
     assert merge.error.retryable
+
+
+def test_a_handoff_before_the_prompts_logprobs_are_whole_is_an_error_at_once() -> None:
+    merge = TokenMerge(has_prefill=True, prompt_logprobs=2)
+    merge.prompt(1, (told(1),))
+    merge.token(0, 7)
+    merge.end(Role.PREFILL, finish(Role.PREFILL, FinishReason.HANDOFF, 1))
+    merge.settle()
+    assert isinstance(merge.error, EngineLost)

@@ -99,7 +99,12 @@ def test_a_model_without_prefill_engines_goes_to_decode_alone(policy: str) -> No
 def test_a_decode_engine_that_lacks_little_takes_the_prompt_alone(policy: str) -> None:
     p, d = [engine("p")], [engine("d", cached=96)]
     near = placer(policy, local_below=5).place(ask(), p, d)
-    assert (chosen(near), near.reason, near.choice, near.lacks) == ((None, "d"), "short", "local: 4 tokens < 5", 4)
+    assert (chosen(near), near.reason, near.choice, near.lacks) == (
+        (None, "d"),
+        "short",
+        "local: 4 tokens < 5",
+        4 if policy in ("cost", "prefix") else 100,
+    )
     far = placer(policy, local_below=4).place(ask(), p, d)
     assert chosen(far) == ("p", "d")
     assert far.path == "pd"
@@ -119,6 +124,12 @@ def test_a_pin_holds_while_its_engines_live() -> None:
     assert chosen(placer("least_load").place(ask(), p, d[:1], pin=pin)) == ("p0", "d0")
     alone = placer("least_load").place(ask(), p, d, pin=Placement(None, d[1].ref))
     assert chosen(alone) == (None, "d1")
+
+
+@pytest.mark.parametrize("policy", ["least_load", "round_robin", "session"])
+def test_a_policy_that_sees_no_caches_has_no_prompt_hashed(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PromptNames, "shared_tokens", None)
+    placer(policy).place(ask(session="s"), [engine("p", cached=96)], [engine("d", cached=96)])
 
 
 def test_round_robin_gives_each_its_turn() -> None:

@@ -192,6 +192,22 @@ async def test_an_order_lost_with_the_prefill_stream_does_not_hold_the_answer_up
         await until(lambda: r.engines["d"].cancels == [first])
 
 
+async def test_a_prefill_engine_lost_amid_the_prompts_logprobs_is_replaced(tmp_path: Path) -> None:
+    """Its token 0 has come, but nothing has reached the client yet: the decode engine knows tokens only."""
+    async with rig(tmp_path, PAIR) as r:
+        engine = r.engines["p"]
+        engine.faults.silent = True
+        r.engines["d"].on_order = lambda: setattr(r.engines["d"].faults, "silent", len(r.engines["d"].orders) < 2)
+        task = asyncio.create_task(r.deltas(asking(prompt_logprobs=0)))
+        await until(lambda: bool(engine.orders))
+        [session] = engine._sessions
+        session.outbox.put_nowait(pb.EngineFrame(tokens=pb.StepTokens(handle=[1], index=[0], token=[PROMPT[0]])))
+        engine.drop_streams()
+        deltas = await task
+        assert [token for delta in deltas for token in delta.tokens] == wanted(8)
+        assert deltas[0].prompt_logprobs == [echo_logprobs(token, 0) for token in PROMPT[1:]]
+
+
 async def test_the_other_prefill_engine_is_tried_when_one_is_lost(tmp_path: Path) -> None:
     async with rig(tmp_path, {"p0": P, "p1": P, "d": D}) as r:
         r.engines["p0"].faults.drop_stream_at = 0
