@@ -127,7 +127,7 @@ class DecodeBench:
     def commit(self, key: TransferKey, *, final: bool = False) -> None:
         """The transfer ends well, with the token that an undisturbed prefill engine samples."""
         prompt = self.requests[key].prompt
-        self.deliver(self.receiver.commit(key, prompt, echo_reference(prompt, 1)[0], final=final))
+        self.deliver(self.receiver.commit(key, prompt, self.expected(key)[0], final=final))
 
     def fail(self, key: TransferKey, error: DiptychError | None = None) -> None:
         """The transfer ends badly."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from diptych.decode.testing import DecodeBench
 from diptych.protos.errors import PeerLost, TransferTimeout
 from diptych.protos.settings import DecodeSettings
-from diptych.protos.types import FinishReason, TransferKey
+from diptych.protos.types import FinishReason, SamplingParams, TransferKey
 
 OPERATIONS = 1000
 
@@ -27,6 +27,7 @@ class Storm:
                 step_tokens=rng.choice([1, 5, 16, 64]),
                 max_running=rng.choice([1, 3, 8]),
                 max_waiting=rng.choice([0, 4, 30]),
+                watermark=rng.choice([0.0, 0.01, 0.1, 0.3]),
             ),
             slots=rng.choice([1, 2, 16]),
             prefix_cache=rng.random() < 0.8,
@@ -43,6 +44,7 @@ class Storm:
             self.lose: 0.7,
             self.wait: 1,
             self.fault: 0.15,
+            self.poison: 0.15,
         }
         self.rng.choices(list(weights), list(weights.values()))[0]()
 
@@ -72,8 +74,20 @@ class Storm:
     def fault(self) -> None:
         self.bench.runner.fault = self.rng.choice(["launch", "collect"])
 
+    def poison(self) -> None:
+        self.bench.runner.poison = lambda row: self.rng.random() < 0.3
+        self.bench.step()
+        self.bench.runner.poison = None
+
     def submit(self) -> None:
         rng = self.rng
+        sampling = SamplingParams(
+            max_tokens=1,
+            frequency_penalty=rng.choice([0.0, 0.0, 0.5]),
+            logprobs=rng.choice([None, None, 0, 2]),
+            prompt_logprobs=rng.choice([None, None, None, 1]),
+            min_tokens=rng.choice([0, 0, 3]),
+        )
         prompt = [rng.randrange(2)] * rng.choice([0, 4, 12]) + [rng.randrange(9)] * rng.choice([1, 2, 4, 7])
         self.bench.submit(
             prompt,
@@ -83,6 +97,10 @@ class Storm:
             deadline=self.bench.clock() + rng.choice([0.0, 3.0, 30.0]) if rng.random() < 0.3 else None,
             transfer=rng.random() < 0.7,
             allow_local_prefill=rng.random() < 0.8,
+            sampling=sampling,
+            priority=rng.choice([0, 0, 0, 1, -1]),
+            tenant=rng.choice(["", "", "a", "b"]),
+            weight=rng.choice([1.0, 1.0, 3.0]),
         )
 
     def commit(self) -> None:
@@ -99,6 +117,7 @@ class Storm:
     def settle(self) -> None:
         bench = self.bench
         bench.runner.fault = None
+        self.bench.runner.poison = None
         while bench.run() or bench.receiver.transfers:
             for key, one in list(bench.receiver.transfers.items()):
                 if not one.wanted and one.aborted is None:
