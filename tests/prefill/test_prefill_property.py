@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from diptych.prefill.testing import PrefillBench
 from diptych.protos.errors import DiptychError, PeerLost, TransferTimeout
 from diptych.protos.settings import PrefillSettings
-from diptych.protos.testing import echo_reference
-from diptych.protos.types import FinishReason, TransferKey
+from diptych.protos.testing import echo_logprobs, echo_reference
+from diptych.protos.types import FinishReason, SamplingParams, TransferKey
 
 OPERATIONS = 1000
 
@@ -36,14 +36,29 @@ class Storm:
 
     def operate(self) -> None:
         rng, bench = self.rng, self.bench
-        match rng.choice("sssttttttccrrrrrlaf"):
+        match rng.choice("sssttttttccrrrrrlafp"):
             case "s":
                 prompt = [rng.randrange(2) for _ in range(rng.choice([1, 2, 4, 7, 12, 25]))]
                 stop = echo_reference(prompt, 1) if rng.random() < 0.1 else []
                 deadline = bench.clock() + rng.choice([0.0, 1.0, 30.0]) if rng.random() < 0.3 else None
                 salt = rng.choice([b"", b"x"])
                 max_tokens = rng.choice([1, 5])
-                key = bench.submit(prompt, max_tokens=max_tokens, stop=stop, salt=salt, deadline=deadline)
+                key = bench.submit(
+                    prompt,
+                    max_tokens=max_tokens,
+                    stop=stop,
+                    salt=salt,
+                    deadline=deadline,
+                    sampling=SamplingParams(
+                        max_tokens=1,
+                        presence_penalty=rng.choice([0.0, 0.0, 0.5]),
+                        logprobs=rng.choice([None, 1]),
+                        prompt_logprobs=rng.choice([None, None, 1]),
+                    ),
+                    priority=rng.choice([0, 0, 0, 1, -1]),
+                    tenant=rng.choice(["", "", "a", "b"]),
+                    weight=rng.choice([1.0, 1.0, 3.0]),
+                )
                 self.prompts[key] = prompt
             case "t":
                 bench.step()
@@ -55,6 +70,10 @@ class Storm:
                 self.release(rng.choice([PeerLost("gone"), TransferTimeout("slow")]))
             case "a":
                 bench.clock.advance(rng.choice([0.1, 1.0, 10.0]))
+            case "p" if rng.random() < 0.3:
+                bench.runner.poison = lambda row: rng.random() < 0.3
+                bench.step()
+                bench.runner.poison = None
             case "f" if rng.random() < 0.3:
                 bench.runner.fault = rng.choice(["launch", "collect"])
 
@@ -78,6 +97,13 @@ class Storm:
         for key, tokens in ledger.tokens.items():
             assert tokens == echo_reference(self.prompts[key], 1), "a wrong token"
             assert ledger.first_index[key] == 0
+            sampling = self.bench.requests[key].sampling
+            known = [*self.prompts[key], *tokens]
+            if sampling.logprobs is not None:
+                assert ledger.logprobs[key] == [echo_logprobs(known[:-1], known[-1], 1)]
+            if sampling.prompt_logprobs is not None:
+                told = [echo_logprobs(known[:at], known[at], 1) for at in range(1, len(known) - 1)]
+                assert ledger.prompt_logprobs.get(key, []) == told
         for key, finish in ledger.finishes.items():
             assert (finish.num_tokens == 1) == (key in ledger.tokens)
             assert bool(finish.error_code) == (finish.reason is FinishReason.ERROR)
