@@ -5,51 +5,42 @@ Ctrl-C stops an answer, Ctrl-D or /exit leaves. With piped input each line is on
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-import httpx2
+from diptych.cluster.client import Client, ModelCard
+from diptych.protos.errors import DiptychError, UnknownModel
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-_TIMEOUT = httpx2.Timeout(connect=5, read=600, write=10, pool=5)
-
-
-class ChatError(Exception):
-    """The server cannot be reached or refuses; the text is for the person."""
+TEMPERATURE = 0.3  # where neither the person nor the model names one: small models wander above 0.5
 
 
 @dataclass
 class Conversation:
     """The turns so far. `ask` adds two, or none when the answer fails."""
 
-    client: httpx2.Client
+    client: Client
     model: str
     system: str | None = None
     max_tokens: int | None = None
-    temperature: float = 0.3
+    temperature: float | None = None  # None: the server's choice
     turns: list[dict[str, str]] = field(default_factory=list)
 
-    def ask(self, question: str) -> Iterator[str]:
-        """The answer in pieces. Raises ChatError. Closing the iterator stops the answer and keeps what came."""
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """The answer in pieces. Raises DiptychError. Closing the iterator stops the answer and keeps what came."""
         messages = [*self._system_turn(), *self.turns, {"role": "user", "content": question}]
-        wanted: dict[str, Any] = {
-            "model": self.model,
-            "messages": messages,
-            "temperature": self.temperature,
-            "stream": True,
-        }
-        if self.max_tokens is not None:
-            wanted["max_tokens"] = self.max_tokens
+        wanted: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        named = {name: value for name, value in wanted.items() if value is not None}
         pieces: list[str] = []
         failed = False
         try:
-            for piece in self._stream(wanted):
-                pieces.append(piece)
-                yield piece
-        except ChatError:
+            for delta in self.client.stream_chat(messages, model=self.model, **named):
+                if delta.text:
+                    pieces.append(delta.text)
+                    yield delta.text
+        except DiptychError:
             failed = True
             raise
         finally:
@@ -60,50 +51,6 @@ class Conversation:
     def _system_turn(self) -> list[dict[str, str]]:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def _stream(self, wanted: dict[str, Any]) -> Iterator[str]:
-        try:
-            with self.client.stream("POST", "/v1/chat/completions", json=wanted) as response:
-                if response.status_code != 200:
-                    raise ChatError(_refusal(response.read(), response.status_code))
-                for line in response.iter_lines():
-                    if line == "data: [DONE]":
-                        return
-                    if line.startswith("data: "):
-                        yield from _text_of(json.loads(line[6:]))
-        except httpx2.HTTPError as exc:
-            raise ChatError(f"the connection to the server broke: {exc}") from exc
-        raise ChatError("the answer broke off")
-
-
-def _text_of(event: dict[str, Any]) -> Iterator[str]:
-    if "error" in event:
-        raise ChatError(str(event["error"]["message"]))
-    for choice in event["choices"]:
-        if text := choice["delta"].get("content"):
-            yield text
-
-
-def _refusal(body: bytes, status: int) -> str:
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"the server answered with status {status}"
-
-
-def _first_model(client: httpx2.Client, url: str) -> str:
-    try:
-        response = client.get("/v1/models")
-        models = [str(card["id"]) for card in response.json()["data"]]
-    except httpx2.ConnectError:
-        raise ChatError(
-            f"no server answers at {url}; start one with `diptych serve`, or name another with --url"
-        ) from None
-    except (httpx2.HTTPError, ValueError, KeyError, TypeError) as exc:
-        raise ChatError(f"{url} is not a Diptych or OpenAI-compatible server: {exc}") from exc
-    if not models:
-        raise ChatError(f"the server at {url} serves no model")
-    return models[0]
-
 
 def chat(
     url: str = DEFAULT_URL,
@@ -111,7 +58,7 @@ def chat(
     model: str | None = None,
     system: str | None = None,
     max_tokens: int | None = None,
-    temperature: float = 0.3,
+    temperature: float | None = None,
     stdin: TextIO | None = None,
     stdout: TextIO | None = None,
     stderr: TextIO | None = None,
@@ -121,15 +68,27 @@ def chat(
     if stdin is None or stdout is None:  # the shell closed them (<&-), and Python has None for that
         print("chat needs an input and an output; both must be open", file=stderr)
         return 1
-    url = url.rstrip("/").removesuffix("/v1")
     try:
-        with httpx2.Client(base_url=url, timeout=_TIMEOUT) as client:
-            name = model or _first_model(client, url)
-            conversation = Conversation(client, name, system, max_tokens, temperature)
+        with Client(url) as client:
+            card = _card(client, model)
+            if temperature is None and "temperature" not in card.sampling_defaults:
+                temperature = TEMPERATURE
+            conversation = Conversation(client, card.name, system, max_tokens, temperature)
             return _converse(conversation, stdin, stdout, stderr)
-    except (ChatError, httpx2.InvalidURL, httpx2.UnsupportedProtocol) as exc:
+    except DiptychError as exc:
         print(exc, file=stderr)
         return 1
+
+
+def _card(client: Client, model: str | None) -> ModelCard:
+    """Of the model that is meant; of an unknown name as if the server had one, so that its refusal is shown."""
+    cards = client.models()
+    if model is not None:
+        unknown = ModelCard(name=model, max_context_tokens=None, sampling_defaults={})
+        return next((card for card in cards if card.name == model), unknown)
+    if not cards:
+        raise UnknownModel(f"the server at {client.url} serves no model")
+    return cards[0]
 
 
 def _converse(conversation: Conversation, stdin: TextIO, stdout: TextIO, stderr: TextIO) -> int:
@@ -149,7 +108,7 @@ def _converse(conversation: Conversation, stdin: TextIO, stdout: TextIO, stderr:
             continue
         try:
             _answer(conversation, question, stdout)
-        except ChatError as exc:
+        except DiptychError as exc:
             print(f"\n{exc}", file=stderr)
             code = 1
 
@@ -176,5 +135,5 @@ def _answer(conversation: Conversation, question: str, stdout: TextIO) -> None:
     except KeyboardInterrupt:
         stdout.write(" [stopped]\n")
     finally:
-        pieces.close()  # type: ignore[attr-defined]
+        pieces.close()
         stdout.flush()

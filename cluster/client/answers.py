@@ -95,7 +95,7 @@ def deltas_of(event: JsonObject) -> list[Delta]:
         text = (choice["delta"].get("content") or "") if "delta" in choice else choice["text"]
         reason, logprobs = choice.get("finish_reason"), choice.get("logprobs")
         if text or reason or logprobs:
-            found.append(Delta(index=choice["index"], text=text, finish_reason=reason, logprobs=logprobs))
+            found.append(Delta(index=choice.get("index", 0), text=text, finish_reason=reason, logprobs=logprobs))
     if not event["choices"]:
         found.append(Delta(usage=event.get("usage"), explanation=event.get("diptych")))
     return found

@@ -26,7 +26,7 @@ class AsyncClient:
         timeout_s: float = 600.0,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        self.url = url
+        self.url = url = wire.base_of(url)
         self._tenant = tenant
         with wire.translated(url):
             self._http = httpx2.AsyncClient(base_url=url, timeout=wire.timeouts(timeout_s), transport=transport)
@@ -49,7 +49,8 @@ class AsyncClient:
         with wire.translated(self.url):
             response = await self._http.get(wire.MODELS)
         wire.raise_for(response.status_code, response.content, None)
-        return cards_of(response.json())
+        with wire.understood(self.url):
+            return cards_of(response.json())
 
     async def chat(
         self, messages: Messages, *, model: str | None = None, session: str = "", **params: object
@@ -80,7 +81,8 @@ class AsyncClient:
         with wire.translated(self.url):
             response = await self._http.post(path, json=body, headers=wire.headers(self._tenant, session))
         wire.raise_for(response.status_code, response.content, response.headers.get("retry-after"))
-        return answer_of(response.json())
+        with wire.understood(self.url):
+            return answer_of(response.json())
 
     async def _stream(
         self, path: str, body: dict[str, Any], model: str | None, session: str
@@ -91,7 +93,7 @@ class AsyncClient:
             async with self._http.stream("POST", path, json=wire.streamed(body), headers=headers) as response:
                 if response.status_code != 200:
                     wire.raise_for(response.status_code, await response.aread(), response.headers.get("retry-after"))
-                events = wire.Events()
+                events = wire.Events(self.url)
                 async for data in response.aiter_bytes():
                     for delta in events.feed(data):
                         yield delta

@@ -31,7 +31,7 @@ class Client:
         timeout_s: float = 600.0,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        self.url = url
+        self.url = url = wire.base_of(url)
         self._tenant = tenant
         with wire.translated(url):
             self._http = httpx2.Client(base_url=url, timeout=wire.timeouts(timeout_s), transport=transport)
@@ -54,7 +54,8 @@ class Client:
         with wire.translated(self.url):
             response = self._http.get(wire.MODELS)
         wire.raise_for(response.status_code, response.content, None)
-        return cards_of(response.json())
+        with wire.understood(self.url):
+            return cards_of(response.json())
 
     def chat(self, messages: Messages, *, model: str | None = None, session: str = "", **params: object) -> Answer:
         """A whole answer to a conversation, or to one question as a string. `model` None: the first one served."""
@@ -81,7 +82,8 @@ class Client:
         with wire.translated(self.url):
             response = self._http.post(path, json=body, headers=wire.headers(self._tenant, session))
         wire.raise_for(response.status_code, response.content, response.headers.get("retry-after"))
-        return answer_of(response.json())
+        with wire.understood(self.url):
+            return answer_of(response.json())
 
     def _stream(self, path: str, body: dict[str, Any], model: str | None, session: str) -> Generator[Delta, None, None]:
         body["model"] = model or self._first_model()
@@ -92,7 +94,7 @@ class Client:
         ):
             if response.status_code != 200:
                 wire.raise_for(response.status_code, response.read(), response.headers.get("retry-after"))
-            events = wire.Events()
+            events = wire.Events(self.url)
             for data in response.iter_bytes():
                 yield from events.feed(data)
             events.check_whole()

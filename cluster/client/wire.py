@@ -39,10 +39,15 @@ class ServerUnreachable(EngineLost):
     code = "server_unreachable"
 
 
+def base_of(url: str) -> str:
+    """Without the trailing /v1 that other clients want."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
 def locate(url: str | None) -> str:
-    """`url` without a trailing /v1; None: of the cluster started last. Raises StartupError."""
+    """`url`; None: that of the cluster started last on this machine. Raises StartupError without one."""
     if url is not None:
-        return url.rstrip("/").removesuffix("/v1")
+        return url
     from diptych.cluster.config import default_run_dir
     from diptych.cluster.control.state import find_cluster
 
@@ -121,14 +126,24 @@ def translated(url: str) -> Iterator[None]:
         raise ServerUnreachable(f"the connection to {url} broke: {exc or type(exc).__name__}") from exc
 
 
+@contextmanager
+def understood(url: str) -> Iterator[None]:
+    """Around the reading of an answer: one in another shape is another server's."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as exc:
+        raise ServerUnreachable(f"{url} is not a server of this API: its answer has another shape") from exc
+
+
 class Events:
     """A stream of server-sent events, fed as it comes. `is_over` after [DONE]; one that ends before that is broken.
 
     Lines end with a line feed alone: a text may hold any other character that Python's splitlines would split at.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, url: str) -> None:
         self.is_over = False
+        self._url = url
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[Delta]:
@@ -138,13 +153,15 @@ class Events:
             if line == b"data: [DONE]":
                 self.is_over = True
             elif line.startswith(b"data: ") and not self.is_over:
-                yield from self._event(json.loads(line[6:]))
+                yield from self._event(line[6:])
 
-    def _event(self, event: JsonObject) -> list[Delta]:
-        if "error" in event:
-            error = event["error"]
-            raise error_of(500, str(error.get("code")), str(error["message"]), error.get("param"))
-        return deltas_of(event)
+    def _event(self, data: bytes) -> list[Delta]:
+        with understood(self._url):
+            event = json.loads(data)
+            if "error" in event:
+                error = event["error"]
+                raise error_of(500, str(error.get("code")), str(error["message"]), error.get("param"))
+            return deltas_of(event)
 
     def check_whole(self) -> None:
         """Raises ServerUnreachable when the end was not seen."""

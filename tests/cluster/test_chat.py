@@ -11,7 +11,9 @@ import httpx2
 import pytest
 
 from diptych.cluster.api.testing import FrontDoor, front_door, until
-from diptych.cluster.chat import ChatError, Conversation, chat
+from diptych.cluster.chat import TEMPERATURE, Conversation, chat
+from diptych.cluster.client import Client, ServerUnreachable
+from diptych.cluster.models import SamplingDefaults
 from diptych.protos.errors import EngineFault
 
 
@@ -102,11 +104,11 @@ async def test_an_interrupted_answer_stops_the_engines_and_is_kept() -> None:
     async with front_door(step_s=0.005) as door:
 
         def interrupted() -> Conversation:
-            with httpx2.Client(base_url=door.listener.url, timeout=10) as client:
+            with Client(door.listener.url, timeout_s=10) as client:
                 conversation = Conversation(client, "echo", max_tokens=1000)
                 pieces = conversation.ask("a long question that is echoed for a while")
                 next(pieces)
-                pieces.close()  # type: ignore[attr-defined]
+                pieces.close()
                 return conversation
 
         conversation = await asyncio.to_thread(interrupted)
@@ -117,8 +119,20 @@ async def test_an_interrupted_answer_stops_the_engines_and_is_kept() -> None:
 async def test_a_stream_without_an_end_is_no_answer() -> None:
     event = json.dumps({"choices": [{"delta": {"content": "half"}}]})
     transport = httpx2.MockTransport(lambda request: httpx2.Response(200, text=f"data: {event}\n\n"))
-    with httpx2.Client(base_url="http://x", transport=transport) as client:
+    with Client("http://x", transport=transport) as client:
         conversation = Conversation(client, "m")
-        with pytest.raises(ChatError, match="broke off"):
+        with pytest.raises(ServerUnreachable, match="broke off"):
             list(conversation.ask("hi"))
         assert conversation.turns == []
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "sent"),
+    [(None, None, TEMPERATURE), (0.75, None, 0.75), (None, 1.5, 1.5), (0.75, 0.0, 0.0)],
+)
+async def test_the_temperature_is_the_persons_or_the_models_or_a_low_one(
+    own: float | None, asked: float | None, sent: float
+) -> None:
+    async with front_door(defaults=SamplingDefaults(temperature=own)) as door:
+        assert (await talk(door.listener.url, "hello\n", temperature=asked))[0] == 0
+        assert door.decode.orders[0].request.sampling.temperature == pytest.approx(sent)
