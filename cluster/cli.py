@@ -60,6 +60,44 @@ def status(config: ConfigFile = None, overrides: Overrides = None, url: Url = No
 
 
 @app.command()
+def scale(
+    model: Annotated[str, typer.Argument(help="A served model.")],
+    prefill: Annotated[Optional[int], typer.Option(help="Engines of its prefill pool.")] = None,  # noqa: UP045
+    decode: Annotated[Optional[int], typer.Option(help="Engines of its decode pool.")] = None,  # noqa: UP045
+    config: ConfigFile = None,
+    url: Url = None,
+    address: Annotated[Optional[str], typer.Option(help="Ray cluster it runs on (host:port).")] = None,  # noqa: UP045
+) -> None:
+    """Change the sizes of a model's pools while they serve; dismissed engines finish their requests first."""
+    from diptych.cluster.scale import run_scale
+    from diptych.protos.types import Role
+
+    wishes = {Role.PREFILL: prefill, Role.DECODE: decode}
+    sizes = {role: engines for role, engines in wishes.items() if engines is not None}
+    raise typer.Exit(run_scale(model, sizes, config=config, url=url, address=address))
+
+
+@app.command()
+def models(config: ConfigFile = None, overrides: Overrides = None, url: Url = None) -> None:
+    """List models: built in, configured, converted, served."""
+    from diptych.cluster.model_list import run_models
+
+    raise typer.Exit(run_models(config, overrides or [], url))
+
+
+@app.command()
+def doctor(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what would keep a cluster from starting here, and what to do about it."""
+    from diptych.cluster.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(config, overrides or [], as_json=as_json))
+
+
+@app.command()
 def chat(
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -67,7 +105,10 @@ def chat(
     model: Annotated[Optional[str], typer.Option(help="Model; by default the first one served.")] = None,  # noqa: UP045
     system: Annotated[Optional[str], typer.Option(help="System message.")] = None,  # noqa: UP045
     max_tokens: Annotated[Optional[int], typer.Option(min=1, help="Longest answer.")] = None,  # noqa: UP045
-    temperature: Annotated[float, typer.Option(help="0 is greedy; small models wander above 0.5.")] = 0.3,
+    temperature: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="0 is greedy; not given: the model's own, or 0.3 where it names none."),
+    ] = None,
 ) -> None:
     """Talk to a model in the terminal; piped input is one question per line."""
     from diptych.cluster.chat import chat as converse

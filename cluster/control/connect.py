@@ -27,7 +27,7 @@ def serve_handle(url: str | None = None, run_dir: Path | None = None) -> Any:
 
 
 def manager(address: str | None = None, url: str | None = None, run_dir: Path | None = None) -> Any:
-    """The handle of the PoolManager of the Ray cluster at `address`, else as for `serve_handle`. Raises StartupError."""
+    """The PoolManager's handle: of the Ray cluster at `address`, or found as by `serve_handle`. Raises StartupError."""
     join(running_cluster(url, run_dir) if address is None else address)
     import ray
 

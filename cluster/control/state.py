@@ -80,10 +80,16 @@ def find_cluster(run_dir: Path, url: str | None = None) -> ClusterState | None:
     return None
 
 
+def dead_folders(run_dir: Path) -> list[Path]:
+    """Folders below `run_dir` whose process is gone."""
+    if not run_dir.is_dir():
+        return []
+    return [folder for folder in run_dir.iterdir() if folder.name.isdigit() and not _lives(int(folder.name))]
+
+
 def _sweep(run_dir: Path) -> None:
-    for folder in run_dir.iterdir():
-        if folder.name.isdigit() and not _lives(int(folder.name)):
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in dead_folders(run_dir):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lives(pid: int) -> bool:

@@ -2,6 +2,6 @@
 
 from .defaults import NO_DEFAULTS, SamplingDefaults
 from .facts import ModelFacts, ModelFolder
-from .source import resolve
+from .source import built_in, resolve
 
-__all__ = ["NO_DEFAULTS", "ModelFacts", "ModelFolder", "SamplingDefaults", "resolve"]
+__all__ = ["NO_DEFAULTS", "ModelFacts", "ModelFolder", "SamplingDefaults", "built_in", "resolve"]

@@ -50,6 +50,11 @@ _CATALOGUE = {
 }
 
 
+def built_in() -> tuple[str, ...]:
+    """The names that mean a model without a path."""
+    return tuple(_CATALOGUE)
+
+
 def _silent(message: str) -> None:
     """Progress that nobody reads."""
 

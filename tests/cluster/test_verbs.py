@@ -63,6 +63,9 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
     assert verbs == {
         "serve": where | {"--model", "--port", "--address"},
         "status": where | {"--url"},
+        "scale": {"model", "--prefill", "--decode", "--config", "--url", "--address"},
+        "models": where | {"--url"},
+        "doctor": where | {"--json"},
         "bench": set(),  # its own verbs are below
         "chat": where | {"--url", "--model", "--system", "--max-tokens", "--temperature"},
     }

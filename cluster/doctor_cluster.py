@@ -1,0 +1,155 @@
+"""What `diptych doctor` asks of one configuration on this machine: models, memory, ports, folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+import tempfile
+from pathlib import Path
+
+from diptych.cluster.config import DiptychConfig
+from diptych.cluster.control import host
+from diptych.cluster.control.memory import plan_memory
+from diptych.cluster.control.plan import plan_cluster
+from diptych.cluster.control.state import dead_folders, find_cluster
+from diptych.cluster.models import ModelFolder, resolve
+from diptych.protos.errors import StartupError
+
+from .doctor_machine import Finding, State
+
+MIN_DISK = 1 << 30
+
+
+def examine(config: DiptychConfig) -> list[Finding]:
+    """All findings about this configuration."""
+    folders, findings = models(config)
+    if len(folders) == len(config.models):
+        findings += [memory(config, folders), engines(config)]
+    findings += ports(config)
+    findings += [run_dir(config.run_dir), leftovers(config.run_dir)]
+    findings += [disk("cache_dir", config.cache_dir), disk("run_dir", config.run_dir)]
+    if config.ray.address is not None:
+        findings.append(ray_cluster(config.ray.address))
+    return findings
+
+
+def models(config: DiptychConfig) -> tuple[dict[str, ModelFolder], list[Finding]]:
+    """The folders of the models that can be served, and a finding for each model."""
+    folders, findings = {}, []
+    for name, settings in config.models.items():
+        try:
+            folders[name] = folder = resolve(settings.source, config.cache_dir)
+        except StartupError as error:
+            findings.append(
+                Finding("model", State.STOP, f"{name}: {error}", f"models.{name}.source says what is meant")
+            )
+            continue
+        facts = folder.facts
+        told = f"{name}: {facts.architecture}, {facts.num_parameters / 1e6:,.0f} M parameters, {folder.path}"
+        findings.append(Finding("model", State.OK, told))
+    return folders, findings
+
+
+def memory(config: DiptychConfig, folders: dict[str, ModelFolder]) -> Finding:
+    """The memory plan against what is free."""
+    plan = plan_memory(
+        plan_cluster(config, folders, config.run_dir).engines(),
+        host.available_memory(),
+        ray_is_ours=config.ray.address is None,
+    )
+    try:
+        plan.check()
+    except StartupError as error:
+        return Finding("memory", State.STOP, str(error))
+    told = f"the plan needs {plan.total >> 20:,} MiB; {plan.bound}: {plan.available >> 20:,} MiB"
+    return Finding("memory", State.OK, told)
+
+
+def engines(config: DiptychConfig) -> Finding:
+    """Engines against cores."""
+    count = sum(sum(settings.pools().values()) for settings in config.models.values())
+    usable = len(os.sched_getaffinity(0))
+    told = f"{count} on {usable} cores"
+    if count <= usable:
+        return Finding("engines", State.OK, told)
+    return Finding("engines", State.SLOW, f"{told}: they wait for each other", "fewer engines, or layout: colocated")
+
+
+def ports(config: DiptychConfig) -> list[Finding]:
+    """The ports that are asked for by number."""
+    findings = []
+    router = config.router
+    for option, port in (("port", router.port), ("serve_port", router.serve_port)):
+        if not port:
+            continue
+        if host.is_port_free(router.host, port):
+            findings.append(Finding("port", State.OK, f"{router.host}:{port} is free"))
+        else:
+            told = f"{router.host}:{port} is in use by another program"
+            findings.append(Finding("port", State.STOP, told, f"end that program, or set router.{option}"))
+    return findings
+
+
+def run_dir(folder: Path) -> Finding:
+    """Whether it is ours alone and can hold unix sockets; its length is checked with the configuration."""
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        above = next(parent for parent in folder.parents if parent.exists())
+        if not os.access(above, os.W_OK | os.X_OK):
+            return Finding(
+                "run_dir", State.STOP, f"{folder} cannot be made in {above}", "set run_dir to another folder"
+            )
+        return _sockets(above, folder)
+    except OSError as error:
+        return Finding("run_dir", State.STOP, f"{folder}: {error.strerror}", "set run_dir to another folder")
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        told = f"{folder} is not a folder of your own that nobody else can enter"
+        return Finding("run_dir", State.STOP, told, f"chmod 700 {folder}, or set run_dir to another folder")
+    return _sockets(folder, folder)
+
+
+def _sockets(where: Path, folder: Path) -> Finding:
+    try:
+        with tempfile.TemporaryDirectory(prefix="d", dir=where) as name, socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(f"{name}/s")
+    except OSError as error:
+        told = f"no unix socket can be made in {where}: {error.strerror or error}"
+        return Finding("run_dir", State.STOP, told, "set run_dir to a folder on a local disk")
+    return Finding("run_dir", State.OK, f"{folder} holds unix sockets")
+
+
+def leftovers(folder: Path) -> Finding:
+    """Clusters of this user: running ones take memory, dead ones left folders behind."""
+    running = find_cluster(folder)
+    if running is not None:
+        told = f"a cluster of yours runs already: {running.url} (pid {running.pid})"
+        return Finding("clusters", State.SLOW, told, "a second one needs other ports and memory of its own")
+    dead = dead_folders(folder)
+    if dead:
+        return Finding("clusters", State.OK, f"{len(dead)} ended without order; the next start removes their folders")
+    return Finding("clusters", State.OK, "none of yours runs")
+
+
+def disk(key: str, folder: Path) -> Finding:
+    """Room for a converted model, for logs."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        free = shutil.disk_usage(there).free
+    except OSError as error:
+        return Finding(key, State.STOP, f"{there}: {error.strerror}", f"set {key} to another folder")
+    if free < MIN_DISK:
+        told = f"{there} has {free >> 20} MiB free"
+        return Finding(key, State.SLOW, told, f"free some space, or set {key} to a folder with {MIN_DISK >> 20} MiB")
+    if key == "cache_dir" and not os.access(there, os.W_OK):
+        return Finding(key, State.SLOW, f"{there} is read-only: no model can be converted", "set cache_dir")
+    return Finding(key, State.OK, f"{there} has {free >> 20:,} MiB free")
+
+
+def ray_cluster(address: str) -> Finding:
+    """The Ray cluster that the configuration wants to join."""
+    if host.is_reachable(address):
+        return Finding("ray", State.OK, f"something listens at {address}")
+    return Finding("ray", State.STOP, f"nothing answers at {address}", "start that Ray cluster, or remove ray.address")

@@ -1,0 +1,156 @@
+"""What `diptych doctor` asks of the machine and the installation, whatever the configuration says."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from diptych.cluster.control import host
+
+MIN_PYTHON = (3, 11)
+MIN_FILES = 1024  # of the router: connections, and of Ray's processes about as many
+MIN_SHM = 128 << 20  # Ray's object store and a staging ring
+HEAVY = ("torch", "transformers", "ray.serve", "grpc", "tokenizers", "safetensors.torch")
+IMPORT_TIMEOUT_S = 120.0
+
+
+class State(StrEnum):
+    """What a finding means for a start."""
+
+    OK = "ok"
+    SLOW = "note"  # it starts, and is slower or smaller than it could be
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. `remedy` says what to do where there is something to do."""
+
+    name: str
+    state: State
+    told: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """All findings about this machine."""
+    return [
+        system(platform.system(), sys.version_info[:2]),
+        *packages(),
+        imports(HEAVY),
+        bfloat16(host.has_native_bfloat16()),
+        cores(len(os.sched_getaffinity(0)), cpu_quota()),
+        files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+        shared_memory(),
+    ]
+
+
+def system(name: str, python: Sequence[int]) -> Finding:
+    """Linux and a Python that is new enough."""
+    version = ".".join(map(str, python))
+    if name != "Linux":
+        return Finding("system", State.STOP, f"{name} has no memfd and no /proc", "use Linux, also in a container")
+    if tuple(python) < MIN_PYTHON:
+        wanted = ".".join(map(str, MIN_PYTHON))
+        return Finding("system", State.STOP, f"Python {version} is older than {wanted}", f"install Python {wanted}")
+    return Finding("system", State.OK, f"Linux, Python {version}")
+
+
+def packages(distribution: str = "diptych") -> list[Finding]:
+    """A finding for every requirement that is missing or too old, or one that all are there."""
+    found, wrong = [], []
+    for text in importlib.metadata.requires(distribution) or []:
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(Finding("package", State.STOP, f"{wanted.name} is missing", f"pip install '{wanted}'"))
+            continue
+        if wanted.specifier.contains(version, prereleases=True):
+            found.append(f"{wanted.name} {version}")
+        else:
+            told = f"{wanted.name} {version} is installed, and {wanted.specifier} is needed"
+            wrong.append(Finding("package", State.STOP, told, f"pip install '{wanted}'"))
+    return wrong or [Finding("packages", State.OK, ", ".join(found))]
+
+
+def imports(modules: Sequence[str]) -> Finding:
+    """Whether the large packages can be loaded, in a process of its own: a broken one may take its process along."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {', '.join(modules)}"],
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        told = f"{', '.join(modules)} could not be imported within {IMPORT_TIMEOUT_S:g} s"
+        return Finding("imports", State.SLOW, told, "see whether the disk is slow or the machine busy")
+    if done.returncode == 0:
+        return Finding("imports", State.OK, ", ".join(modules))
+    words = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+    return Finding("imports", State.STOP, words[0], "install the named package again")
+
+
+def bfloat16(is_native: bool) -> Finding:
+    """What dtype auto means here."""
+    if is_native:
+        return Finding("bfloat16", State.OK, "this CPU computes in bfloat16")
+    return Finding("bfloat16", State.SLOW, "this CPU does not: models run in float32, with twice the memory")
+
+
+def cores(usable: int, quota: float | None) -> Finding:
+    """Cores against a container's limit of CPU time."""
+    if quota is not None and quota < usable:
+        told = f"{usable} cores are visible, and the container (cgroup) may use the time of {quota:g}"
+        remedy = f"set models.NAME.prefill.threads and decode.threads so that they add up to {max(1, int(quota))}"
+        return Finding("cores", State.SLOW, told, remedy)
+    return Finding("cores", State.OK, f"{usable} usable; engines divide them and set OMP_NUM_THREADS themselves")
+
+
+def cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores' worth of CPU time that the cgroup grants, or None without a limit."""
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # no such file, or the word max
+        return None
+
+
+def files(soft: int) -> Finding:
+    """The limit of open files of a process."""
+    if soft != resource.RLIM_INFINITY and soft < MIN_FILES:
+        told = f"a process may open {soft} files; router and Ray need {MIN_FILES}"
+        return Finding("open files", State.STOP, told, f"ulimit -n {MIN_FILES} (or LimitNOFILE of the service)")
+    return Finding("open files", State.OK, "no limit" if soft == resource.RLIM_INFINITY else str(soft))
+
+
+def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
+    """Memory that two processes can share: memfd for KV, /dev/shm for Ray."""
+    try:
+        os.close(os.memfd_create("diptych-doctor"))
+    except OSError as error:
+        told = f"memfd_create fails ({error.strerror}): KV crosses over gRPC instead"
+        return Finding("shared memory", State.SLOW, told, "allow memfd_create (seccomp profile of the container)")
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        free = 0
+    if free < MIN_SHM:
+        told = f"{folder} has {free >> 20} MiB free, and Ray wants {MIN_SHM >> 20}"
+        return Finding("shared memory", State.SLOW, told, "docker run --shm-size=256m; Ray uses the disk otherwise")
+    return Finding("shared memory", State.OK, f"memfd works, {folder} has {free >> 20:,} MiB free")

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from diptych.cluster import doctor, doctor_cluster, doctor_machine
+from diptych.cluster.config import DEFAULT_MODEL, load_config
+from diptych.cluster.control.memory import MIB
+from diptych.cluster.doctor_machine import Finding, State
+from diptych.cluster.models import ModelFacts, ModelFolder
+
+FACTS = ModelFacts(
+    name="m",
+    architecture="LlamaForCausalLM",
+    layers=30,
+    kv_heads=3,
+    head_dim=64,
+    vocab_size=49152,
+    max_context_tokens=8192,
+    weights_bytes=1,
+    num_parameters=100 * MIB,
+    eos_token_ids=(2,),
+    bos_token_id=1,
+    dtype="bfloat16",
+    chat_template=None,
+)
+FOLDERS = {DEFAULT_MODEL: ModelFolder(Path("/m"), FACTS)}
+
+
+@pytest.mark.parametrize(
+    ("finding", "state", "words"),
+    [
+        (doctor_machine.system("Linux", (3, 11)), State.OK, "Python 3.11"),
+        (doctor_machine.system("Linux", (3, 10)), State.STOP, "Python 3.10 is older than 3.11"),
+        (doctor_machine.system("Darwin", (3, 12)), State.STOP, "Darwin"),
+        (doctor_machine.imports(["json", "socket"]), State.OK, "json"),
+        (doctor_machine.imports(["json", "no_such_module"]), State.STOP, "no_such_module"),
+        (doctor_machine.bfloat16(True), State.OK, "bfloat16"),
+        (doctor_machine.bfloat16(False), State.SLOW, "float32"),
+        (doctor_machine.cores(8, None), State.OK, "8 usable"),
+        (doctor_machine.cores(8, 2.0), State.SLOW, "may use the time of 2"),
+        (doctor_machine.files(256), State.STOP, "256"),
+        (doctor_machine.files(20000), State.OK, "20000"),
+        (doctor_machine.shared_memory(Path("/no/such/place")), State.SLOW, "0 MiB free"),
+    ],
+)
+def test_a_machines_finding_says_what_it_is_about(finding: Finding, state: State, words: str) -> None:
+    assert finding.state is state
+    assert words in finding.told
+    assert finding.remedy or state is not State.STOP, "a stop comes with a remedy"
+
+
+def test_a_package_that_is_missing_or_too_old_stops_with_the_command_that_mends_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = ["numpy>=2", "numpy>=999", "no-such-package>=1", "alsomissing; extra == 'gpu'"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: wanted)
+    missing = doctor_machine.packages()
+    assert {finding.state for finding in missing} == {State.STOP}
+    assert [finding.remedy for finding in missing] == ["pip install 'numpy>=999'", "pip install 'no-such-package>=1'"]
+
+
+def test_the_installation_that_runs_the_tests_is_complete() -> None:
+    assert [finding.state for finding in doctor_machine.packages()] == [State.OK]
+
+
+def test_a_cgroups_share_of_cpu_time_is_read(tmp_path: Path) -> None:
+    assert doctor_machine.cpu_quota(tmp_path) is None
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert doctor_machine.cpu_quota(tmp_path) is None
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert doctor_machine.cpu_quota(tmp_path) == 1.5
+
+
+def test_a_taken_port_stops_and_a_free_choice_is_not_looked_at() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        [finding] = doctor_cluster.ports(load_config(None, [f"router.port={port}"]))
+    assert finding.state is State.STOP
+    assert str(port) in finding.told
+    assert "router.port" in finding.remedy
+    assert doctor_cluster.ports(load_config(None, ["router.port=0"])) == []
+
+
+def test_memory_that_does_not_suffice_stops_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, state in ((100_000 * MIB, State.OK), (1000 * MIB, State.STOP)):
+        monkeypatch.setattr("diptych.cluster.control.host.available_memory", lambda free=free: (free, "free memory"))
+        finding = doctor_cluster.memory(load_config(), FOLDERS)
+        assert finding.state is state
+        assert f"{free // MIB}" in finding.told.replace(",", "")
+
+
+def test_more_engines_than_cores_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    assert doctor_cluster.engines(load_config()).state is State.SLOW
+    assert doctor_cluster.engines(load_config(None, [f"models.{DEFAULT_MODEL}.layout=colocated"])).state is State.OK
+
+
+def test_a_run_dir_must_be_private_and_hold_sockets(tmp_path: Path) -> None:
+    private = tmp_path / "own"
+    assert doctor_cluster.run_dir(private).state in (State.OK, State.STOP), "too long a path for sockets is told"
+    private.mkdir(mode=0o755)
+    finding = doctor_cluster.run_dir(private)
+    assert finding.state is State.STOP
+    assert "chmod 700" in finding.remedy
+    assert doctor_cluster.run_dir(Path("/proc/none/run")).state is State.STOP
+
+
+def test_a_model_that_cannot_be_served_stops_and_the_others_are_still_told() -> None:
+    config = load_config(None, ["models.bad.source=/no/such/model"])
+    folders, findings = doctor_cluster.models(config)
+    assert [finding.state for finding in findings if "bad" in finding.told] == [State.STOP]
+    assert "bad" not in folders
+
+
+def test_a_ray_cluster_that_nobody_runs_stops() -> None:
+    assert doctor_cluster.ray_cluster("127.0.0.1:1").state is State.STOP
+
+
+def test_the_exit_code_and_the_json_say_whether_something_stops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor_machine, "examine", lambda: [Finding("bfloat16", State.SLOW, "none")])
+    monkeypatch.setattr(doctor_cluster, "examine", lambda config: [Finding("port", State.OK, "free")])
+    assert doctor.run_doctor(None, [], as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(finding["name"], finding["state"]) for finding in told] == [
+        ("bfloat16", "note"),
+        ("configuration", "ok"),
+        ("port", "ok"),
+    ]
+    assert doctor.run_doctor(None, ["router.prot=1"]) == 1
+    text = capsys.readouterr().out
+    assert "router.prot is not a known key (did you mean port?)" in text
+    assert "1 of these would stop `diptych serve`" in text
