@@ -48,7 +48,7 @@ def main() -> None:
         print(f"plain: {repeated!r}\nwith penalties: {varied!r}")
 
         for text in ("The sky is blue.", "The sky is seven."):
-            print(f"{text} log probability {score(client, text):.1f}")
+            print(f"{text!r} scores {score(client, text):.1f}")
 
 
 if __name__ == "__main__":

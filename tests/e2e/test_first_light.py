@@ -208,7 +208,7 @@ def wait_until(condition: Any, message: str, seconds: float = 30) -> None:
         ("stream_curl.sh", "data: [DONE]"),
         ("ray_handle.py", "Paris"),
         ("python_client.py", "refused: temperature"),
-        ("sampling.py", "with penalties"),
+        ("sampling.py", "scores"),
     ],
 )
 def test_the_examples_run(cluster: Cluster, example: str, expected: str) -> None:
