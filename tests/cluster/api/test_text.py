@@ -165,3 +165,47 @@ def test_the_default_models_own_tokenizer_streams_exactly(data: st.DataObject) -
 
 def _own() -> Tokenizer:
     return Tokenizer.from_file(str(resolve("smollm2-135m-instruct", default_cache_dir()).path / "tokenizer.json"))
+
+
+@given(st.text("ab \u4f60\u00e9\U0001f600", max_size=10))
+def test_spellings_joined_are_the_text(text: str) -> None:
+    known = table(byte_level_tokenizer)
+    assert b"".join(map(known.spelling, known.tokenizer.encode(text).ids)).decode() == text
+
+
+@pytest.mark.parametrize("maker", MAKERS[1:])
+def test_a_token_is_spelled_as_it_stands_within_a_text(maker: Callable[[], Tokenizer]) -> None:
+    known = table(maker)
+    ids = known.tokenizer.get_vocab()
+    has_bytes = maker in (llama_like, gemma_like)
+    assert known.spelling(ids["\u2581hello"]) == b" hello"
+    assert known.spelling(ids["<0xE4>"]) == (b"\xe4" if has_bytes else b"<0xE4>")
+    assert known.spelling(ids["</s>"]) == b"</s>"  # special: shown by its name, though no text shows it
+    assert known.spelling(ids["<plain>"]) == b"<plain>"
+    assert known.spelling(len(ids) + 7) == b""
+
+
+def test_a_window_decoders_token_is_spelled_by_its_own_decode() -> None:
+    tokenizer = sentencepiece_like(decoders.WordPiece())
+    known = TokenTable(tokenizer)
+    assert known.spelling(tokenizer.get_vocab()["wor"]) == b"wor"
+
+
+@given(st.text("ab", max_size=12), st.integers(0, 6), st.lists(st.integers(1, 12), max_size=4), st.booleans())
+def test_stop_strings_are_looked_for_after_the_first_tokens_only(
+    text: str, min_tokens: int, cuts: list[int], include: bool
+) -> None:
+    known = table(byte_level_tokenizer)
+    tokens = [known.tokenizer.encode(letter).ids[0] for letter in text]
+    stream = TextStream(known, ["ba"], include_stop=include, min_tokens=min_tokens)
+    out = ""
+    for part in splits(tokens, cuts):
+        out += stream.feed(part)
+        if stream.stopped:
+            break
+    else:
+        out += stream.flush()
+    at = text.find("ba", min_tokens)
+    assert out == (text if at < 0 else text[: at + 2 * include])
+    assert stream.stopped == (at >= 0)
+    assert stream.num_shown == len(out)
