@@ -157,6 +157,9 @@ class EngineSession:
                 failures = 0 if self.is_ready else failures + 1
                 self._fail_open(EngineLost(f"the connection to engine {self.info.ref.engine_id} broke"))
                 await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+        except Exception:  # a defect: without a word the engine would seem removed
+            log.exception("the session to engine %s ends", self.info.ref.engine_id)
+            raise
         finally:
             self._fail_open(EngineLost(f"engine {self.info.ref.engine_id} was removed"))
 

@@ -19,6 +19,7 @@ from diptych.cluster.config import ModelSettings
 from diptych.cluster.engine.engine import Engine
 from diptych.cluster.engine.spec import EngineSpec
 from diptych.cluster.models import ModelFacts
+from diptych.cluster.router.mirror import PromptNames
 from diptych.cluster.router.session import EngineSession
 from diptych.protos.errors import DiptychError, StartupError
 from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
@@ -32,8 +33,10 @@ from diptych.protos.types import (
     GenerateRequest,
     PoolCounts,
     PrefillOrder,
+    PromptLogprobs,
     Role,
     SamplingParams,
+    TokenLogprobs,
     TransferKey,
 )
 
@@ -96,10 +99,13 @@ class Sink:
         self.end: asyncio.Future[Finish | DiptychError] = asyncio.get_running_loop().create_future()
         self.got_token = asyncio.Event()
 
-    def on_token(self, index: int, token: int) -> None:
+    def on_token(self, index: int, token: int, logprobs: TokenLogprobs | None = None) -> None:
         assert index not in self.tokens
         self.tokens[index] = token
         self.got_token.set()
+
+    def on_prompt(self, piece: PromptLogprobs) -> None:
+        raise AssertionError("nobody asked for the prompt's logprobs")
 
     def on_end(self, role: Role, outcome: Finish | DiptychError) -> None:
         assert not self.end.done(), "a second terminal event"
@@ -220,6 +226,17 @@ async def test_a_decode_engine_computes_the_prompt_when_its_prefill_engine_is_go
     assert d.epoch == 3
 
 
+async def test_a_router_learns_which_prompts_an_engine_has_cached(site: Site) -> None:
+    await site.add("d", Role.DECODE)
+    prompt, decode, mirror = prompt_of(random.Random(9), 50), Sink(), site.sessions["d"].mirror
+    site.sessions["d"].submit(DecodeOrder(request=request(1, prompt), prefill=None), decode)
+    await decode.finish()
+    async with asyncio.timeout(WAIT_S):
+        while mirror.cached_tokens(PromptNames(tuple(prompt), b"")) != 48:  # noqa: ASYNC110 - told with a status
+            await asyncio.sleep(0.01)
+    assert mirror.cached_tokens(PromptNames(tuple(prompt), b"another tenant")) == 0
+
+
 async def test_random_cancels_leave_both_pools_as_they_were(site: Site) -> None:
     p = await site.add("p", Role.PREFILL)
     d = await site.add("d", Role.DECODE)
@@ -245,6 +262,10 @@ async def test_random_cancels_leave_both_pools_as_they_were(site: Site) -> None:
         assert counts.free + counts.cached == counts.total
         status = site.engines[name].status()
         assert status.ring_slots_busy == 0
+        mirror = site.sessions[name].mirror
+        async with asyncio.timeout(WAIT_S):
+            while len(mirror.names) != counts.cached:  # noqa: ASYNC110 - the engine tells it with its next status
+                await asyncio.sleep(0.01)
 
 
 async def test_a_client_that_vanishes_frees_its_blocks(site: Site) -> None:
