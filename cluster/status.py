@@ -60,7 +60,7 @@ def render(url: str, info: dict[str, Any]) -> str:
             (
                 engine["engine"],
                 engine["model"],
-                "connected" if engine["connected"] else "lost",
+                "lost" if not engine["connected"] else "draining" if engine["draining"] else "connected",
                 str(engine["pid"]),
                 str(engine["running"]),
                 str(engine["waiting"]),

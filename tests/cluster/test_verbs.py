@@ -24,6 +24,7 @@ INFO = {
             "engine": "prefill-0",
             "model": "tiny",
             "connected": True,
+            "draining": False,
             "pid": 41,
             "running": 2,
             "waiting": 3,
@@ -41,6 +42,12 @@ def test_status_shows_engines_blocks_and_queues() -> None:
     assert "prefill-0  tiny   connected  41   2        3        1/4/5                    77" in text
     assert "router-a (pid 43): 5 in work, 6 waiting" in text
     assert "degraded: slow" in text
+
+
+def test_status_tells_of_engines_that_drain_and_that_are_lost() -> None:
+    engine = INFO["engines"][0]  # type: ignore[index]
+    assert "draining" in render("http://u", INFO | {"engines": [engine | {"draining": True}]})
+    assert "lost" in render("http://u", INFO | {"engines": [engine | {"connected": False}]})
 
 
 def test_status_without_a_cluster_is_a_sentence_and_exit_code_1(

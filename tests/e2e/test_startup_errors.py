@@ -77,6 +77,39 @@ def test_an_unknown_configuration_key(run_dir: Path, tmp_path: Path) -> None:
     assert "router.prot is not a known key (did you mean port?)" in refusal(run_dir, "--config", str(file))
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("models:\n  a: {}\n  a: {}\n", "the key a appears twice"),
+        (
+            "models: {a: {prefill: {engines: 0}}}",
+            "models.a.prefill.engines: should be greater than or equal to 1, not 0",
+        ),
+        ("models: {a: {decode: {engines: 0}}}", "models.a.decode.engines: should be greater than or equal to 1, not 0"),
+        (
+            "models: {a: {layout: colocated, prefill: {step_tokens: 64}}}",
+            "models.a.prefill: the layout colocated has no prefill pool",
+        ),
+        ("models: {a: {prefill: {dtype: float32}}}", "models.a.prefill.dtype is not a known key"),
+        ("models: {a: {decode: {kv: {block_token: 8}}}}", "models.a.decode.kv.block_token is not a known key"),
+    ],
+)
+def test_pools_that_cannot_be(run_dir: Path, tmp_path: Path, text: str, sentence: str) -> None:
+    """Two models of one name, an empty pool, a layout that does not fit, engines of a pair that would not match."""
+    file = tmp_path / "diptych.yaml"
+    file.write_text(text)
+    assert sentence in refusal(run_dir, "--config", str(file))
+
+
+def test_of_several_models_the_one_that_does_not_fit_is_named(run_dir: Path) -> None:
+    sentence = refusal(
+        *(run_dir, "--port", "0", "--set", f"models.big.source={DEFAULT_MODEL}"),
+        *("--set", "models.big.decode.kv.memory_mib=100000000"),
+    )
+    assert "lower models.big.decode.kv.memory_mib" in sentence
+    assert "100000" in sentence
+
+
 def test_a_configuration_file_that_is_not_there(run_dir: Path) -> None:
     assert "/no/such.yaml" in refusal(run_dir, "--config", "/no/such.yaml")
 
@@ -90,7 +123,7 @@ def test_an_unknown_model_names_the_known_ones(run_dir: Path) -> None:
 def test_too_little_memory_tells_the_numbers_and_what_to_lower(run_dir: Path) -> None:
     sentence = refusal(run_dir, "--port", "0", "--set", f"models.{DEFAULT_MODEL}.kv.memory_mib=100000000")
     assert "not enough memory" in sentence
-    assert "kv.memory_mib" in sentence
+    assert f"lower models.{DEFAULT_MODEL}.kv.memory_mib" in sentence
 
 
 def test_a_cache_that_cannot_be_written(run_dir: Path) -> None:
