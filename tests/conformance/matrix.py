@@ -46,8 +46,9 @@ def run(model: LoadedModel, reference: Reference, situation: Situation) -> Outco
             check_hits(stage, arrive(stage, prompts[1:]), [SHARED_TOKENS - max(situation.blocks)] * len(prompts[1:]))
         case "preempted":
             arrive(stage, prompts, PREEMPTED_TOKENS)
-            preemptions = stage.decode_worker.counters()["decode_preemptions_total"]
-            assert preemptions >= MIN_PREEMPTIONS, f"{preemptions} preemptions"
+            told = [stage.decode.ledger.finishes[key].preemptions for key in stage.requests]
+            assert sum(told) == stage.decode_worker.counters()["decode_preemptions_total"]
+            assert sum(told) >= MIN_PREEMPTIONS, f"{told} preemptions"
     tokens = check_answers(stage, reference)
     check_way(stage, situation, prompts)
     stage.close()
