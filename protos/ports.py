@@ -162,4 +162,4 @@ class Worker(Protocol):
         """Requests running and waiting."""
 
     def counters(self) -> dict[str, float]:
-        """Totals since the start by metric name, which begins with the role."""
+        """By metric name, which begins with the role. Totals since the start end in _total; others are as of now."""
