@@ -98,7 +98,7 @@ class CallRecord:
             transport = explanation.transport or "unknown"
             counters["kv_bytes"].labels(model, transport).inc(explanation.transfer_bytes)
             self._metrics.histograms["kv_seconds"].labels(model, transport).observe(explanation.transfer_s)
-        elif explanation.prefill_engine and explanation.decode.prefill:
+        elif explanation.prefill_engine and explanation.decode.prefill and not explanation.preemptions:
             counters["fallbacks"].labels(model, "transfer").inc()
         return explanation
 

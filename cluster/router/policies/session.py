@@ -31,14 +31,15 @@ class Session:
     def __init__(self, *, ttl_s: float, clock: Callable[[], float]) -> None:
         self._ttl_s = ttl_s
         self._clock = clock
-        self._seats: OrderedDict[tuple[str, str, str], _Seat] = OrderedDict()  # least recently used first
+        self._seats: OrderedDict[bytes, _Seat] = OrderedDict()  # least recently used first
         self._without = LeastLoad()
 
     def choose(self, ask: Ask, prefill: Sequence[EngineLoad], decode: Sequence[EngineLoad]) -> Choice:
         """See PlacementPolicy."""
         if ask.session is None:
             return self._without.choose(ask, prefill, decode)
-        key, now = (ask.model, *ask.session), self._clock()
+        # Clients choose the words and their length: what is kept of a session has the same size for all.
+        key, now = _digest(ask.model, *ask.session), self._clock()
         seat = self._seats.pop(key, None)
         if seat is not None and seat.expires <= now:
             seat = None
@@ -52,12 +53,16 @@ class Session:
             self._seats.popitem(last=False)
         return Choice(first, then, f"session: {'known' if known else 'new'}")
 
-    def _pick(self, key: tuple[str, str, str], engines: Sequence[EngineLoad], seat: str) -> EngineLoad:
+    def _pick(self, key: bytes, engines: Sequence[EngineLoad], seat: str) -> EngineLoad:
         for engine in engines:
             if engine.ref.engine_id == seat:
                 return engine
         return max(engines, key=lambda engine: _weight(key, engine.ref.engine_id))
 
 
-def _weight(key: tuple[str, str, str], engine: str) -> bytes:
-    return hashlib.blake2b("\0".join((*key, engine)).encode(), digest_size=8).digest()
+def _weight(key: bytes, engine: str) -> bytes:
+    return hashlib.blake2b(engine.encode(), key=key, digest_size=8).digest()
+
+
+def _digest(*words: str) -> bytes:
+    return hashlib.blake2b("\0".join(words).encode(errors="surrogatepass"), digest_size=16).digest()

@@ -13,6 +13,7 @@ from diptych.cluster.config import PlacementSettings
 from diptych.cluster.router.estimate import EngineRates, PairMeter, Reserved
 from diptych.cluster.router.mirror import PrefixMirror, PromptNames
 from diptych.cluster.router.placement import Ask, EngineLoad, Placement, Placer
+from diptych.cluster.router.policies import session as session_module
 from diptych.cluster.router.policies.configured import placer_of
 from diptych.kvtransfer.prefix import block_name, root_name, short_name
 from diptych.protos.types import EngineId, EngineRef
@@ -167,6 +168,16 @@ def test_a_session_stays_until_it_was_idle_for_long_and_replicas_agree() -> None
     time.now = 1300
     later = [chosen(place.place(ask(session=f"s{n}"), p, more))[1] for n in seats]
     assert later != [then for _, then in seats.values()]
+
+
+def test_sessions_of_any_length_and_number_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "MAX_SESSIONS", 3)
+    place, d = placer("session"), [engine("d0"), engine("d1")]
+    for number in range(9):
+        place.place(ask(session=f"{number}" * 10_000), [], d)
+    seats = place.policy._seats  # type: ignore[attr-defined]
+    assert len(seats) == 3
+    assert {len(key) for key in seats} == {16}
 
 
 def test_cost_waits_for_a_cached_prefix_only_as_long_as_it_saves() -> None:
