@@ -74,13 +74,15 @@ def run_dir() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def spec_of(run_dir: Path, name: str, *roles: Role, transport: str = "auto") -> EngineSpec:
+def spec_of(
+    run_dir: Path, name: str, *roles: Role, transport: str = "auto", settings: ModelSettings = SETTINGS
+) -> EngineSpec:
     return EngineSpec(
         engine_id=EngineId(name),
         epoch=3,
         roles=frozenset(roles),
         model="tiny",
-        settings=SETTINGS,
+        settings=settings,
         transfer=TransferSettings.model_validate(
             {"transport": transport, "slot_kib": 64, "slots": 4, "dial_timeout_s": 0.5}
         ),
@@ -127,8 +129,11 @@ class Site:
         self.sessions: dict[str, EngineSession] = {}
         self.failures: list[BaseException] = []
 
-    async def add(self, name: str, *roles: Role, transport: str = "auto") -> EngineRef:
-        engine = Engine(spec_of(self._run_dir, name, *roles, transport=transport), on_failure=self.failures.append)
+    async def add(
+        self, name: str, *roles: Role, transport: str = "auto", settings: ModelSettings = SETTINGS
+    ) -> EngineRef:
+        spec = spec_of(self._run_dir, name, *roles, transport=transport, settings=settings)
+        engine = Engine(spec, on_failure=self.failures.append)
         info = (await asyncio.to_thread(engine.start)).info
         ready = asyncio.Event()
         session = EngineSession(info, router_id="test", connect_timeout_s=10, clock=time.monotonic, on_change=ready.set)
@@ -199,6 +204,71 @@ async def test_a_prompt_computed_in_one_engine_is_continued_in_the_other(site: S
     for name in ("p", "d"):
         assert (await site.counts(name)).used == 0
         assert site.engines[name].status().counters["kv_transfer_bytes_total"] > 0
+
+
+async def test_pools_may_differ_in_arena_and_block_size(site: Site) -> None:
+    """KV crosses in one canonical form, whatever the block sizes of the two ends."""
+    own = KvSettings(memory_mib=1, block_tokens=7, prefix_cache=False)
+    settings = SETTINGS.model_copy(update={"prefill": PrefillSettings(step_tokens=32, threads=1, kv=own)})
+    p = await site.add("p", Role.PREFILL, settings=settings)
+    d = await site.add("d", Role.DECODE, settings=settings)
+    rng = random.Random(8)
+    for n, length in enumerate((1, 6, 7, 8, 16, 111)):
+        prompt = prompt_of(rng, length)
+        prefill, decode = ask(site, p, d, request(n, prompt))
+        assert (await prefill.finish()).reason is FinishReason.HANDOFF
+        assert (await decode.finish()).transfer_bytes > 0
+        answer = prefill.tokens | decode.tokens
+        assert [answer[i] for i in range(12)] == echo_reference(prompt, 12, VOCAB)
+    infos = [site.sessions[name].info for name in ("p", "d")]
+    assert [info.block_tokens for info in infos] == [7, 16]
+    assert [any("no prefix cache" in choice for choice in info.degraded) for info in infos] == [True, False]
+
+
+async def test_a_prompt_too_long_for_the_prefill_arena_is_computed_by_the_decode_engine(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "FACTS", dataclasses.replace(FACTS, max_context_tokens=8192))
+    wide = SETTINGS.model_copy(update={"decode": SETTINGS.decode.model_copy(update={"kv": KvSettings(memory_mib=4)})})
+    p = await site.add("p", Role.PREFILL, settings=wide)
+    d = await site.add("d", Role.DECODE, settings=wide)
+    assert site.sessions["p"].info.max_context_tokens == 4096
+    assert any("prompts on the prefill engines" in choice for choice in site.sessions["p"].info.degraded)
+    prompt = prompt_of(random.Random(11), 4200)
+    prefill, decode = ask(site, p, d, request(1, prompt, max_tokens=4))
+    assert (await prefill.finish()).error_code == "no_kv_blocks"
+    assert (await decode.finish()).reason is FinishReason.LENGTH
+    assert [decode.tokens[i] for i in range(4)] == echo_reference(prompt, 4, VOCAB)
+
+
+async def test_a_colocated_engine_answers_alone(site: Site) -> None:
+    settings = SETTINGS.model_copy(update={"layout": "colocated"})
+    await site.add("d", Role.DECODE, settings=settings)
+    assert site.sessions["d"].info.layout == "colocated"
+    prompt = prompt_of(random.Random(9), 70)
+    decode = Sink()
+    site.sessions["d"].submit(DecodeOrder(request=request(1, prompt), prefill=None), decode)
+    assert (await decode.finish()).reason is FinishReason.LENGTH
+    assert [decode.tokens[i] for i in range(12)] == echo_reference(prompt, 12, VOCAB)
+
+
+async def test_a_draining_prefill_engine_stays_until_its_kv_was_fetched(site: Site) -> None:
+    """Its own part ends when the KV is staged; the decode engine may not have fetched it yet."""
+    p = await site.add("p", Role.PREFILL)
+    d = await site.add("d", Role.DECODE)
+    prompt = prompt_of(random.Random(10), 60)
+    early = Sink()
+    site.sessions["p"].submit(PrefillOrder(request=request(1, prompt), decode=d), early)  # nobody fetches this one yet
+    async with asyncio.timeout(WAIT_S):
+        await early.got_token.wait()
+    assert not await asyncio.to_thread(site.engines["p"].drain, 0.05)
+    decode = Sink()
+    site.sessions["d"].submit(DecodeOrder(request=request(1, prompt), prefill=p), decode)
+    assert await asyncio.to_thread(site.engines["p"].drain, float(WAIT_S))
+    done = await decode.finish()
+    assert done.transfer_bytes > 0
+    answer = early.tokens | decode.tokens
+    assert [answer[i] for i in range(12)] == echo_reference(prompt, 12, VOCAB)
 
 
 async def test_an_engine_of_both_roles_hands_over_within_itself(site: Site) -> None:
