@@ -14,6 +14,8 @@ import httpx2
 import pytest
 from serving import Cluster, alive, descendants, start_cluster, stop_cluster
 
+from diptych.cluster.models import ModelFolder
+
 MODEL = "smollm2-135m-instruct"
 PATIENCE_S = 60
 
@@ -21,7 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[Cluster]:
+def own(default_model: ModelFolder, tmp_path: Path) -> Iterator[Cluster]:
     """A cluster that the test may ruin."""
     running = start_cluster(tmp_path, "--set", f"models.{MODEL}.dtype=float32")
     yield running
@@ -125,7 +127,7 @@ def test_nothing_outlives_a_killed_command(own: Cluster) -> None:
     until(lambda: not alive(own.tree), f"left behind: {alive(own.tree)}")
 
 
-def test_sigterm_while_the_engines_load_ends_in_order(tmp_path: Path) -> None:
+def test_sigterm_while_the_engines_load_ends_in_order(default_model: ModelFolder, tmp_path: Path) -> None:
     starting = start_cluster(tmp_path, wait=False)
     until(lambda: "engines ..." in starting.printed(), "the engines did not begin to load")
     starting.tree = descendants(starting.process.pid)
