@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import silu
 
 from ..attention import AttentionStep, LayerShape
 from ..ops.kv_write.launch import kv_write
 from ..ops.paged_attention.launch import paged_attention
 from ..ops.paged_attention.params import AttentionParams
+from ..ops.rms_norm.launch import rms_norm
 from .merged import MergedLinear
 from .packed import PackedLinear
 
@@ -31,7 +32,7 @@ class _Norm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 @dataclass(slots=True, eq=False)

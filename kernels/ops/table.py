@@ -12,13 +12,21 @@ from types import ModuleType
 from diptych.protos.errors import StartupError
 
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "cpu": {"paged_attention": "cpu", "kv_write": "cpu", "sampling": "cpu", "logprobs": "cpu", "linear": "cpu"},
+    "cpu": {
+        "paged_attention": "cpu",
+        "kv_write": "cpu",
+        "sampling": "cpu",
+        "logprobs": "cpu",
+        "linear": "cpu",
+        "rms_norm": "cpu",
+    },
     "cuda": {
         "paged_attention": "reference",
         "kv_write": "cpu",
         "sampling": "reference",
         "logprobs": "reference",
         "linear": "reference",
+        "rms_norm": "reference",
     },
 }
 

@@ -21,7 +21,7 @@ def pack(weight: Tensor) -> Tensor:
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """See reference.py."""
     if packed.is_mkldnn and x.numel():
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
         return y
     if packed.is_mkldnn:
         return x.new_empty((*x.shape[:-1], packed.shape[0]))
