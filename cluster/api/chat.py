@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from diptych.protos.openai import ChatRequest, GenerationRequest, parse_chat
 from diptych.protos.openai_replies import JsonObject, chat_choice, completion
 
@@ -46,7 +48,7 @@ class ChatEndpoint:
         """A conversation is not repeated."""
         return None
 
-    def shape_logprobs(self, entries: list[Entry], table: TokenTable) -> JsonObject:
+    def shape_logprobs(self, entries: Sequence[Entry], table: TokenTable) -> JsonObject:
         """Token by token."""
         return chat_logprobs(entries, table)
 

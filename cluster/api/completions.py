@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from diptych.protos.openai import CompletionRequest, GenerationRequest, parse_completion
@@ -68,7 +69,7 @@ class CompletionEndpoint:
         entries = zip(choice.call.prompt, [None, *told], offsets, strict=True)
         return Piece(text, [Entry(*entry) for entry in entries])
 
-    def shape_logprobs(self, entries: list[Entry], table: TokenTable) -> JsonObject:
+    def shape_logprobs(self, entries: Sequence[Entry], table: TokenTable) -> JsonObject:
         """In columns."""
         return text_logprobs(entries, table)
 

@@ -67,7 +67,7 @@ class Endpoint(Protocol):
     def echo(self, request: GenerationRequest, choice: Choice, table: TokenTable) -> Piece | None:
         """The prompt as the beginning of the answer, where the client wants that."""
 
-    def shape_logprobs(self, entries: list[Entry], table: TokenTable) -> JsonObject:
+    def shape_logprobs(self, entries: Sequence[Entry], table: TokenTable) -> JsonObject:
         """The `logprobs` of a choice."""
 
     def answer(self, answer: Answer, choices: list[Whole]) -> JsonObject:
@@ -209,7 +209,7 @@ class GenerationApp:
         choice.echoed = len(piece.text)
         return piece
 
-    def _logprobs(self, answer: Answer, entries: list[Entry]) -> JsonObject | None:
+    def _logprobs(self, answer: Answer, entries: Sequence[Entry]) -> JsonObject | None:
         if self._endpoint.logprobs(answer.request) is None:
             return None
         return self._endpoint.shape_logprobs(entries, answer.model.renderer.table)
@@ -232,8 +232,7 @@ class GenerationApp:
                     if piece is None:
                         data += encoders[i].finish(choice.finish_reason)
                     else:
-                        moved = Piece(piece.text, _moved(piece.entries, choice.echoed))
-                        data += self._encoded(answer, encoders[i], moved)
+                        data += self._encoded(answer, encoders[i], piece, choice.echoed)
                     if data:
                         await send({"type": "http.response.body", "body": data, "more_body": True})
             end = b""
@@ -258,8 +257,8 @@ class GenerationApp:
             index=index,
         )
 
-    def _encoded(self, answer: Answer, encoder: EventEncoder, piece: Piece) -> bytes:
-        logprobs = self._logprobs(answer, list(piece.entries)) if piece.entries else None
+    def _encoded(self, answer: Answer, encoder: EventEncoder, piece: Piece, echoed: int = 0) -> bytes:
+        logprobs = self._logprobs(answer, _moved(piece.entries, echoed)) if piece.entries else None
         return encoder.text(piece.text, logprobs) if piece.text or logprobs else b""
 
 
