@@ -56,6 +56,10 @@ class RayEngine:
         """See EngineActor.status."""
         return await self._answer(self._actor.status.remote())
 
+    async def set_cores(self, cores: int) -> None:
+        """See EngineActor.set_cores."""
+        await self._answer(self._actor.set_cores.remote(cores))
+
     async def drain(self, grace_s: float) -> bool:
         """See Engine.drain."""
         return await self._answer(self._actor.drain.remote(grace_s))

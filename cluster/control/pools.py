@@ -26,7 +26,7 @@ from .memory import Available, check_more
 from .plan import ClusterPlan, Pool, cores_per_engine
 
 _PLAN_KEY = "plan"
-STATUS_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,9 @@ class EngineProcess(Protocol):
 
     async def status(self) -> EngineStatus:
         """A reading of the engine."""
+
+    async def set_cores(self, cores: int) -> None:
+        """Its share of the machine's cores has changed."""
 
     async def drain(self, grace_s: float) -> bool:
         """Refuse new requests, wait for the running ones and their transfers. False: some were left."""
@@ -181,16 +184,20 @@ class Pools:
                 check_more(pool.template, more, self._planned(), self._pids(), self._available)
             self._pools[model, role] = replace(pool, engines=engines)
             self._keep()
+            if more > 0:
+                await self._share_cores()
             launched = [self._launch(pool) for _ in range(more)]
             dismissed = [self._lives[member.engine_id] for member in await self._least_loaded(present, -more)]
             leaving = [self._send_away(life) for life in dismissed]
         await _end_of(leaving)
         await asyncio.gather(*(life.settled.wait() for life in launched))
         done = _told(launched)
-        if done.failed:
-            async with self._lock:
+        async with self._lock:
+            if done.failed:
                 self._pools[model, role] = replace(pool, engines=len(self._present(model, role)))
                 self._keep()
+            if done.failed or dismissed:
+                await self._share_cores()
         return replace(done, ended=tuple(life.engine_id for life in dismissed))
 
     async def release(self, owner: str, grace_s: float) -> bool:
@@ -291,6 +298,14 @@ class Pools:
 
     # ---- what there is ----
 
+    async def _share_cores(self) -> None:
+        """Tell the engines that serve how many cores each has now: more threads than cores is slower than fewer."""
+        cores = cores_per_engine(sum(pool.engines for pool in self._pools.values()))
+        serving = [life for life in self._lives.values() if life.is_serving and not life.leave.is_set()]
+        with contextlib.suppress(TimeoutError):  # one that is gone or hangs is its own task's business
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await asyncio.gather(*(life.process.set_cores(cores) for life in serving), return_exceptions=True)
+
     def _pool(self, model: str, role: Role) -> Pool:
         if model not in {name for name, _ in self._pools}:
             names = ", ".join(sorted({name for name, _ in self._pools}))
@@ -323,7 +338,7 @@ class Pools:
         if member.state is EngineState.STARTING:
             return -1
         try:
-            status = await asyncio.wait_for(self._lives[member.engine_id].process.status(), STATUS_TIMEOUT_S)
+            status = await asyncio.wait_for(self._lives[member.engine_id].process.status(), CALL_TIMEOUT_S)
         except (TimeoutError, EngineLost, KeyError):
             return -1
         return status.running + status.waiting

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from dataclasses import replace
 
 from diptych.protos.status import EngineStatus
 
@@ -51,6 +52,10 @@ class EngineActor:
     def status(self) -> EngineStatus:
         """A reading of the engine."""
         return self._engine.status()
+
+    def set_cores(self, cores: int) -> None:
+        """The engine's share of the machine has changed; threads that the configuration names stay."""
+        self._engine.set_threads(replace(self._spec, cores=cores).threads)
 
     def drain(self, grace_s: float) -> bool:
         """See Engine.drain."""

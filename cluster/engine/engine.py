@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 import grpc
@@ -113,6 +114,10 @@ class Engine:
         busy = sender.ring_slots_busy if sender is not None else 0
         counters["engine_outputs_lost_total"] = float(self._parts.outbox.outputs_lost)
         return dataclasses.replace(reading, transfers=transfers, ring_slots_busy=busy, counters=counters)
+
+    def set_threads(self, count: int) -> None:
+        """Compute with so many threads from the next step on: OpenMP keeps the number per calling thread."""
+        self._loop.call(partial(torch.set_num_threads, count))
 
     @property
     def workers(self) -> Mapping[Role, Worker]:

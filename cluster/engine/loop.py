@@ -6,6 +6,7 @@ It owns workers and block pool; everybody else reads the frozen readings that it
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 
 from diptych.kvtransfer.prefix import NameJournal
@@ -40,6 +41,7 @@ class StepLoop:
         self._clock = clock
         self._names = names
         self._stopping = threading.Event()
+        self._calls: deque[Callable[[], None]] = deque()
         self._steps = 0
         self._busy = 0.0
         self._read_at = float("-inf")
@@ -55,6 +57,8 @@ class StepLoop:
     def turn(self, wait_s: float) -> bool:
         """Take what arrives within `wait_s` seconds, then let each role step once. False: nothing happened."""
         items = self._inbox.take_all(wait_s)
+        while self._calls:
+            self._calls.popleft()()
         for item in items:
             self._dispatch(item)
         began = self._clock()
@@ -71,6 +75,10 @@ class StepLoop:
         if self._names is not None:
             self._tell_names(*self._names)
         return happened
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Have the step thread run `action` between two turns; from any thread."""
+        self._calls.append(action)
 
     def stop(self) -> None:
         """The loop ends after the turn it is in."""

@@ -55,6 +55,7 @@ class FakeProcess:
         self.may_finish.set()
         self.running = 0
         self.calls: list[str] = []
+        self.cores = [spec.cores]
 
     async def start(self) -> EngineStarted:
         self.calls.append("start")
@@ -79,6 +80,9 @@ class FakeProcess:
 
     async def status(self) -> EngineStatus:
         return EngineStatus(running=self.running)
+
+    async def set_cores(self, cores: int) -> None:
+        self.cores.append(cores)
 
     async def drain(self, grace_s: float) -> bool:
         self.calls.append("drain")
@@ -226,6 +230,15 @@ async def test_a_dismissed_engine_finishes_its_requests_before_it_ends() -> None
     assert done.ended == ("decode-1",)
     assert process.calls == ["start", "drain", "stop", "kill"]
     assert "decode-1" not in world.states()
+
+
+async def test_engines_share_the_cores_anew_when_their_number_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    world = await started("models.m.layout=colocated")
+    await world.pools.scale("m", Role.DECODE, 4)
+    assert [process.cores for process in world.made] == [[8, 2], [2], [2], [2]]
+    await world.pools.scale("m", Role.DECODE, 1)
+    assert world.process("decode-0").cores == [8, 2, 8]
 
 
 async def test_requests_that_outlast_the_grace_end_with_the_engine() -> None:

@@ -9,11 +9,13 @@ import dataclasses
 import random
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from diptych.cluster.config import ModelSettings
 from diptych.cluster.engine.engine import Engine
@@ -366,6 +368,26 @@ async def test_draining_waits_for_running_requests_and_refuses_new_ones(site: Si
     assert await draining
     assert (await decode.finish()).num_tokens == 100
     assert prefill.end.done()
+
+
+async def test_the_number_of_threads_changes_in_the_thread_that_computes(site: Site) -> None:
+    await site.add("d", Role.DECODE)
+    seen: list[tuple[str, int]] = []
+    engine = site.engines["d"]
+    for n, count in ((1, 2), (2, 1)):
+        engine.set_threads(count)
+        decode = Sink()
+        worker = engine.workers[Role.DECODE]
+        step = type(worker).step
+
+        def watched(self: object = worker, step: object = step) -> bool:
+            seen.append((threading.current_thread().name, torch.get_num_threads()))
+            return bool(step(self))  # type: ignore[operator]
+
+        worker.step = watched  # type: ignore[method-assign]
+        site.sessions["d"].submit(DecodeOrder(request=request(n, [1, 2, 3]), prefill=None), decode)
+        await decode.finish()
+        assert seen[-1] == ("step", count)
 
 
 async def test_a_step_thread_that_cannot_go_on_says_so(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
