@@ -130,7 +130,11 @@ class RouterSettings(Settings):
 class ModelSettings(Settings):
     """One served model and its two pools."""
 
-    source: str = Field(DEFAULT_MODEL, min_length=1, description="a built-in model, a folder or a GGUF file")
+    source: str = Field(
+        DEFAULT_MODEL,
+        min_length=1,
+        description="a built-in model, a folder, a GGUF file, or a name on the Hugging Face hub",
+    )
     runner: Literal["model", "echo"] = Field(
         "model", description="echo: load no model; tokens are hashes of what lies in the KV (to measure all the rest)"
     )
