@@ -207,6 +207,7 @@ def wait_until(condition: Any, message: str, seconds: float = 30) -> None:
         ("chat_openai.py", "tokens in"),
         ("stream_curl.sh", "data: [DONE]"),
         ("ray_handle.py", "Paris"),
+        ("ray_client.py", "temperature: should be"),
         ("python_client.py", "refused: temperature"),
         ("sampling.py", "scores"),
     ],
