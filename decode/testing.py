@@ -204,7 +204,8 @@ class DecodeBench:
         return finish.error_code
 
     def assert_idle(self) -> None:
-        """Nothing is held, nothing is awaited."""
+        """Nothing is held, nothing is awaited, and no step failed but on demand."""
+        assert self.worker.counters()["decode_step_faults_total"] == self.runner.num_faults
         assert not self.receiver.transfers
         assert self.pool.counts().used == 0, self.pool.counts()
         assert self.slots.num_free == self.slots.max_slots

@@ -110,7 +110,8 @@ class PrefillBench:
         self.pool.check_integrity()
 
     def assert_idle(self) -> None:
-        """Nothing is held, nothing is awaited."""
+        """Nothing is held, nothing is awaited, and no step failed but on demand."""
+        assert self.worker.counters()["prefill_step_faults_total"] == self.runner.num_faults
         assert not self.sender.transfers
         assert self.pool.counts().used == 0, self.pool.counts()
         assert self.slots.num_free == self.slots.max_slots

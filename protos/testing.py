@@ -161,6 +161,7 @@ class EchoRunner:
         self.fault: Literal["launch", "collect"] | None = None
         self.observe: Callable[[StepPlan], None] | None = None
         self.poison: Callable[[StepRow], bool] | None = None
+        self.num_faults = 0  # raised on demand; a worker that counts more broke the contract of a plan
         self._kv: list[list[Cell]] = [[EMPTY] * block_tokens for _ in range(num_blocks)]
         self._last_token: dict[int, int] = {}  # by slot
         self._history: dict[int, list[int]] = {}  # by slot, where the rules need it
@@ -172,6 +173,7 @@ class EchoRunner:
         if self.observe is not None:
             self.observe(plan)
         fault, self.fault = self.fault, None
+        self.num_faults += fault is not None
         faults = frozenset(at for at, row in enumerate(plan.rows) if self.poison is not None and self.poison(row))
         for at, row in enumerate(plan.rows):
             tokens = (self._last_token[row.slot],) if row.tokens is None else row.tokens
