@@ -39,17 +39,10 @@ def run_scale(
 
 
 def _scale(handle: Any, model: str, role: Role, engines: int) -> int:
-    import ray
+    from diptych.cluster.control.connect import scale
 
     began = time.monotonic()
-    try:
-        done: Any = ray.get(handle.scale.remote(model, role, engines), timeout=CALL_TIMEOUT_S)
-    except ray.exceptions.RayTaskError as exc:
-        if isinstance(exc.cause, DiptychError):
-            raise exc.cause from exc
-        raise
-    except ray.exceptions.RayError as exc:
-        raise StartupError(f"the pool manager does not answer: {' '.join(str(exc).split())[:300]}") from exc
+    done = scale(handle, model, role, engines, timeout_s=CALL_TIMEOUT_S)
     for engine in done.started:
         print(f"{engine.info.ref.engine_id} is ready (pid {engine.info.pid})")
     for name in done.ended:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from diptych.cluster.config import default_run_dir
-from diptych.protos.errors import StartupError
+from diptych.protos.errors import DiptychError, StartupError
+from diptych.protos.types import Role
 
 from .launch import ray_environment
+from .pools import Scaled
 from .state import ClusterState, find_cluster
 
 
@@ -38,6 +40,21 @@ def manager(address: str | None = None, url: str | None = None, run_dir: Path | 
         return ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
     except ValueError as exc:
         raise StartupError(f"no Diptych cluster runs on the Ray cluster at {address}") from exc
+
+
+def scale(handle: Any, model: str, role: Role, engines: int, *, timeout_s: float) -> Scaled:
+    """Ask the manager of `handle` for another pool size and wait; see Pools.scale. Raises its errors, StartupError."""
+    import ray
+
+    try:
+        done: Scaled = ray.get(handle.scale.remote(model, role, engines), timeout=timeout_s)
+    except ray.exceptions.RayTaskError as exc:
+        if isinstance(exc.cause, DiptychError):
+            raise exc.cause from exc
+        raise
+    except ray.exceptions.RayError as exc:
+        raise StartupError(f"the pool manager does not answer: {' '.join(str(exc).split())[:300]}") from exc
+    return done
 
 
 def running_cluster(url: str | None = None, run_dir: Path | None = None) -> ClusterState:
