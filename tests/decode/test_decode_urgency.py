@@ -303,3 +303,33 @@ def test_gauges_tell_what_is_held_and_what_waits() -> None:
 def gauges(bench: DecodeBench) -> tuple[float, ...]:
     counters = bench.worker.counters()
     return counters["decode_running"], counters["decode_kv_tokens"], counters["decode_queued_tokens"]
+
+
+def test_who_lost_its_blocks_comes_back_before_any_deadline_of_its_class() -> None:
+    bench = DecodeBench(num_blocks=9)
+    old = bench.submit(PROMPT[:12], transfer=False, max_tokens=20)
+    young = bench.submit(PROMPT[8:20], transfer=False, max_tokens=20)
+    bench.step()
+    bench.submit([7] * 9, transfer=False, max_tokens=9, deadline=bench.clock() + 1e6)
+    while not bench.worker.counters()["decode_preemptions_total"]:
+        assert bench.step()
+    head = bench.worker._scheduler.all.line.head()
+    assert head is not None
+    assert head.key == young
+    bench.run()
+    bench.assert_complete(old, first_index=0)
+
+
+def test_large_prompts_cost_their_tenant_more_than_small_ones() -> None:
+    bench = DecodeBench(settings=DecodeSettings(max_running=1))
+    sizes = {"large": 30, "small": 3}
+    owner: dict[TransferKey, str] = {}
+    for at in range(100):
+        for tenant, size in sizes.items():
+            key = bench.submit([at, size, *range(size - 2)], transfer=False, max_tokens=1, tenant=tenant)
+            owner[key] = tenant
+    for _ in range(60):
+        bench.step()
+    served = Counter(owner[key] for key in bench.ledger.tokens)
+    assert served["small"] > 7 * served["large"], served
+    bench.run()
