@@ -160,6 +160,7 @@ class DecodeScheduler:
         served: list[Sequence] = []
         while left and (sequence := prompts.head()) is not None:
             prompts.take(sequence.key)
+            self._extend_prefix(sequence)
             share = Share(sequence, min(left, sequence.missing))
             prompts.charge(sequence.place, share.num_tokens)
             decision.shares.append(share)
@@ -167,6 +168,15 @@ class DecodeScheduler:
             left -= share.num_tokens
         for sequence in served:
             prompts.add(sequence.key, sequence, sequence.place)  # until it is advanced or leaves
+
+    def _extend_prefix(self, sequence: Sequence) -> None:
+        """What others have computed since this prompt was admitted, need not be computed again."""
+        assert sequence.table is not None
+        limit = sequence.rows.max_cached_tokens(len(sequence.tokens))
+        valid = sequence.table.extend_prefix(sequence.tokens, sequence.computed, max_cached_tokens=limit)
+        if not sequence.num_generated:
+            sequence.cached_tokens = (sequence.cached_tokens or 0) + valid - sequence.computed
+        sequence.computed = valid
 
     def _by_urgency(self) -> list[Sequence]:
         return sorted(self.all.running.values(), key=lambda one: one.place.urgency)

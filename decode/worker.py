@@ -233,7 +233,6 @@ class DecodeWorker:
             self._finish(sequence, FinishReason.CANCELLED)
             self._forget(sequence)
         elif self._scheduler.arrived(sequence):
-            self._counters["cached_tokens"] += sequence.cached_tokens or 0
             sequence.timer.enter("queue", self._clock())
             sequence.tokens.append(event.first_token)
             self._finish_if_complete(sequence, event.first_token)
@@ -259,8 +258,6 @@ class DecodeWorker:
         for sequence in decision.unpinned:
             self._unpinned(sequence)
         self._counters["preemptions"] += len(decision.preempted)
-        for sequence in decision.admitted:
-            self._counters["cached_tokens"] += 0 if sequence.num_generated else sequence.computed
         for sequence in (*decision.started, *decision.unseated, *decision.preempted):
             if sequence.state is not State.RUNNING:
                 sequence.timer.enter("queue", now)
@@ -331,6 +328,7 @@ class DecodeWorker:
     def _finish(self, sequence: Sequence, reason: FinishReason, error: DiptychError | None = None) -> None:
         self._deadlines.discard(sequence.key)
         self._num_live -= 1
+        self._counters["cached_tokens"] += sequence.cached_tokens or 0
         failed = error is not None and reason is FinishReason.ERROR
         self._out.finishes.append(
             Finish(

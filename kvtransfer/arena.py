@@ -17,6 +17,13 @@ from .layout import KvLayout
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def copy_alone() -> None:
+    """To be called by a thread that only copies: torch then keeps no second team of workers, which would slow down the
+    one that computes. Threads that have computed already are not affected.
+    """
+    torch.set_num_threads(1)
+
+
 class KvArena:
     """KV memory of `num_blocks` blocks.
 

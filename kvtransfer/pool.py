@@ -176,6 +176,29 @@ class BlockTable:
             self._pool._name(self._parent, self.blocks[at])
             self._num_committed = at + 1
 
+    def extend_prefix(self, tokens: Sequence[int], num_tokens: int, *, max_cached_tokens: int) -> int:
+        """Blocks that others have committed since `open`, in place of own ones that hold nothing yet.
+
+        KV of positions 0 .. num_tokens - 1 is valid now; returns how many are valid then, at least `num_tokens`.
+        """
+        assert not self._closed
+        size, pool = self._pool.block_tokens, self._pool
+        if num_tokens != self._num_committed * size or not pool.prefix_cache:
+            return num_tokens
+        limit = min(len(self.blocks), len(tokens) // size, max_cached_tokens // size)
+        for at in range(self._num_committed, limit):
+            name = block_name(self._parent, tokens[at * size : (at + 1) * size])
+            block = pool._index.find(name)
+            if block is None:
+                break
+            own, self.blocks[at] = self.blocks[at], block
+            pool._pin(block)
+            pool._refs[own] -= 1
+            pool._free.append(own)
+            self._parent = name
+            self._num_committed = at + 1
+        return self._num_committed * size
+
     def close(self) -> None:
         """Drop all references. Idempotent; the table is empty afterwards."""
         if self._closed:

@@ -20,7 +20,7 @@ from diptych.protos.settings import TransferSettings
 from diptych.protos.types import EngineRef, TransferKey
 
 from .actions import Deliver, Dial, Fetch, HangUp, ReceiveAction, Scatter, Send
-from .arena import KvArena
+from .arena import KvArena, copy_alone
 from .channel import Outboxes
 from .dial import Agreement, Dialer
 from .fetch import FetchThreads
@@ -73,6 +73,7 @@ class ReceiveDriver:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the transfer thread; prefill engines are dialed on `loop` when a transfer needs them."""
         self._outboxes.loop = loop
+        self._mailbox.post(copy_alone)
         self._mailbox.start()
 
     def stop(self) -> None:

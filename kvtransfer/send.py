@@ -24,7 +24,7 @@ from diptych.protos.types import EngineId, EngineRef, TransferKey
 
 from . import pairing
 from .actions import Deliver, Gather, HangUp, Retire, Send, SendAction
-from .arena import KvArena
+from .arena import KvArena, copy_alone
 from .channel import Channel, Outboxes
 from .layout import KvLayout
 from .mailbox import Job, Mailbox
@@ -96,6 +96,7 @@ class SendDriver:
 
     def start(self) -> None:
         """Start the transfer thread."""
+        self._mailbox.post(copy_alone)
         self._mailbox.start()
 
     def stop(self) -> None:

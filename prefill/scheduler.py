@@ -117,6 +117,7 @@ class PrefillScheduler:
         shares: list[Share] = []
         while left and (job := self.computing.head()) is not None:
             self.computing.take(job.key)
+            self._extend_prefix(job)
             share = Share(job, min(left, job.missing))
             self.computing.charge(job.place, share.num_tokens)
             shares.append(share)
@@ -166,6 +167,15 @@ class PrefillScheduler:
         job.slot = self._slots.try_take()
         job.computed = job.cached_tokens = table.cached_tokens
         return True
+
+    def _extend_prefix(self, job: Job) -> None:
+        """What others have computed since this prompt was admitted, need not be computed again."""
+        assert job.table is not None
+        prompt = job.request.prompt
+        limit = job.rows.max_cached_tokens(len(prompt))
+        valid = job.table.extend_prefix(prompt, job.computed, max_cached_tokens=limit)
+        job.cached_tokens += valid - job.computed
+        job.computed = valid
 
     def _row(self, share: Share) -> StepRow:
         job = share.job

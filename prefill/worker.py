@@ -181,7 +181,6 @@ class PrefillWorker:
     def _start(self, job: Job) -> None:
         job.state = State.RUNNING
         job.timer.enter("prefill", self._clock())
-        self._counters["cached_tokens"] += job.cached_tokens
         if job.computed:
             self._sender.computed(job.key, job.computed, tuple(job.blocks))
 
@@ -239,6 +238,7 @@ class PrefillWorker:
     ) -> None:
         self._deadlines.discard(job.key)
         self._num_live -= 1
+        self._counters["cached_tokens"] += job.cached_tokens
         failed = error is not None and reason is FinishReason.ERROR
         self._out.finishes.append(
             Finish(

@@ -52,6 +52,8 @@ def headers_of(error: DiptychError) -> dict[str, str]:
     """Headers that belong to an error's answer."""
     if isinstance(error, CapacityError):
         return {"retry-after": str(math.ceil(error.retry_after_s))}
+    if error.http_status == 503 and error.retryable:
+        return {"retry-after": "1"}  # an engine was lost; others are tried at once, so soon is as good as later
     return {}
 
 

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from diptych.cluster.router.call import GenerateCall
 from diptych.cluster.router.router import Router
-from diptych.protos.errors import ContextTooLong, Overloaded, RequestTooLarge, UnknownModel
+from diptych.protos.errors import ContextTooLong, RequestTooLarge, UnknownModel
 from diptych.protos.openai import GenerationRequest
 from diptych.protos.openai_replies import JsonObject, usage
 from diptych.protos.strict_json import printable
@@ -139,10 +139,7 @@ class GenerationApp:
         if model is None:
             known = ", ".join(sorted(self._models))
             raise UnknownModel(f"the model {printable(request.model)} is not served; there is: {known}", "model")
-        engines = self._router.view.capacity_tokens(model.name)
-        if engines is None:
-            raise Overloaded(f"no engine of {model.name} is up", self._router.settings.connect_timeout_s)
-        room = min(model.max_context_tokens, engines)
+        room = min(model.max_context_tokens, self._router.view.capacity_tokens(model.name) or model.max_context_tokens)
         prompt = await self._endpoint.prompt(request, model, room)
         max_tokens = self._max_tokens(request, len(prompt), room)
         sampling = await sampling_of(

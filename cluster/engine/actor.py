@@ -36,10 +36,9 @@ class EngineActor:
         os.environ["HF_HUB_OFFLINE"] = "1"
         from diptych.cluster.observability.tracing import configure_tracing
 
-        from .engine import Engine, prepare_process
+        from .engine import Engine
 
         configure_tracing(self._spec.trace_file, self._spec.engine_id)
-        prepare_process(self._spec)
         self._engine = Engine(self._spec, on_failure=self._fail)
         imports = ("imports", time.monotonic() - began)
         started = self._engine.start()

@@ -27,6 +27,7 @@ from .compose import BrainFactory, EngineParts, brain_of, compose
 from .loop import StepLoop
 from .session import EngineSessions
 from .spec import EngineSpec, EngineStarted
+from .thread import StepThread
 
 # The step thread holds the GIL in short pieces; with Python's 5 ms it would wait that long to get it back.
 SWITCH_INTERVAL_S = 0.0005
@@ -58,7 +59,7 @@ class Engine:
         self._server: grpc.aio.Server
         self._asyncio: asyncio.AbstractEventLoop
         self._asyncio_thread = threading.Thread(target=self._run_asyncio, name="asyncio", daemon=True)
-        self._step_thread = threading.Thread(target=self._run_steps, name="step", daemon=True)
+        self._step_thread = StepThread()
 
     def start(self) -> EngineStarted:
         """Load, warm up, listen, step. Seconds to minutes. Raises StartupError and what loading raises."""
@@ -71,10 +72,7 @@ class Engine:
             timeline.append((stage, now - last))
             last = now
 
-        self._parts = compose(self._spec, brain=self._brain, mark=mark)
-        warm_up(self._parts.runner, self._parts.info)
-        mark("warm-up")
-        parts = self._parts
+        self._parts = parts = self._step_thread.call(partial(build, self._spec, self._brain, mark))
         self._loop = StepLoop(
             workers=parts.workers,
             inbox=parts.inbox,
@@ -96,7 +94,7 @@ class Engine:
         if parts.sender is not None:
             parts.sender.start()
         self._in_asyncio(self._listen())
-        self._step_thread.start()
+        self._step_thread.begin(self._run_steps)
         mark("listen")
         return EngineStarted(parts.info, tuple(timeline))
 
@@ -152,7 +150,7 @@ class Engine:
         if self._parts.receiver is not None:
             self._parts.receiver.stop()
         self._loop.stop()
-        self._step_thread.join(STOP_TIMEOUT_S)
+        self._step_thread.end(STOP_TIMEOUT_S)
         self._asyncio.call_soon_threadsafe(self._asyncio.stop)
         self._asyncio_thread.join(STOP_TIMEOUT_S)
 
@@ -188,10 +186,14 @@ class Engine:
         await self._server.stop(0.2)
 
 
-def prepare_process(spec: EngineSpec) -> None:
-    """What one engine may set for its whole process."""
+def build(spec: EngineSpec, brain: BrainFactory, mark: Callable[[str], None]) -> EngineParts:
+    """The parts of an engine, warm. Call it in the step thread, which alone computes. Raises what `compose` raises."""
     torch.set_num_threads(spec.threads)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    parts = compose(spec, brain=brain, mark=mark)
+    warm_up(parts.runner, parts.info)
+    mark("warm-up")
+    return parts
 
 
 def warm_up(runner: Runner, info: EngineInfo) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -30,10 +30,11 @@ from diptych.protos.types import (
     TransferKey,
 )
 
-from .compose import BrainFactory, EngineParts, brain_of, compose, model_brain
-from .engine import SERVER_OPTIONS, STOP_TIMEOUT_S, prepare_process, warm_up
+from .compose import BrainFactory, EngineParts, brain_of, model_brain
+from .engine import SERVER_OPTIONS, STOP_TIMEOUT_S, build
 from .loop import StepLoop
 from .spec import EngineSpec
+from .thread import StepThread
 
 STALL_S = 300.0  # a batch that gets no token for this long has failed
 
@@ -93,7 +94,8 @@ class OfflineEngines:
         self._random_seed = random_seed
         self._parts: dict[Role, EngineParts] = {}
         self._loops: list[StepLoop] = []
-        self._threads: list[threading.Thread] = []
+        self._step_threads: list[StepThread] = []
+        self._asyncio_thread = threading.Thread(target=self._run_asyncio, name="asyncio", daemon=True)
         self._servers: list[grpc.aio.Server] = []
         self._asyncio = asyncio.new_event_loop()
         self._batch: _Batch | None = None
@@ -101,20 +103,19 @@ class OfflineEngines:
 
     def start(self) -> list[EngineInfo]:
         """Load, warm up, step. Raises StartupError and what loading raises."""
-        self._spawn("asyncio", self._run_asyncio)
+        self._asyncio_thread.start()
         for spec in self._specs:
-            prepare_process(spec)
-            parts = compose(spec, brain=self._brain(spec), mark=lambda stage: None)
-            warm_up(parts.runner, parts.info)
+            thread = StepThread()
+            self._step_threads.append(thread)
             (role,) = spec.roles
-            self._parts[role] = parts
-        for parts in self._parts.values():
+            self._parts[role] = thread.call(partial(build, spec, self._brain(spec), lambda stage: None))
+        for thread, parts in zip(self._step_threads, self._parts.values(), strict=True):
             self._in_asyncio(self._listen(parts))
             if parts.sender is not None:
                 parts.sender.start()
             loop = StepLoop(workers=parts.workers, inbox=parts.inbox, counts=parts.pool.counts, clock=time.monotonic)
             self._loops.append(loop)
-            self._spawn("step", partial(self._step, loop))
+            thread.begin(partial(self._step, loop))
         return [parts.info for parts in self._parts.values()]
 
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, salt: bytes) -> list[Answered]:
@@ -157,9 +158,10 @@ class OfflineEngines:
                 parts.sender.stop()
             if parts.receiver is not None:
                 parts.receiver.stop()
+        for thread in self._step_threads:
+            thread.end(STOP_TIMEOUT_S)
         self._asyncio.call_soon_threadsafe(self._asyncio.stop)
-        for thread in self._threads:
-            thread.join(STOP_TIMEOUT_S)
+        self._asyncio_thread.join(STOP_TIMEOUT_S)
         self._parts.clear()
 
     def _brain(self, spec: EngineSpec) -> BrainFactory:
@@ -211,11 +213,6 @@ class OfflineEngines:
             self._asyncio.run_forever()
         finally:
             self._asyncio.close()
-
-    def _spawn(self, name: str, target: Callable[[], None]) -> None:
-        thread = threading.Thread(target=target, name=name, daemon=True)
-        thread.start()
-        self._threads.append(thread)
 
     def _in_asyncio(self, coroutine: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._asyncio).result(STOP_TIMEOUT_S)

@@ -57,6 +57,20 @@ class PoolMachine(RuleBasedStateMachine):
         for block in table.blocks[len(before) :]:
             self.content.pop(block, None)  # overwritten from now on
 
+    @rule(entry=tables, limit=st.integers(0, 14))
+    def extend_prefix(self, entry: tuple[BlockTable, bytes, list[int]], limit: int) -> None:
+        table, salt, tokens = entry
+        if table not in self.open_tables:
+            return
+        before, counts = list(table.blocks), self.pool.counts()
+        valid = table._num_committed * SIZE
+        extended = table.extend_prefix(tokens, valid, max_cached_tokens=limit)
+        assert extended == valid or valid < extended <= min(limit, len(tokens))
+        assert len(table.blocks) == len(before)
+        assert self.pool.counts().used <= counts.used
+        for at in range(valid // SIZE, extended // SIZE):
+            assert self.content[table.blocks[at]] == (salt, tuple(tokens[: (at + 1) * SIZE])), "it held other content"
+
     @rule(entry=tables, share=st.floats(0, 1))
     def commit(self, entry: tuple[BlockTable, bytes, list[int]], share: float) -> None:
         table, salt, tokens = entry
