@@ -41,7 +41,7 @@ class Storm:
             self.want: 5,
             self.commit: 4,
             self.close: 2,
-            self.lose: 0.7,
+            self.lose: 1,
             self.wait: 1,
             self.fault: 0.15,
             self.poison: 0.15,
