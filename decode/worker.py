@@ -197,7 +197,7 @@ class DecodeWorker:
     def _refusal(self, request: GenerateRequest) -> DiptychError | None:
         if len(self._sequences) >= self._max_sequences:
             return Overloaded("the decode engine's queue is full")
-        if error := refusal(request, self._max_context_tokens):
+        if error := refusal(request, self._max_context_tokens, self._runner.vocab_size):
             return error
         # Whoever generates more than token 0 needs KV for token 0 as well.
         num_tokens = len(request.prompt) + (request.sampling.max_tokens > 1)

@@ -94,6 +94,7 @@ class ModelRunner:
                     raise ValueError(f"the arena holds {tensor.dtype}, the model computes in {model.dtype}")
         self.max_slots = max_slots
         self.max_step_tokens = max_step_tokens
+        self.vocab_size = model.vocab_size
         self._model = model
         self._kv = dict(zip(model.layer_ids, kv_layers, strict=True))
         self._num_blocks = kv_layers[0][0].shape[0]

@@ -172,7 +172,7 @@ class PrefillWorker:
     def _refusal(self, request: GenerateRequest) -> DiptychError | None:
         if len(self._jobs) >= self._max_jobs:
             return Overloaded("the prefill engine's queue is full")
-        if error := refusal(request, self._max_context_tokens):
+        if error := refusal(request, self._max_context_tokens, self._runner.vocab_size):
             return error
         if not self._pool.can_hold(len(request.prompt)):
             return NoBlocks(f"the prefill engine's KV pool cannot hold a prompt of {len(request.prompt)} tokens")

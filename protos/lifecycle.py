@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Stage = Literal["queue", "prefill", "transfer", "decode"]
 
 
-def refusal(request: GenerateRequest, max_context_tokens: int) -> DiptychError | None:
+def refusal(request: GenerateRequest, max_context_tokens: int, vocab_size: int) -> DiptychError | None:
     """Why no engine of this model can take the request, or None."""
     if not request.prompt:
         return InvalidRequest("the prompt has no tokens", "prompt")
@@ -36,6 +36,11 @@ def refusal(request: GenerateRequest, max_context_tokens: int) -> DiptychError |
         return ContextTooLong(
             f"the prompt has {len(request.prompt)} tokens: "
             f"the context of {max_context_tokens} tokens leaves no room for an answer"
+        )
+    if (highest := max(request.prompt)) >= vocab_size:
+        # A tokenizer can know more ids than the weights have rows. In a step it would take all others down with it.
+        return InvalidRequest(
+            f"the prompt holds the token id {highest}; this model's ids go from 0 to {vocab_size - 1}", "prompt"
         )
     return None
 

@@ -27,6 +27,7 @@ class Runner(Protocol):
 
     max_slots: int
     max_step_tokens: int
+    vocab_size: int  # ids of prompts are below it
 
     def launch(self, plan: StepPlan) -> None:
         """Start a step. Does not wait for the device where it can avoid it."""

@@ -50,6 +50,7 @@ class Witness:
 
     def __init__(self, runner: Runner, arena: KvArena, model: LoadedModel, *, probes: int = 0) -> None:
         self.max_slots, self.max_step_tokens = runner.max_slots, runner.max_step_tokens
+        self.vocab_size = runner.vocab_size
         self.longest_row = self.most_rows = self.most_tokens = 0
         self.read_tokens = 0  # positions whose KV a step read and an earlier one had written
         self.changes: list[float] = []  # of the logits, one per layer and K or V that was zeroed

@@ -291,6 +291,14 @@ def test_a_cancelled_transfer_keeps_its_blocks_until_its_last_event(end: str) ->
     bench.assert_idle()
 
 
+@pytest.mark.parametrize("transfer", [True, False])
+def test_an_id_outside_of_the_vocabulary_is_refused_before_it_can_fail_a_step_of_others(transfer: bool) -> None:
+    bench = DecodeBench()
+    stranger = bench.submit([5, bench.runner.vocab_size], transfer=transfer)
+    assert bench.error_code(stranger) == "invalid_request"
+    assert bench.submit([5, bench.runner.vocab_size - 1], transfer=transfer) not in bench.ledger.finishes
+
+
 def test_a_full_queue_refuses() -> None:
     bench = DecodeBench(settings=settings(max_running=1, max_waiting=2))
     keys = [bench.submit(PROMPT, transfer=at % 2 == 0) for at in range(4)]

@@ -339,6 +339,13 @@ def test_without_a_free_slot_a_prompt_waits() -> None:
     assert bench.announced() == [first, second], "a slot is free as soon as token 0 is sampled"
 
 
+def test_an_id_outside_of_the_vocabulary_is_refused_before_it_can_fail_a_step_of_others() -> None:
+    bench = PrefillBench()
+    stranger = bench.submit([5, bench.runner.vocab_size])
+    assert code(bench, stranger) == "invalid_request"
+    assert bench.submit([5, bench.runner.vocab_size - 1]) not in bench.ledger.finishes
+
+
 def test_a_full_queue_refuses() -> None:
     bench = PrefillBench(settings=settings(max_running=1, max_waiting=2))
     keys = [bench.submit(PROMPT) for _ in range(4)]

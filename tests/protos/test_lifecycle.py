@@ -71,6 +71,7 @@ class Strange:
 
     max_slots = 1
     max_step_tokens = 8
+    vocab_size = 100
 
     def __init__(self, result: StepResult) -> None:
         self.result = result
