@@ -5,6 +5,7 @@ An order that makes no sense raises InvalidRequest, an engine's message that mak
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from . import engine_pb2 as pb
@@ -151,6 +152,8 @@ def order_from_pb(msg: pb.Submit, now: float) -> PrefillOrder | DecodeOrder:
     """`now` is the receiver's monotonic clock."""
     if not msg.prompt:
         raise InvalidRequest("the prompt has no tokens", "prompt")
+    if not 0 <= msg.weight < math.inf:  # NaN, too: a line cannot be sorted by it
+        raise InvalidRequest(f"the weight {msg.weight} is not a share", "weight")
     request = GenerateRequest(
         key=key_from_pb(msg),
         prompt=tuple(msg.prompt),
@@ -160,7 +163,7 @@ def order_from_pb(msg: pb.Submit, now: float) -> PrefillOrder | DecodeOrder:
         traceparent=msg.traceparent,
         priority=msg.priority,
         tenant=msg.tenant,
-        weight=msg.weight if msg.weight > 0 else 1.0,
+        weight=msg.weight or 1.0,
     )
     peer = ref_from_pb(msg.peer) if msg.HasField("peer") else None
     if msg.phase == pb.PHASE_PREFILL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
@@ -89,7 +90,7 @@ class GenerateRequest:
     weight: float = 1.0  # of the tenant: twice the weight is twice the share, while both have work
 
     def __post_init__(self) -> None:
-        assert self.weight > 0
+        assert 0 < self.weight < math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

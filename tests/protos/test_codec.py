@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,7 +126,8 @@ def test_nonsense_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match="shorter"):
         codec.logprobs_from_pb(pb.Logprobs(top_token=[1, 2], top_logprob=[0.5]))
     good = pb.Submit(transfer_id=b"k" * 16, prompt=[1], sampling=pb.Sampling(max_tokens=1), phase=pb.PHASE_DECODE)
-    for field, value in (("transfer_id", b"k"), ("phase", 9)):
+    weights = (("weight", value) for value in (-1.0, math.inf, math.nan))
+    for field, value in (("transfer_id", b"k"), ("phase", 9), *weights):
         bad = pb.Submit.FromString(good.SerializeToString())
         setattr(bad, field, value)
         with pytest.raises(InvalidRequest):
