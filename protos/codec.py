@@ -28,6 +28,17 @@ from .types import (
     TransferKey,
 )
 
+_FLOAT32 = 3.4028234663852886e38
+# What no request of the API leaves. NaN is in no range; in a step it would fail the requests of others, too.
+_RANGES = (
+    ("temperature", 0.0, _FLOAT32),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 0.0, _FLOAT32),
+    ("presence_penalty", -_FLOAT32, _FLOAT32),
+    ("frequency_penalty", -_FLOAT32, _FLOAT32),
+)
+
 
 def ref_to_pb(ref: EngineRef) -> pb.EngineRef:
     """One life of an engine, as a message."""
@@ -68,6 +79,11 @@ def _sampling_from_pb(msg: pb.Sampling) -> SamplingParams:
         raise InvalidRequest("max_tokens must be at least 1", "max_tokens")
     if len(msg.bias_token_ids) != len(msg.bias_values):
         raise InvalidRequest("bias_token_ids and bias_values differ in length", "logit_bias")
+    for name, least, most in _RANGES:
+        if not least <= getattr(msg, name) <= most:
+            raise InvalidRequest(f"{name} must be a number from {least:g} to {most:g}", name)
+    if not all(map(math.isfinite, msg.bias_values)):
+        raise InvalidRequest("a value of logit_bias is not finite", "logit_bias")
     return SamplingParams(
         max_tokens=msg.max_tokens,
         temperature=msg.temperature,

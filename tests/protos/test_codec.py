@@ -31,20 +31,22 @@ KEY = TransferKey(b"k" * 16, 2)
 PEER = EngineRef(EngineId("e"), 5, "unix:/e")
 IDS = st.integers(0, 2**32 - 1)
 FLOATS = st.floats(allow_nan=False, width=32)
+FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
+SHARES = st.floats(0, 1, width=32)
 SAMPLINGS = st.builds(
     SamplingParams,
     max_tokens=st.integers(1, 2**32 - 1),
-    temperature=FLOATS,
-    top_p=FLOATS,
+    temperature=FINITE.map(abs),
+    top_p=SHARES,
     top_k=IDS,
-    min_p=FLOATS,
+    min_p=SHARES,
     seed=st.integers(0, 2**64 - 1),
     stop_token_ids=st.frozensets(IDS, max_size=3),
     min_tokens=IDS,
-    repetition_penalty=FLOATS.filter(bool),
-    presence_penalty=FLOATS,
-    frequency_penalty=FLOATS,
-    logit_bias=st.lists(st.tuples(IDS, FLOATS), max_size=3).map(tuple),
+    repetition_penalty=FINITE.map(abs).filter(bool),
+    presence_penalty=FINITE,
+    frequency_penalty=FINITE,
+    logit_bias=st.lists(st.tuples(IDS, FINITE), max_size=3).map(tuple),
     bad_words=st.lists(st.lists(IDS, min_size=1, max_size=3).map(tuple), max_size=2).map(tuple),
     allowed_token_ids=st.none() | st.lists(IDS, max_size=3).map(tuple),
     logprobs=st.none() | st.integers(0, 20),
@@ -132,7 +134,12 @@ def test_nonsense_is_refused_in_words() -> None:
         setattr(bad, field, value)
         with pytest.raises(InvalidRequest):
             codec.order_from_pb(bad, 0.0)
-    for message in (pb.Sampling(), pb.Sampling(max_tokens=1, bias_token_ids=[1])):
+    messages = [pb.Sampling(), pb.Sampling(max_tokens=1, bias_token_ids=[1])]
+    messages.append(pb.Sampling(max_tokens=1, bias_token_ids=[1], bias_values=[math.inf]))
+    floats = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    messages += [pb.Sampling(max_tokens=1, **{name: math.nan}) for name in floats]
+    messages += [pb.Sampling(max_tokens=1, temperature=-1.0), pb.Sampling(max_tokens=1, top_p=1.5)]
+    for message in messages:
         bad = pb.Submit.FromString(good.SerializeToString())
         bad.sampling.CopyFrom(message)
         with pytest.raises(InvalidRequest):
