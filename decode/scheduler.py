@@ -174,7 +174,7 @@ class DecodeScheduler:
         assert sequence.table is not None
         limit = sequence.rows.max_cached_tokens(len(sequence.tokens))
         valid = sequence.table.extend_prefix(sequence.tokens, sequence.computed, max_cached_tokens=limit)
-        if not sequence.num_generated:
+        if not (sequence.num_generated or sequence.preemptions):  # its first way through the prompt
             sequence.cached_tokens = (sequence.cached_tokens or 0) + valid - sequence.computed
         sequence.computed = valid
 

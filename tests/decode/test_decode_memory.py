@@ -30,6 +30,23 @@ def test_preemption_under_a_tiny_pool_gives_the_same_tokens(num_blocks: int, pre
     bench.assert_idle()
 
 
+def test_a_prompt_that_is_preempted_on_its_way_tells_once_what_it_found_in_the_cache() -> None:
+    bench = DecodeBench(num_blocks=12, settings=settings(step_tokens=6))
+    prompt = PROMPT[:16]
+    bench.submit(prompt, transfer=False, max_tokens=1)
+    low = bench.submit(prompt, transfer=False, max_tokens=1, priority=1)
+    for _ in range(3):
+        bench.step()
+    # The first one's blocks took the place of its own; then somebody urgent needs the whole pool, and a twin follows.
+    bench.submit(range(200, 247), transfer=False, max_tokens=1)
+    bench.submit(prompt, transfer=False, max_tokens=1)
+    bench.run()
+    finish = bench.ledger.finishes[low]
+    assert (finish.preemptions, finish.cached_tokens) == (1, 12)
+    bench.assert_complete(low, first_index=0)
+    bench.assert_idle()
+
+
 def test_preemption_after_transfers_gives_the_same_tokens() -> None:
     bench = DecodeBench(num_blocks=14, settings=settings(step_tokens=7))
     keys = [bench.submit(PROMPT[at:][:18], max_tokens=16) for at in range(2)]
