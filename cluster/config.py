@@ -269,15 +269,25 @@ class _UniqueKeysLoader(yaml.SafeLoader):
 def _read_file(file: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeysLoader)
-    except (OSError, UnicodeDecodeError) as exc:
-        raise StartupError(f"cannot read the configuration {file}: {exc}") from exc
+    except OSError as exc:
+        raise StartupError(f"cannot read the configuration {file}: {exc.strerror or exc}") from exc
+    except UnicodeDecodeError as exc:
+        raise StartupError(f"cannot read the configuration {file}: byte {exc.start} is not UTF-8 text") from exc
     except yaml.YAMLError as exc:
-        raise StartupError(f"{file} is not valid YAML: {' '.join(str(exc).split())}") from exc
+        raise StartupError(f"{file} is not valid YAML: {_fault(exc)}") from exc
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise StartupError(f"{file}: the top level must be a mapping of keys such as models and router")
     return tree
+
+
+def _fault(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the excerpt, which needs lines of its own."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    words = ", ".join(words for words in (error.context, error.problem) if words)
+    return f"{words} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
 
 
 def _only(models: Any, model: str) -> dict[str, Any]:
@@ -320,6 +330,8 @@ def _sentence(error: Any) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{where} is not a known key ({hint})"
     message = str(error["msg"]).removeprefix("Value error, ")
+    if path[-1:] == ["[key]"]:
+        return f"{'.'.join(path[:-2])}: the name {error['input']!r} is not a text; write it in quotes"
     if error["type"] == "value_error":
         return f"{where}: {message}"
     message = _WORDING.get(error["type"], message.removeprefix("Input ")).format(**error.get("ctx", {}))

@@ -37,7 +37,7 @@ def examine(config: Path | None, overrides: Sequence[str]) -> list[Finding]:
         findings.append(Finding("configuration", State.OK, str(config) if config is not None else "the defaults"))
     except StartupError as error:
         loaded = None
-        findings.append(Finding("configuration", State.STOP, str(error), "correct these keys"))
+        findings.append(Finding("configuration", State.STOP, str(error), "correct this file or these keys"))
     if loaded is not None:
         findings += doctor_cluster.examine(loaded)
     return findings

@@ -43,7 +43,7 @@ def models(config: DiptychConfig) -> tuple[dict[str, ModelFolder], list[Finding]
             folders[name] = folder = resolve(settings.source, config.cache_dir)
         except StartupError as error:
             findings.append(
-                Finding("model", State.STOP, f"{name}: {error}", f"models.{name}.source says what is meant")
+                Finding("model", State.STOP, f"{name}: {error}", f"set models.{name}.source, or cache_dir, accordingly")
             )
             continue
         facts = folder.facts
@@ -54,11 +54,11 @@ def models(config: DiptychConfig) -> tuple[dict[str, ModelFolder], list[Finding]
 
 def memory(config: DiptychConfig, folders: dict[str, ModelFolder]) -> Finding:
     """The memory plan against what is free."""
-    plan = plan_memory(
-        plan_cluster(config, folders, config.run_dir).engines(),
-        host.available_memory(),
-        ray_is_ours=config.ray.address is None,
-    )
+    try:
+        engines = plan_cluster(config, folders, config.run_dir).engines()
+    except StartupError as error:
+        return Finding("plan", State.STOP, str(error), "correct this key")
+    plan = plan_memory(engines, host.available_memory(), ray_is_ours=config.ray.address is None)
     try:
         plan.check()
     except StartupError as error:
@@ -117,8 +117,8 @@ def _sockets(where: Path, folder: Path) -> Finding:
             probe.bind(f"{name}/s")
     except OSError as error:
         told = f"no unix socket can be made in {where}: {error.strerror or error}"
-        return Finding("run_dir", State.STOP, told, "set run_dir to a folder on a local disk")
-    return Finding("run_dir", State.OK, f"{folder} holds unix sockets")
+        return Finding("sockets", State.STOP, told, "set run_dir to a folder on a local disk")
+    return Finding("sockets", State.OK, f"{folder} holds unix sockets")
 
 
 def leftovers(folder: Path) -> Finding:
@@ -140,12 +140,21 @@ def disk(key: str, folder: Path) -> Finding:
         free = shutil.disk_usage(there).free
     except OSError as error:
         return Finding(key, State.STOP, f"{there}: {error.strerror}", f"set {key} to another folder")
+    if key == "cache_dir" and not _is_writable(there):
+        told = f"{there} is read-only: no model can be converted"
+        return Finding(key, State.SLOW, told, "set cache_dir to a folder that can be written")
     if free < MIN_DISK:
         told = f"{there} has {free >> 20} MiB free"
         return Finding(key, State.SLOW, told, f"free some space, or set {key} to a folder with {MIN_DISK >> 20} MiB")
-    if key == "cache_dir" and not os.access(there, os.W_OK):
-        return Finding(key, State.SLOW, f"{there} is read-only: no model can be converted", "set cache_dir")
     return Finding(key, State.OK, f"{there} has {free >> 20:,} MiB free")
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def ray_cluster(address: str) -> Finding:

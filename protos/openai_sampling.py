@@ -132,6 +132,19 @@ class SamplingFields(Wire):
 ModelT = TypeVar("ModelT", bound=Wire)
 
 
+# pydantic's words where they speak of Python
+_WORDING = {
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_type": "should be a number",
+    "bool_type": "should be true or false",
+    "string_type": "should be a string",
+    "string_too_short": "should have at least {min_length} character",
+    "string_too_long": "should have at most {max_length} characters",
+    "model_type": "should be an object",
+}
+
+
 def validated(cls: type[ModelT], fields: dict[str, Any], path: str) -> ModelT:
     """`cls` made of `fields`. Raises InvalidRequest that names the first wrong field, below `path`."""
     for known_as in fields:  # before pydantic, which would collect every one of a million unknown fields
@@ -147,4 +160,5 @@ def validated(cls: type[ModelT], fields: dict[str, Any], path: str) -> ModelT:
         raise InvalidRequest(f"unknown field {name}", name)
     if error["type"] == "missing":
         raise InvalidRequest(f"{name} is missing", name)
-    raise InvalidRequest(f"{name}: {error['msg'].removeprefix('Input ')}", name)
+    words = _WORDING.get(error["type"], error["msg"].removeprefix("Input "))
+    raise InvalidRequest(f"{name}: {words.format(**error.get('ctx', {}))}", name)

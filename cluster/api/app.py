@@ -76,6 +76,8 @@ class _Pages:
             pools = {session.info.layout for session in sessions if session.info.model == name}
             if "disaggregated" in pools and not self._router.view.live(name, Role.PREFILL):
                 degraded.append(f"{name}: no prefill engine lives, decode engines compute the prompts")
+            if not self._router.view.live(name, Role.DECODE):
+                degraded.append(f"{name}: no decode engine lives, requests are refused; `diptych scale` starts one")
         router = {
             "id": self._router.router_id,
             "pid": os.getpid(),

@@ -62,8 +62,10 @@ def read_prompts(path: Path, encode: Callable[[str], list[int]] | None = None) -
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise StartupError(f"cannot read --prompts {path}: {exc}") from exc
+    except OSError as exc:
+        raise StartupError(f"cannot read --prompts {path}: {exc.strerror or exc}") from exc
+    except UnicodeDecodeError as exc:
+        raise StartupError(f"cannot read --prompts {path}: byte {exc.start} is not UTF-8 text") from exc
     prompts: list[list[int] | str] = []
     for number, line in enumerate(lines, 1):
         try:

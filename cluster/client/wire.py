@@ -122,7 +122,9 @@ def translated(url: str) -> Iterator[None]:
         raise ServerUnreachable(f"no server answers at {url}; start one with `diptych serve`, or name another") from exc
     except httpx2.ReadTimeout as exc:
         raise DeadlineExceeded("the server sent nothing for as long as the client's timeout_s") from exc
-    except (httpx2.HTTPError, httpx2.InvalidURL) as exc:
+    except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as exc:
+        raise ServerUnreachable(f"{url} is not a server's address; write one such as http://127.0.0.1:8000") from exc
+    except httpx2.HTTPError as exc:
         raise ServerUnreachable(f"the connection to {url} broke: {exc or type(exc).__name__}") from exc
 
 

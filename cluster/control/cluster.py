@@ -116,7 +116,11 @@ class Cluster:
             members = ray.get(self._manager.members.remote(), timeout=CALL_TIMEOUT_S)
             dead = [member for member in members if member.state == "dead" and member.epoch not in self._known_dead]
             self._known_dead.update(member.epoch for member in dead)
-            return [f"engine {member.engine_id} (epoch {member.epoch}) died: {member.reason}" for member in dead]
+            return [
+                f"engine {member.engine_id} (epoch {member.epoch}) died: {member.reason.rstrip('.')}. "
+                "Its pool goes on without it; `diptych scale` starts another"
+                for member in dead
+            ]
         return []
 
     def stop(self) -> None:

@@ -63,7 +63,8 @@ def running_cluster(url: str | None = None, run_dir: Path | None = None) -> Clus
     state = find_cluster(run_dir, url)
     if state is None:
         raise StartupError(
-            f"no cluster of yours runs {f'at {url}' if url else 'here'} (looked in {run_dir}); start `diptych serve`"
+            f"no cluster of yours runs {f'at {url}' if url else 'here'} (looked in {run_dir}); start "
+            "`diptych serve`, or name the file with that cluster's run_dir by --config"
         )
     return state
 

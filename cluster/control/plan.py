@@ -13,6 +13,7 @@ from pathlib import Path
 from diptych.cluster.config import DiptychConfig
 from diptych.cluster.engine.spec import EngineSpec
 from diptych.cluster.models import ModelFolder
+from diptych.protos.errors import StartupError
 from diptych.protos.types import EngineId, Role
 
 from . import host
@@ -66,7 +67,14 @@ def engine_name(role: Role, number: int) -> EngineId:
 
 
 def plan_cluster(config: DiptychConfig, folders: Mapping[str, ModelFolder], run_dir: Path) -> ClusterPlan:
-    """`folders` by model name; sockets go to `run_dir`."""
+    """`folders` by model name; sockets go to `run_dir`. Raises StartupError when a model cannot be what is asked."""
+    for name, settings in config.models.items():
+        wanted, room = settings.max_context_tokens, folders[name].facts.max_context_tokens
+        if wanted is not None and wanted > room:
+            raise StartupError(
+                f"models.{name}.max_context_tokens is {wanted}, and this model has {room} positions; "
+                "lower it, or leave it out for all of them"
+            )
     pools = tuple(
         Pool(template=_template(config, name, folders[name], run_dir, role), engines=engines)
         for name, settings in config.models.items()

@@ -97,6 +97,47 @@ ENGINE_GAUGES: dict[str, tuple[str, Callable[[EngineStatus], float]]] = {
     "diptych_engine_blocks_cached": ("KV blocks kept for their prefix alone", lambda s: s.blocks.cached),
     "diptych_engine_blocks_used": ("KV blocks of live requests", lambda s: s.blocks.used),
 }
+# What engines count, by the names in their Status frames.
+ENGINE_COUNTERS: dict[str, str] = {
+    "engine_steps_total": "Steps of all workers",
+    "engine_busy_seconds_total": "Time in steps",
+    "engine_outputs_lost_total": "Outputs dropped because nobody read them in time",
+    "prefill_requests_total": "Prompts taken",
+    "prefill_steps_total": "Prefill steps",
+    "prefill_step_seconds_total": "Time in prefill steps",
+    "prefill_step_faults_total": "Prefill steps that raised",
+    "prefill_row_faults_total": "Prompts that ended because their numbers were not finite",
+    "prefill_tokens_total": "Prompt tokens computed",
+    "prefill_cached_tokens_total": "Prompt tokens found in the prefix cache",
+    "prefill_queued_tokens": "Prompt tokens that wait to be computed",
+    "decode_requests_total": "Requests taken",
+    "decode_steps_total": "Decode steps",
+    "decode_step_seconds_total": "Time in decode steps",
+    "decode_step_faults_total": "Decode steps that raised",
+    "decode_row_faults_total": "Requests that ended because their numbers were not finite",
+    "decode_tokens_total": "Tokens computed, prompts computed here included",
+    "decode_generated_tokens_total": "Tokens sampled",
+    "decode_cached_tokens_total": "Prompt tokens found in the prefix cache",
+    "decode_local_prefills_total": "Prompts that this engine computes itself",
+    "decode_preemptions_total": "Requests that gave up their blocks to others and are computed anew",
+    "decode_transfer_failures_total": "Requests whose KV did not arrive",
+    "decode_running": "Sequences in the steps",
+    "decode_kv_tokens": "Tokens whose KV running sequences hold",
+    "decode_queued_tokens": "Prompt tokens that wait to be computed",
+    "kv_transfers_total": "KV transfers completed",
+    "kv_transfer_bytes_total": "KV in completed transfers",
+    "kv_transfer_failures_total": "KV transfers that failed",
+    "kv_fenced_messages_total": "Messages refused because they named another life of an engine",
+    "kv_checksum_failures_total": "Chunks that arrived altered",
+    "kv_torn_reads_total": "Slots that changed while they were read",
+    "kv_fetch_errors_total": "Chunks that could not be fetched",
+    "kv_lease_expired_total": "Staged KV given up because its reader went silent",
+    "kv_quarantine_timeouts_total": "Slots taken back from a reader that confirmed no abort",
+    "kv_thread_faults_total": "Exceptions in the transfer thread",
+    "kv_transport_downgrades_total": "Pairs that fell back to a slower transport",
+    "kv_pairs_shm_total": "Pairs formed over shared memory",
+    "kv_pairs_grpc_total": "Pairs formed over gRPC",
+}
 _NAME = re.compile(r"[^a-zA-Z0-9_]")
 
 
@@ -132,7 +173,8 @@ class _EngineCollector(Collector):
                 name = engine_counter_name(key)
                 if name not in counted:
                     kind = CounterMetricFamily if key.endswith("_total") else GaugeMetricFamily
-                    counted[name] = kind(name, "Told by the engines", labels=labels)
+                    text = ENGINE_COUNTERS.get(key, f"What engines report as {key}")
+                    counted[name] = kind(name, text, labels=labels)
                 counted[name].add_metric(values, value)
         yield up
         yield from gauges.values()

@@ -49,6 +49,7 @@ def refusal(*overrides: str) -> str:
         ("models={}", "models: should have at least 1 entry, not {}"),
         ("run_dir=/a/very/long/path/that/goes/on/and/on/and/on", "run_dir: "),
         ('models."a b"={}', "models: 'a b' is not a model name"),
+        ("models={1: {}}", "models: the name 1 is not a text; write it in quotes"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_key_path(override: str, sentence: str) -> None:
@@ -127,6 +128,7 @@ def test_model_option_names_a_folder_a_configured_model_or_a_built_in_one(tmp_pa
     ("text", "sentence"),
     [
         ("router: [", "not valid YAML"),
+        ("models:\n  a: {}\n  a: {}\n", "not valid YAML: the key a appears twice .line 3, column 3.$"),
         ("- a", "top level"),
         ("router: {port: x}", "router.port"),
         ("\xff", "router|YAML|level"),
@@ -157,3 +159,14 @@ def test_a_pool_without_settings_of_its_own_has_the_models_arena() -> None:
 def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="cannot read the configuration"):
         load_config(tmp_path / "no.yaml")
+
+
+def test_a_file_that_cannot_be_read_is_named_once_and_with_the_cause(tmp_path: Path) -> None:
+    missing, binary = tmp_path / "none.yaml", tmp_path / "binary.yaml"
+    binary.write_bytes(b"models: \xff\xfe")
+    with pytest.raises(StartupError) as told:
+        load_config(missing)
+    assert str(told.value) == f"cannot read the configuration {missing}: No such file or directory"
+    with pytest.raises(StartupError) as told:
+        load_config(binary)
+    assert str(told.value) == f"cannot read the configuration {binary}: byte 8 is not UTF-8 text"

@@ -109,6 +109,24 @@ def test_a_run_dir_must_be_private_and_hold_sockets(tmp_path: Path) -> None:
     assert doctor_cluster.run_dir(Path("/proc/none/run")).state is State.STOP
 
 
+def test_a_cache_that_cannot_be_written_is_noted_as_such() -> None:
+    finding = doctor_cluster.disk("cache_dir", Path("/proc/none"))
+    assert finding.state is State.SLOW
+    assert "read-only" in finding.told
+
+
+def test_more_context_than_the_model_has_stops_with_both_numbers() -> None:
+    finding = doctor_cluster.memory(load_config(None, [f"models.{DEFAULT_MODEL}.max_context_tokens=9000"]), FOLDERS)
+    assert finding.state is State.STOP
+    assert f"models.{DEFAULT_MODEL}.max_context_tokens is 9000, and this model has 8192 positions" in finding.told
+
+
+def test_no_two_findings_share_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_cluster, "models", lambda config: (FOLDERS, []))
+    names = [finding.name for finding in doctor_cluster.examine(load_config(None, ["router.port=0"]))]
+    assert len(names) == len(set(names))
+
+
 def test_a_model_that_cannot_be_served_stops_and_the_others_are_still_told() -> None:
     config = load_config(None, ["models.bad.source=/no/such/model"])
     folders, findings = doctor_cluster.models(config)

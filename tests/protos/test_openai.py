@@ -294,3 +294,23 @@ def test_prompt_logprobs_are_not_streamed() -> None:
 def test_completions_generate_16_tokens_by_default() -> None:
     assert completion().wanted_tokens == 16
     assert chat().wanted_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("n", 1.0, "n: should be a whole number"),
+        ("seed", "1", "seed: should be a whole number"),
+        ("timeout_s", "5", "timeout_s: should be a number"),
+        ("explain", "yes", "explain: should be true or false"),
+        ("model", 5, "model: should be a string"),
+        ("model", "", "model: should have at least 1 character"),
+        ("model", "m" * 257, "model: should have at most 256 characters"),
+        ("n", 0, "n: should be greater than or equal to 1"),
+        ("stream_options", 1, "stream_options: should be an object"),
+    ],
+)
+def test_a_wrong_type_is_told_in_the_words_of_json(name: str, value: Any, words: str) -> None:
+    with pytest.raises(InvalidRequest) as told:
+        chat(**{name: value})
+    assert str(told.value) == words

@@ -83,6 +83,9 @@ async def test_info_names_engines_choices_versions_and_the_last_requests(
     door.directory.set([door.decode.info])
     await until(lambda: not list(door.router.view.live("echo", next(iter(door.prefill.info.roles)))))
     assert any("no prefill engine" in choice for choice in (await http.get("/info")).json()["degraded"])
+    door.directory.set([])
+    await until(lambda: not list(door.router.view.live("echo", next(iter(door.decode.info.roles)))))
+    assert any("no decode engine" in choice for choice in (await http.get("/info")).json()["degraded"])
 
 
 def test_neither_torch_nor_ray_nor_transformers_is_loaded() -> None:

@@ -52,8 +52,11 @@ def test_a_bad_line_of_prompts_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_missing_and_empty_files_of_prompts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="cannot read --prompts"):
+    with pytest.raises(StartupError, match=r"cannot read --prompts .*none: No such file or directory$"):
         read_prompts(tmp_path / "none")
+    (tmp_path / "binary").write_bytes(b"a\xff")
+    with pytest.raises(StartupError, match="byte 1 is not UTF-8 text"):
+        read_prompts(tmp_path / "binary")
     (tmp_path / "empty").touch()
     with pytest.raises(StartupError, match="no lines"):
         read_prompts(tmp_path / "empty")

@@ -153,6 +153,13 @@ async def test_closing_a_stream_stops_the_engines() -> None:
             await until(lambda: door.router.in_flight == {} and len(door.decode.cancels) == 2)
 
 
+@pytest.mark.parametrize("url", ["nonsense", "ftp://example", ""])
+async def test_what_is_no_address_is_told_as_such(url: str) -> None:
+    with pytest.raises(ServerUnreachable, match="is not a server's address"):
+        async with diptych.connect_async(url) as client:
+            await client.chat("hello")
+
+
 async def test_no_server_silence_and_strangers_are_told_apart() -> None:
     async with diptych.connect_async("http://127.0.0.1:9") as client:
         with pytest.raises(ServerUnreachable, match=r"no server answers at http://127\.0\.0\.1:9"):
