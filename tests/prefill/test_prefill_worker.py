@@ -131,6 +131,21 @@ def test_a_prefix_is_found_while_its_first_prompt_still_runs() -> None:
     bench.assert_idle()
 
 
+def test_twins_admitted_at_once_compute_what_they_share_once() -> None:
+    bench = PrefillBench(settings=settings(23))
+    keys = [bench.submit(PROMPT) for _ in range(3)]
+    other = bench.submit(PROMPT, salt=b"x")
+    bench.run()
+    assert [bench.sender.transfers[key].upto for key in keys] == [23, 23, 23]
+    shared = [list(bench.sender.transfers[key].blocks[:5]) for key in keys]
+    assert shared[0] == shared[1] == shared[2], "those sent are those computed"
+    assert bench.worker.counters()["prefill_tokens_total"] == 23 + 3 + 3 + 23
+    bench.release_sent()
+    assert [bench.ledger.finishes[key].cached_tokens for key in (*keys, other)] == [0, 20, 20, 0]
+    assert all(bench.ledger.tokens[key] == echo_reference(PROMPT, 1) for key in (*keys, other))
+    bench.assert_idle()
+
+
 def test_tenants_with_other_salts_share_nothing() -> None:
     bench = PrefillBench()
     bench.submit(PROMPT, salt=b"a")
