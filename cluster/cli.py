@@ -65,6 +65,7 @@ def scale(
     prefill: Annotated[Optional[int], typer.Option(help="Engines of its prefill pool.")] = None,  # noqa: UP045
     decode: Annotated[Optional[int], typer.Option(help="Engines of its decode pool.")] = None,  # noqa: UP045
     config: ConfigFile = None,
+    overrides: Overrides = None,
     url: Url = None,
     address: Annotated[Optional[str], typer.Option(help="Ray cluster it runs on (host:port).")] = None,  # noqa: UP045
 ) -> None:
@@ -74,7 +75,7 @@ def scale(
 
     wishes = {Role.PREFILL: prefill, Role.DECODE: decode}
     sizes = {role: engines for role, engines in wishes.items() if engines is not None}
-    raise typer.Exit(run_scale(model, sizes, config=config, url=url, address=address))
+    raise typer.Exit(run_scale(model, sizes, config=config, overrides=overrides or (), url=url, address=address))
 
 
 @app.command()

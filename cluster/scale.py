@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def run_scale(
     sizes: dict[Role, int],
     *,
     config: Path | None = None,
+    overrides: Sequence[str] = (),
     url: str | None = None,
     address: str | None = None,
 ) -> int:
@@ -28,7 +30,7 @@ def run_scale(
             raise StartupError("say what to change: --prefill N, --decode N, or both")
         from diptych.cluster.control.connect import manager
 
-        handle = manager(address, url, load_config(config).run_dir)
+        handle = manager(address, url, load_config(config, overrides).run_dir)
         code = 0
         for role, engines in sizes.items():
             code |= _scale(handle, model, role, engines)

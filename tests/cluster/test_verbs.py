@@ -14,8 +14,10 @@ from starlette.routing import Route
 
 from diptych.cluster.cli import app
 from diptych.cluster.inprocess import post_json
+from diptych.cluster.scale import run_scale
 from diptych.cluster.status import render, run_status
 from diptych.protos.errors import StartupError
+from diptych.protos.types import Role
 
 INFO = {
     "models": [{"id": "tiny"}],
@@ -60,6 +62,13 @@ def test_status_without_a_cluster_is_a_sentence_and_exit_code_1(
     assert "does not answer" in capsys.readouterr().err
 
 
+def test_scale_looks_in_the_run_dir_that_is_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_scale("m", {Role.DECODE: 2}, overrides=["run_dir=/tmp/diptych-none"]) == 1
+    told = capsys.readouterr().err
+    assert "(looked in /tmp/diptych-none)" in told
+    assert "--config" in told
+
+
 def test_the_verbs_and_options_of_the_command_are_these() -> None:
     """The command line is an interface: a change here is a change for users."""
     import typer.main
@@ -70,7 +79,7 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
     assert verbs == {
         "serve": where | {"--model", "--port", "--address"},
         "status": where | {"--url"},
-        "scale": {"model", "--prefill", "--decode", "--config", "--url", "--address"},
+        "scale": where | {"model", "--prefill", "--decode", "--url", "--address"},
         "models": where | {"--url"},
         "doctor": where | {"--json"},
         "bench": set(),  # its own verbs are below
