@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from diptych.cluster.inprocess import post_json
 from diptych.cluster.models import ModelFolder
 from diptych.cluster.observability.tracing import configure_tracing, flush_tracing
 from diptych.protos.errors import EngineLost, InvalidRequest, StartupError, error_from_code
+from diptych.protos.types import EngineRef
 
 APP_NAME = "diptych"
 READY_POLL_S = 0.05
@@ -102,14 +103,19 @@ class RouterDeployment:
         """Where the listener is."""
         return self._listener.url
 
-    async def ready(self, timeout_s: float = 60.0) -> None:
-        """Returns when every model has a place to go. Raises EngineLost after `timeout_s`."""
+    async def ready(self, engines: Collection[EngineRef] = (), timeout_s: float = 60.0) -> None:
+        """Returns when every model has a place to go and all of `engines` are connected. Raises EngineLost after
+        `timeout_s`.
+        """
+        missing = set(engines)
         try:
             async with asyncio.timeout(timeout_s):
-                while not all(self._router.is_ready(name) for name in self._names):  # noqa: ASYNC110 - start-up only
+                while missing or not all(self._router.is_ready(name) for name in self._names):
                     await asyncio.sleep(READY_POLL_S)
+                    missing -= {session.info.ref for session in self._router.view.sessions() if session.is_ready}
         except TimeoutError:
-            raise EngineLost(f"no decode engine could be reached within {timeout_s:g} s") from None
+            names = ", ".join(sorted(ref.engine_id for ref in missing)) or "no decode engine"
+            raise EngineLost(f"within {timeout_s:g} s the router did not reach {names}") from None
 
     async def drain(self, grace_s: float) -> None:
         """Accept nothing more, let running requests end for `grace_s` seconds, cancel the rest. Once."""

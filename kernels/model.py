@@ -21,8 +21,8 @@ from diptych.protos.errors import StartupError
 
 from . import attention
 from .attention import AttentionStep, Compute, LayerShape, run_module
-from .layers.fused_decoder import fuse
-from .layers.merged import merge_linears
+from .layers.fused_decoder import fuse, is_known
+from .layers.merged import MERGED_NAMES, merge_linears
 from .layers.packed import PackedLinear, pack_linears
 from .ops.linear.cpu import has_blocked_layout
 from .ops.ragged import RaggedBatch
@@ -141,7 +141,7 @@ def _choose_forward(
 def _swap_modules(module: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:
     """Put faster modules in place of the model's own; gives what had to stay."""
     degraded = []
-    unmerged = merge_linears(module)
+    unmerged = merge_linears(module, MERGED_NAMES[:1] if is_known(module) else MERGED_NAMES)
     if unmerged:
         degraded.append(f"{len(unmerged)} groups of linears are not merged, the first is {unmerged[0]}")
     if dtype is torch.bfloat16 and device.type == "cpu" and not has_blocked_layout():

@@ -84,7 +84,8 @@ class Cluster:
             started = self._wait_engines(config.ray.engine_timeout_s)
             notes += [_engine_note(engine) for engine in started]
         with stage("ready"):
-            self._router.ready.remote(config.router.connect_timeout_s * 2).result()
+            refs = [engine.info.ref for engine in started]
+            self._router.ready.remote(refs, config.router.connect_timeout_s * 2).result()
             url = self._router.url.remote().result()
         self.degraded = sorted({choice for engine in started for choice in engine.info.degraded})
         state = ClusterState(

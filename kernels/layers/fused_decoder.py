@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from ..attention import AttentionStep, LayerShape
 from ..ops.kv_write.launch import kv_write
@@ -49,7 +48,8 @@ class _Layer:
     key_norm: _Norm | None
     out: PackedLinear
     mlp_norm: _Norm
-    gate_up: PackedLinear
+    gate: PackedLinear
+    up: PackedLinear
     down: PackedLinear
 
     def __call__(self, x_TH: Tensor, cos: Tensor, sin: Tensor, step: AttentionStep) -> Tensor:
@@ -65,8 +65,8 @@ class _Layer:
         kv_write(qkv[:, heads:rotated], qkv[:, rotated:], k_NGBD, v_NGBD, step.batch)
         out_THD = paged_attention(qkv[:, :heads], k_NGBD, v_NGBD, step.batch, self.params)
         x_TH = self.out.add_to(x_TH, out_THD.flatten(1))
-        gate, up = self.gate_up(self.mlp_norm(x_TH)).chunk(2, dim=-1)
-        return self.down.add_to(x_TH, silu(gate).mul_(up))
+        normed = self.mlp_norm(x_TH)
+        return self.down.add_to(x_TH, self.up.times(self.gate.silu(normed), normed))
 
 
 class FusedDecoder:
@@ -88,9 +88,16 @@ class FusedDecoder:
         return logits
 
 
+def is_known(module: nn.Module) -> bool:
+    """Whether the model is of a family that `fuse` takes."""
+    return type(module).__name__ in FAMILIES and type(module).__module__.startswith("transformers.models.")
+
+
 def fuse(module: nn.Module, shapes: dict[int, LayerShape]) -> FusedDecoder | None:
-    """The fused form of a loaded model whose linears are merged and packed, or None where it is of another kind."""
-    if type(module).__name__ not in FAMILIES or not type(module).__module__.startswith("transformers.models."):
+    """The fused form of a loaded model whose attention's linears are merged and all packed, or None where it is of
+    another kind. Gate and up stay apart: their activation and product are computed inside the linears.
+    """
+    if not is_known(module):
         return None
     base: Any = module.get_submodule("model")
     config = base.config
@@ -108,8 +115,8 @@ def _norm(module: Any) -> _Norm:
 
 def _layer(layer: Any, shape: LayerShape) -> _Layer | None:
     attn, mlp = layer.self_attn, layer.mlp
-    qkv, gate_up = getattr(attn, "merged_q_k_v", None), getattr(mlp, "merged_gate_up", None)
-    linears: Any = (getattr(qkv, "linear", None), attn.o_proj, getattr(gate_up, "linear", None), mlp.down_proj)
+    qkv = getattr(attn, "merged_q_k_v", None)
+    linears: Any = (getattr(qkv, "linear", None), attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     if not isinstance(qkv, MergedLinear) or not all(isinstance(part, PackedLinear) for part in linears):
         return None
     head_norms = [_norm(getattr(attn, name)) if hasattr(attn, name) else None for name in ("q_norm", "k_norm")]
@@ -124,6 +131,7 @@ def _layer(layer: Any, shape: LayerShape) -> _Layer | None:
         key_norm=head_norms[1],
         out=linears[1],
         mlp_norm=_norm(layer.post_attention_layernorm),
-        gate_up=linears[2],
-        down=linears[3],
+        gate=linears[2],
+        up=linears[3],
+        down=linears[4],
     )

@@ -63,11 +63,11 @@ class Share(nn.Module):
         return self._merged[0].share(self.index, x)
 
 
-def merge_linears(model: nn.Module) -> list[str]:
+def merge_linears(model: nn.Module, groups: Sequence[tuple[str, ...]] = MERGED_NAMES) -> list[str]:
     """Merge in place wherever the structure allows it; gives the names of the groups that had to stay as they are."""
     unmerged = []
     for name, module in list(model.named_modules()):
-        for names in MERGED_NAMES:
+        for names in groups:
             parts = [getattr(module, part, None) for part in names]
             if any(part is None for part in parts):
                 continue

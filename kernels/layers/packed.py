@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops.linear.launch import linear, linear_add, pack
+from ..ops.linear.launch import linear, linear_add, linear_mul, linear_silu, pack
 
 
 class PackedLinear(nn.Module):
@@ -24,6 +24,14 @@ class PackedLinear(nn.Module):
     def add_to(self, addend: Tensor, x: Tensor) -> Tensor:
         """addend + forward(x): [..., out_features]."""
         return linear_add(x, self.packed, self._buffers["bias"], addend)
+
+    def silu(self, x: Tensor) -> Tensor:
+        """silu(forward(x)): [..., out_features]."""
+        return linear_silu(x, self.packed, self._buffers["bias"])
+
+    def times(self, factor: Tensor, x: Tensor) -> Tensor:
+        """factor * forward(x): [..., out_features]."""
+        return linear_mul(x, self.packed, self._buffers["bias"], factor)
 
 
 def pack_linears(model: nn.Module) -> None:

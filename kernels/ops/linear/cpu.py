@@ -31,9 +31,28 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
     """See reference.py. oneDNN adds before it rounds."""
     if packed.is_mkldnn and x.numel():
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, addend, packed, bias, "add")
-        return y
+        return _with(addend, "add", x, packed, bias)
     return linear(x, packed, bias).add_(addend)
+
+
+def linear_silu(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """See reference.py. oneDNN calls it swish."""
+    if packed.is_mkldnn and x.numel():
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "swish", [], "")
+        return y
+    return torch.nn.functional.silu(linear(x, packed, bias), inplace=True)
+
+
+def linear_mul(x: Tensor, packed: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
+    """See reference.py."""
+    if packed.is_mkldnn and x.numel():
+        return _with(factor, "mul", x, packed, bias)
+    return linear(x, packed, bias).mul_(factor)
+
+
+def _with(other: Tensor, operation: str, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, bias, operation)
+    return y
 
 
 def has_blocked_layout() -> bool:

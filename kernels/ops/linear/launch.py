@@ -20,3 +20,13 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
     """addend + linear(x); a residual connection in the same call where the device can."""
     return implementation("linear", x.device.type).linear_add(x, packed, bias, addend)  # type: ignore[no-any-return]
+
+
+def linear_silu(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(linear(x)): the gate of a gated MLP, in one call where the device can."""
+    return implementation("linear", x.device.type).linear_silu(x, packed, bias)  # type: ignore[no-any-return]
+
+
+def linear_mul(x: Tensor, packed: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
+    """factor * linear(x): what the gate lets through, in one call where the device can."""
+    return implementation("linear", x.device.type).linear_mul(x, packed, bias, factor)  # type: ignore[no-any-return]

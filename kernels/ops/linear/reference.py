@@ -19,3 +19,13 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
     """addend + linear(x): [..., in], [..., out] -> [..., out]."""
     return addend + linear(x, packed, bias)
+
+
+def linear_silu(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(linear(x)): [..., in] -> [..., out]."""
+    return torch.nn.functional.silu(linear(x, packed, bias))
+
+
+def linear_mul(x: Tensor, packed: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
+    """factor * linear(x): [..., in], [..., out] -> [..., out]."""
+    return factor * linear(x, packed, bias)

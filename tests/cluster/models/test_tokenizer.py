@@ -124,7 +124,8 @@ def test_ids_equal_transformers_reading_of_the_gguf(default_model: ModelFolder, 
     assert whole >= len(TEXTS) - 8
 
     ours = AutoTokenizer.from_pretrained(default_model.path)
-    assert (ours.bos_token, ours.eos_token, ours.unk_token) == (theirs.bos_token, theirs.eos_token, theirs.unk_token)
+    assert (ours.bos_token, ours.unk_token) == (theirs.bos_token, theirs.unk_token)
+    assert ours.eos_token == "<|im_end|>"  # transformers 5.17 takes another one from the file's metadata
     assert ours.get_vocab() == theirs.get_vocab()
     for text in TEXTS:
         assert ours(text)["input_ids"] == tokenizer.encode(text).ids
