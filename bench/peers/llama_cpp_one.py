@@ -18,7 +18,7 @@ def main() -> None:
     ap.add_argument("--output", type=int, default=64)
     ap.add_argument("--repeats", type=int, default=1)
     args = ap.parse_args()
-    from llama_cpp import Llama
+    from llama_cpp import Llama, LogitsProcessorList
 
     llm = Llama(args.gguf, n_ctx=1024, n_threads=2, n_threads_batch=2, flash_attn=True, verbose=False)
     with open(args.prompts) as file:
@@ -29,7 +29,7 @@ def main() -> None:
         llm.reset()
         count = 0
         ids = llm.tokenize(prompt.encode())
-        for _ in llm.generate(ids, temp=0.0, logits_processor=lambda _, scores: _without(scores, end)):
+        for _ in llm.generate(ids, temp=0.0, logits_processor=LogitsProcessorList([lambda _, scores: _without(scores, end)])):
             count += 1
             if count == args.output:
                 return count

@@ -18,5 +18,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See reference.py."""
     size = weight.shape[0]
     if x.shape[0] > _FEW_ROWS:
-        return torch.rms_norm(x, (size,), weight, eps)
+        wide = x.float()
+        root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+        normed = wide.mul_(root) if wide is not x else wide * root
+        return normed.to(x.dtype).mul_(weight)
     return layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=eps)[..., :size] * weight
