@@ -29,7 +29,9 @@ def main() -> None:
         llm.reset()
         count = 0
         ids = llm.tokenize(prompt.encode())
-        for _ in llm.generate(ids, temp=0.0, logits_processor=LogitsProcessorList([lambda _, scores: _without(scores, end)])):
+        for _ in llm.generate(
+            ids, temp=0.0, logits_processor=LogitsProcessorList([lambda _, scores: _without(scores, end)])
+        ):
             count += 1
             if count == args.output:
                 return count

@@ -1,0 +1,39 @@
+"""The linears with something fused into them, against their definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diptych.kernels.ops.linear import launch, reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 7, 64])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_what_is_fused_into_a_linear_computes_what_it_would_beside_it(
+    dtype: torch.dtype, rows: int, has_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    x, weight, other = random(rows, 48), random(32, 48) / 7, random(rows, 32)
+    bias = random(32) if has_bias else None
+    packed = launch.pack(weight)
+    given = x.clone(), other.clone()
+    pairs = [
+        (launch.linear(x, packed, bias), reference.linear(x, weight, bias)),
+        (launch.linear_add(x, packed, bias, other), reference.linear_add(x, weight, bias, other)),
+        (launch.linear_silu(x, packed, bias), reference.linear_silu(x, weight, bias)),
+        (launch.linear_mul(x, packed, bias, other), reference.linear_mul(x, weight, bias, other)),
+    ]
+    for ours, defined in pairs:
+        assert ours.shape == (rows, 32)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.float(), defined.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert torch.equal(x, given[0])
+    assert torch.equal(other, given[1])
