@@ -282,7 +282,8 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         with child("-m", "diptych.cluster.router.testing", "--target", target, "--engine-id", "echo-0") as said:
             assert said == "ready"
             results["bare gRPC session"] = uvloop.run(measure(Bare(target), partial(bare_rate, target), args))
-            with child(__file__, "--front-door", target) as said:
+            pinned = [] if args.router_core is None else ["--router-core", str(args.router_core)]
+            with child(__file__, "--front-door", target, *pinned) as said:
                 port = int(said)
                 results["own listener"] = uvloop.run(measure(Http(port), partial(http_rate, port), args))
             if args.serve:
@@ -298,9 +299,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--serve", action="store_true", help="measure Ray Serve's HTTP proxy too")
+    parser.add_argument("--router-core", type=int, help="the router's process runs on this core alone (Linux)")
     parser.add_argument("--front-door", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.front_door:
+        if args.router_core is not None:
+            os.sched_setaffinity(0, {args.router_core})
         uvloop.run(serve_front_door(args.front_door))
         return
     results = run(args)
