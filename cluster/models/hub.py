@@ -117,7 +117,7 @@ def _refused(name: str, exc: Exception) -> str:
 def _is_network(exc: Exception) -> bool:
     """A failure of the way to the hub, not of ours: the library's own errors, and those of its HTTP client."""
     modules: Sequence[str] = [cls.__module__.split(".")[0] for cls in type(exc).__mro__]
-    return isinstance(exc, OSError) or bool({"httpx", "huggingface_hub", "requests"} & set(modules))
+    return isinstance(exc, OSError) or bool({"httpx", "httpx2", "huggingface_hub"} & set(modules))
 
 
 def _words(exc: Exception) -> str:

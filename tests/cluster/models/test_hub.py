@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
@@ -59,7 +59,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 
 def refusal(status: int, cls: type[Exception]) -> Exception:
-    response = httpx.Response(status, request=httpx.Request("GET", "http://hub.invalid"))
+    response = httpx2.Response(status, request=httpx2.Request("GET", "http://hub.invalid"))
     return cls("refused", response=response)  # type: ignore[call-arg]
 
 
@@ -122,7 +122,7 @@ def test_a_hub_that_says_no_is_quoted_with_the_alternatives(
 
 
 def test_a_download_that_breaks_says_that_it_can_be_taken_up_again(hub: Hub, tmp_path: Path) -> None:
-    hub.download_error = httpx.ReadTimeout("the line went dead")
+    hub.download_error = httpx2.ReadTimeout("the line went dead")
     with pytest.raises(StartupError, match=r"the line went dead.*start again"):
         resolve(NAME, tmp_path)
 
@@ -139,7 +139,7 @@ def test_without_a_hub_the_cached_snapshot_is_used(
 ) -> None:
     root = tmp_path / "hub"
     prepare_cache(root, folder)
-    unreachable = Hub(folder, [], error=httpx.ConnectError("no route to the hub"))
+    unreachable = Hub(folder, [], error=httpx2.ConnectError("no route to the hub"))
     real = huggingface_hub.snapshot_download
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: unreachable)
@@ -153,7 +153,7 @@ def test_without_a_hub_the_cached_snapshot_is_used(
 def test_without_a_hub_and_a_cache_the_alternatives_are_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool, why: str
 ) -> None:
-    unreachable = Hub(folder, [], error=httpx.ConnectError("no route to the hub"))
+    unreachable = Hub(folder, [], error=httpx2.ConnectError("no route to the hub"))
     real = huggingface_hub.snapshot_download
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: unreachable)
