@@ -153,7 +153,7 @@ async def test_decode_may_be_first(tmp_path: Path) -> None:
     async with rig(tmp_path, PAIR) as r:
         r.engines["p"].faults.silent = True
         task = asyncio.create_task(r.ask(4))
-        await until(lambda: r.engines["d"].status().steps == 3)
+        await until(lambda: r.engines["d"].status().steps == 3 and bool(r.engines["p"].orders))
         assert not task.done()
         frames = r.engines["p"]
         frames.faults.silent = False
