@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from diptych.protos.errors import (
+    Cancelled,
     ChecksumMismatch,
+    DeadlineExceeded,
     DiptychError,
     Fenced,
     PeerLost,
@@ -46,6 +48,7 @@ _COUNTERS = (
     "kv_transfers_total",
     "kv_transfer_bytes_total",
     "kv_transfer_failures_total",
+    "kv_transfers_cancelled_total",
     "kv_fenced_messages_total",
     "kv_checksum_failures_total",
     "kv_torn_reads_total",
@@ -432,8 +435,10 @@ class ReceiverMachine:
         if isinstance(outcome, Committed):
             self.counters["kv_transfers_total"] += 1
             self.counters["kv_transfer_bytes_total"] += transfer.size_bytes
-        elif isinstance(outcome, Failed):
+        elif isinstance(outcome, Failed) and not isinstance(outcome.error, Cancelled | DeadlineExceeded):
             self.counters["kv_transfer_failures_total"] += 1
+        else:
+            self.counters["kv_transfers_cancelled_total"] += 1
         self._deliver(outcome)
 
     def _send(self, link: Link, message: Message) -> None:

@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from diptych.protos.errors import DiptychError, Fenced, PeerLost, TransferError, TransferTimeout, error_from_code
+from diptych.protos.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DiptychError,
+    Fenced,
+    PeerLost,
+    TransferError,
+    TransferTimeout,
+    error_from_code,
+)
 from diptych.protos.ports import Released
 from diptych.protos.settings import TransferSettings
 from diptych.protos.types import EngineId, EngineRef, TransferKey
@@ -36,6 +45,7 @@ _COUNTERS = (
     "kv_transfers_total",
     "kv_transfer_bytes_total",
     "kv_transfer_failures_total",
+    "kv_transfers_cancelled_total",
     "kv_fenced_messages_total",
     "kv_checksum_failures_total",
     "kv_torn_reads_total",
@@ -488,6 +498,8 @@ class SenderMachine:
         if ended.error is None:
             self.counters["kv_transfers_total"] += 1
             self.counters["kv_transfer_bytes_total"] += transfer.size_bytes
+        elif isinstance(ended.error, Cancelled | DeadlineExceeded):
+            self.counters["kv_transfers_cancelled_total"] += 1
         else:
             self.counters["kv_transfer_failures_total"] += 1
         seconds = now - transfer.opened_at

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Bytes = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -14,6 +14,17 @@ class Settings(BaseModel):
     """Frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, data: Any) -> Any:
+        """pydantic would take true for 1."""
+        for name, field in cls.model_fields.items():
+            if isinstance(data, dict) and isinstance(data.get(name), bool):
+                kinds = {field.annotation, *get_args(field.annotation)}
+                if bool not in kinds and kinds & {int, float}:
+                    raise ValueError(f"{name} should be a number, not {str(data[name]).lower()}")
+        return data
 
 
 class KvSettings(Settings):

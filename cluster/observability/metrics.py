@@ -127,6 +127,7 @@ ENGINE_COUNTERS: dict[str, str] = {
     "kv_transfers_total": "KV transfers completed",
     "kv_transfer_bytes_total": "KV in completed transfers",
     "kv_transfer_failures_total": "KV transfers that failed",
+    "kv_transfers_cancelled_total": "KV transfers given up: the client left, or its time was over",
     "kv_fenced_messages_total": "Messages refused because they named another life of an engine",
     "kv_checksum_failures_total": "Chunks that arrived altered",
     "kv_torn_reads_total": "Slots that changed while they were read",

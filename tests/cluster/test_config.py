@@ -170,3 +170,12 @@ def test_a_file_that_cannot_be_read_is_named_once_and_with_the_cause(tmp_path: P
     with pytest.raises(StartupError) as told:
         load_config(binary)
     assert str(told.value) == f"cannot read the configuration {binary}: byte 8 is not UTF-8 text"
+
+
+@pytest.mark.parametrize(
+    "key", ["router.limits.max_running", "models.smollm2-135m-instruct.decode.engines", "router.port"]
+)
+def test_true_is_no_number(key: str) -> None:
+    quoted = key.replace("smollm2-135m-instruct", '"smollm2-135m-instruct"')
+    with pytest.raises(StartupError, match=f"{key.rpartition('.')[2]} should be a number, not true"):
+        load_config(None, [f"{quoted}=true"])
