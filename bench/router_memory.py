@@ -22,6 +22,7 @@ from contextlib import aclosing
 import psutil
 import uvloop
 
+from diptych.cluster.api.testing import until
 from diptych.cluster.config import PlacementSettings, RouterSettings
 from diptych.cluster.router.call import GenerateCall
 from diptych.cluster.router.router import Router
@@ -87,8 +88,7 @@ async def measure(args: argparse.Namespace, engines: list[EngineInfo]) -> list[f
     settings = RouterSettings(placement=PlacementSettings(policy=args.policy))
     router = Router(directory=StaticDirectory(engines), settings=settings)
     await router.start()
-    while not all(s.is_ready for s in router.view.sessions()):  # noqa: ASYNC110 - start-up only
-        await asyncio.sleep(0.01)
+    await until(lambda: all(s.is_ready for s in router.view.sessions()))
     part = args.requests // 10
     await ask_many(router, 0, args.warm_up, args.streams)
     readings = [resident_mib()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -13,12 +13,12 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench", help="Measure: an engine alone, or a running server.")
 
-ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="YAML file; the README shows its keys.")]  # noqa: UP045
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; the README shows its keys.")]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads annotations at run time
+    list[str] | None,
     typer.Option("--set", help="Override a key: a.b=value. May be repeated.", metavar="KEY=VALUE"),
 ]
-Url = Annotated[Optional[str], typer.Option(help="A running cluster; by default the one started last here.")]  # noqa: UP045
+Url = Annotated[str | None, typer.Option(help="A running cluster; by default the one started last here.")]
 
 
 @app.callback()
@@ -30,9 +30,9 @@ def diptych() -> None:
 def serve(
     config: ConfigFile = None,
     overrides: Overrides = None,
-    model: Annotated[Optional[str], typer.Option(help="Model to serve: a name, folder or GGUF file.")] = None,  # noqa: UP045
-    port: Annotated[Optional[int], typer.Option(help="Port of the API.")] = None,  # noqa: UP045
-    address: Annotated[Optional[str], typer.Option(help="Ray cluster to join (host:port).")] = None,  # noqa: UP045
+    model: Annotated[str | None, typer.Option(help="Model to serve: a name, folder or GGUF file.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the API.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join (host:port).")] = None,
 ) -> None:
     """Start a cluster and serve until Ctrl-C."""
     began = _process_start()
@@ -62,12 +62,12 @@ def status(config: ConfigFile = None, overrides: Overrides = None, url: Url = No
 @app.command()
 def scale(
     model: Annotated[str, typer.Argument(help="A served model.")],
-    prefill: Annotated[Optional[int], typer.Option(help="Engines of its prefill pool.")] = None,  # noqa: UP045
-    decode: Annotated[Optional[int], typer.Option(help="Engines of its decode pool.")] = None,  # noqa: UP045
+    prefill: Annotated[int | None, typer.Option(help="Engines of its prefill pool.")] = None,
+    decode: Annotated[int | None, typer.Option(help="Engines of its decode pool.")] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     url: Url = None,
-    address: Annotated[Optional[str], typer.Option(help="Ray cluster it runs on (host:port).")] = None,  # noqa: UP045
+    address: Annotated[str | None, typer.Option(help="Ray cluster it runs on (host:port).")] = None,
 ) -> None:
     """Change the sizes of a model's pools while they serve; dismissed engines finish their requests first."""
     from diptych.cluster.scale import run_scale
@@ -103,11 +103,11 @@ def chat(
     config: ConfigFile = None,
     overrides: Overrides = None,
     url: Url = None,
-    model: Annotated[Optional[str], typer.Option(help="Model; by default the first one served.")] = None,  # noqa: UP045
-    system: Annotated[Optional[str], typer.Option(help="System message.")] = None,  # noqa: UP045
-    max_tokens: Annotated[Optional[int], typer.Option(min=1, help="Longest answer.")] = None,  # noqa: UP045
+    model: Annotated[str | None, typer.Option(help="Model; by default the first one served.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     temperature: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(help="0 is greedy; not given: the model's own, or 0.3 where it names none."),
     ] = None,
 ) -> None:
@@ -128,17 +128,17 @@ def chat(
 def offline(
     config: ConfigFile = None,
     overrides: Overrides = None,
-    model: Annotated[Optional[str], typer.Option(help="As for serve, or the name of a shape.")] = None,  # noqa: UP045
+    model: Annotated[str | None, typer.Option(help="As for serve, or the name of a shape.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Need no weights, only a shape.")] = False,
-    layout: Annotated[Optional[str], typer.Option(help="colocated or disaggregated.")] = None,  # noqa: UP045
+    layout: Annotated[str | None, typer.Option(help="colocated or disaggregated.")] = None,
     workload: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(help="A name, or REQUESTSxINPUTxOUTPUT. May be repeated."),
     ] = None,
-    prompts: Annotated[Optional[Path], typer.Option(help='Lines of {"prompt": ...}.')] = None,  # noqa: UP045
-    output: Annotated[Optional[int], typer.Option(min=1, help="Tokens for each of the prompts.")] = None,  # noqa: UP045
+    prompts: Annotated[Path | None, typer.Option(help='Lines of {"prompt": ...}.')] = None,
+    output: Annotated[int | None, typer.Option(min=1, help="Tokens for each of the prompts.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each workload; the median counts.")] = 1,
-    json_out: Annotated[Optional[Path], typer.Option("--json", help="Result as a file.")] = None,  # noqa: UP045
+    json_out: Annotated[Path | None, typer.Option("--json", help="Result as a file.")] = None,
 ) -> None:
     """Engines in this process: all requests at once, timed to the last token."""
     began = _process_start()
@@ -169,17 +169,17 @@ def bench_serve(
     config: ConfigFile = None,
     overrides: Overrides = None,
     url: Url = None,
-    model: Annotated[Optional[str], typer.Option(help="Model; by default the first one served.")] = None,  # noqa: UP045
-    requests: Annotated[Optional[int], typer.Option(min=1, help="By default 64, or all prompts.")] = None,  # noqa: UP045
+    model: Annotated[str | None, typer.Option(help="Model; by default the first one served.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="By default 64, or all prompts.")] = None,
     rate: Annotated[float, typer.Option(help="Requests per second, Poisson; inf: all at once.")] = float("inf"),
     input: Annotated[int, typer.Option(min=1, help="Tokens of a random prompt.")] = 128,
     output: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
     vocab: Annotated[int, typer.Option(min=2, help="Random token ids are below this.")] = 30_000,
-    concurrency: Annotated[Optional[int], typer.Option(min=1, help="Most requests in work.")] = None,  # noqa: UP045
-    prompts: Annotated[Optional[Path], typer.Option(help='Lines of {"prompt": ...}.')] = None,  # noqa: UP045
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Most requests in work.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help='Lines of {"prompt": ...}.')] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for one request.")] = 600.0,
-    json_out: Annotated[Optional[Path], typer.Option("--json", help="Result as a file.")] = None,  # noqa: UP045
+    json_out: Annotated[Path | None, typer.Option("--json", help="Result as a file.")] = None,
 ) -> None:
     """A running server under load: streamed, open loop, every gap between tokens counted."""
     from diptych.cluster.bench.serve import ServeOptions, run_serve_bench

@@ -9,6 +9,8 @@ import argparse
 import json
 import time
 
+import numpy as np
+
 
 def main() -> None:
     ap = argparse.ArgumentParser()
@@ -46,7 +48,7 @@ def main() -> None:
         print(json.dumps(result | {"output_tok_s": round(tokens / seconds, 1)}), flush=True)
 
 
-def _without(scores, token):  # type: ignore[no-untyped-def]  # numpy array of logits
+def _without(scores: np.ndarray, token: int) -> np.ndarray:
     scores[token] = float("-inf")
     return scores
 
