@@ -51,3 +51,6 @@ class EngineDirectory(Protocol):
 
     async def wait_change(self, version: int) -> tuple[int, list[EngineInfo]]:
         """Returns when the membership is newer than `version`, or after some seconds with the present one."""
+
+    async def settled(self) -> None:
+        """Returns when every engine that was asked for is a member, or has failed to become one."""

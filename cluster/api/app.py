@@ -60,7 +60,7 @@ class _Pages:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """200 when every model has a place to go: a connected decode engine."""
+        """200 when every model has a place to go, a connected decode engine, and the first start-up is over."""
         states = {name: {role.value: len(self._router.view.live(name, role)) for role in Role} for name in self._models}
         is_ready = bool(states) and all(self._router.is_ready(name) for name in states)
         return JSONResponse({"ready": is_ready, "models": states}, 200 if is_ready else 503)

@@ -24,19 +24,24 @@ class ManagerDirectory:
 
     async def engines(self) -> tuple[int, list[EngineInfo]]:
         """The present membership and its version. Raises EngineLost when the manager does not answer."""
-        return await self._call("engines", timeout_s=CALL_TIMEOUT_S)
+        version, engines = await self._call("engines", timeout_s=CALL_TIMEOUT_S)
+        return version, engines
 
     async def wait_change(self, version: int) -> tuple[int, list[EngineInfo]]:
         """Returns when the membership is newer than `version`, or after some seconds. Raises EngineLost likewise."""
-        return await self._call("wait_change", version, timeout_s=POLL_S + CALL_TIMEOUT_S)
+        version, engines = await self._call("wait_change", version, timeout_s=POLL_S + CALL_TIMEOUT_S)
+        return version, engines
 
-    async def _call(self, method: str, *args: int, timeout_s: float) -> tuple[int, list[EngineInfo]]:
+    async def settled(self) -> None:
+        """Returns when every engine of the plan is ready or has failed. Raises EngineLost likewise."""
+        await self._call("settled", timeout_s=None)
+
+    async def _call(self, method: str, *args: int, timeout_s: float | None) -> Any:
         try:
             if self._manager is None:
                 self._manager = ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
             reference = getattr(self._manager, method).remote(*args)
-            version, engines = await asyncio.wait_for(reference, timeout_s)
+            return await asyncio.wait_for(reference, timeout_s)
         except (ray.exceptions.RayError, TimeoutError, ValueError) as exc:
             self._manager = None
             raise EngineLost("the pool manager does not answer", detail=repr(exc)) from exc
-        return version, engines

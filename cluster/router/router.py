@@ -97,8 +97,10 @@ class Router:
         await self.view.stop()
 
     def is_ready(self, model: str) -> bool:
-        """Whether a request for `model` has a place to go now."""
-        return bool(self.view.live(model, Role.DECODE))
+        """Whether a request for `model` has a place to go now, and all engines that were asked for when the router
+        began were seen once: before that a router that others send load to would know half of the pools.
+        """
+        return self.view.is_complete and bool(self.view.live(model, Role.DECODE))
 
     @property
     def in_flight(self) -> dict[str, int]:

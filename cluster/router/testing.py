@@ -349,6 +349,8 @@ class StaticDirectory:
         self._members = members or []
         self._version = 1
         self._changed = asyncio.Event()
+        self.is_settled = asyncio.Event()  # clear it: some engine is still starting
+        self.is_settled.set()
 
     def set(self, members: list[EngineInfo]) -> None:
         """A new membership."""
@@ -366,6 +368,10 @@ class StaticDirectory:
         while self._version <= version:
             await self._changed.wait()
         return await self.engines()
+
+    async def settled(self) -> None:
+        """Waits for `is_settled`."""
+        await self.is_settled.wait()
 
 
 async def _serve(args: argparse.Namespace) -> None:

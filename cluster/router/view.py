@@ -38,20 +38,22 @@ class ClusterView:
         self._losses: dict[EngineRef, int] = {}
         self._version = 0
         self._changed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.is_complete = False  # it has known all engines that were asked for when it began; stays true
 
     async def start(self) -> None:
         """Learn the members and begin to dial them; then follow changes."""
         version, members = await self._directory.engines()
         await self._apply(version, members)
-        self._task = asyncio.create_task(self._follow(), name="engine view")
+        self._tasks.append(asyncio.create_task(self._follow(), name="engine view"))
+        self._tasks.append(asyncio.create_task(self._complete(), name="first engine view"))
 
     async def stop(self) -> None:
         """End all sessions."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
         await asyncio.gather(*(session.stop() for session in self._sessions.values()))
         self._sessions.clear()
 
@@ -108,6 +110,28 @@ class ClusterView:
                 continue
             if version > self._version:
                 await self._apply(version, members)
+
+    async def _complete(self) -> None:
+        """Until the engines that were starting are members, and every member was connected once or has gone.
+
+        One that does not answer for twice the time to dial is waited for no longer: the others can serve.
+        """
+        while True:
+            try:
+                await self._directory.settled()
+                version, members = await self._directory.engines()
+                break
+            except Exception:  # as above
+                log.warning("the engine directory does not answer; nobody knows which engines are starting")
+                await asyncio.sleep(_DIRECTORY_RETRY_S)
+        missing = {info.ref for info in members}
+        give_up = self._clock() + 2 * self._connect_timeout_s
+        while missing and (left := give_up - self._clock()) > 0:
+            if self._version >= version:
+                missing = {ref for ref in missing if (s := self._sessions.get(ref)) is not None and not s.is_ready}
+            if missing:
+                await self.wait_change(left)
+        self.is_complete = True
 
     async def _apply(self, version: int, members: list[EngineInfo]) -> None:
         wanted = {info.ref: info for info in members}

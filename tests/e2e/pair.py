@@ -37,6 +37,9 @@ class FixedDirectory:
         await asyncio.sleep(3600)
         return version, self.members
 
+    async def settled(self) -> None:
+        """It never changes."""
+
 
 def raise_failure(error: BaseException) -> None:
     raise error

@@ -30,7 +30,7 @@ from diptych.protos.errors import (
     NoBlocks,
     RequestError,
 )
-from diptych.protos.types import DecodeOrder, FinishReason, PrefillOrder, Role, SamplingParams
+from diptych.protos.types import DecodeOrder, EngineId, EngineRef, FinishReason, PrefillOrder, Role, SamplingParams
 
 PROMPT = tuple(range(10, 30))
 P, D = frozenset({Role.PREFILL}), frozenset({Role.DECODE})
@@ -387,6 +387,48 @@ async def test_a_stale_epoch_is_never_used(tmp_path: Path) -> None:
         with pytest.raises(EngineLost):
             await r.ask()
         assert r.engines["d"].orders == []
+
+
+async def test_a_router_is_ready_when_it_has_seen_all_engines_that_were_starting_and_stays_so(tmp_path: Path) -> None:
+    prefill, decode = (EchoEngine(f"unix:{tmp_path}/{n}", engine_id=n, roles=r) for n, r in (("p", P), ("d", D)))
+    directory = StaticDirectory([decode.info])
+    directory.is_settled.clear()
+    router = Router(directory=directory, settings=RouterSettings(connect_timeout_s=20))
+    await decode.start()
+    await router.start()
+    await until(lambda: router.view.live("echo", Role.DECODE))
+    assert not router.is_ready("echo"), "the prefill engine is starting"
+    directory.set([decode.info, prefill.info])
+    directory.is_settled.set()
+    await until(lambda: router.view.has_pool("echo", Role.PREFILL))
+    assert not router.is_ready("echo"), "the prefill engine is not connected"
+    await prefill.start()
+    await until(lambda: router.is_ready("echo"))
+    assert router.view.live("echo", Role.PREFILL)
+    await prefill.stop()
+    directory.set([decode.info])
+    await until(lambda: not router.view.live("echo", Role.PREFILL))
+    assert router.is_ready("echo"), "decode engines compute the prompts now"
+    await router.stop()
+    await decode.stop()
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_an_engine_that_is_gone_or_hangs_keeps_no_router_from_being_ready(tmp_path: Path, leaves: bool) -> None:
+    decode = EchoEngine(f"unix:{tmp_path}/d", engine_id="d", roles=D)
+    nobody = replace(decode.info, ref=EngineRef(EngineId("p"), 1, f"unix:{tmp_path}/p"), roles=P)
+    directory = StaticDirectory([decode.info, nobody])
+    await decode.start()
+    settings = RouterSettings(connect_timeout_s=60 if leaves else 0.1)
+    router = Router(directory=directory, settings=settings)
+    await router.start()
+    if leaves:
+        await until(lambda: router.view.live("echo", Role.DECODE))
+        assert not router.is_ready("echo")
+        directory.set([decode.info])
+    await until(lambda: router.is_ready("echo"))
+    await router.stop()
+    await decode.stop()
 
 
 async def test_a_directory_that_fails_leaves_the_known_engines_in_use(tmp_path: Path) -> None:
