@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from diptych.cluster.api.testing import front_door
+from diptych.cluster.api.testing import MODEL, front_door, until
 from diptych.cluster.bench.serve import ServeOptions, arrivals, run_serve_bench, summary
 from diptych.cluster.bench.stream import Streamed, Target, stream
 from diptych.cluster.config import LimitSettings
 from diptych.protos.errors import EngineFault, StartupError
+from diptych.protos.types import Role
 
 FIELDS = {
     *("client", "url", "model", "requests", "rate", "concurrency", "input", "output", "seed", "completed", "failed"),
@@ -75,14 +76,20 @@ async def test_prompts_come_from_a_file_as_texts_and_ids(tmp_path: Path) -> None
             await bench(tmp_path, url=door.listener.url, prompts=file, requests=4)
 
 
-async def test_requests_that_an_engine_fails_are_counted_and_the_others_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("error_at", "told"), [(4, "error event"), (0, "status 500")])
+async def test_requests_that_an_engine_fails_are_counted_and_the_others_measured(
+    tmp_path: Path, error_at: int, told: str
+) -> None:
+    """An event in the stream once token 0 is out. One engine tells token and failure in order; two would race."""
     async with front_door() as door:
+        door.directory.set([door.decode.info])
+        await until(lambda: not door.router.view.has_pool(MODEL, Role.PREFILL))
         door.decode.faults.error = EngineFault("broken by the test")
-        door.decode.faults.error_at = 4
+        door.decode.faults.error_at = error_at
         door.decode.faults.error_count = 3
         result = await bench(tmp_path, url=door.listener.url, requests=10, input=20, output=8, vocab=200)
     assert (result["completed"], result["failed"]) == (7, 3)
-    assert list(result["failures"]) == ["error event: broken by the test"]  # type: ignore[call-overload]
+    assert list(result["failures"]) == [f"{told}: broken by the test"]  # type: ignore[call-overload]
 
 
 async def test_refusals_are_counted_with_the_servers_words(tmp_path: Path) -> None:
