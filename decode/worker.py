@@ -281,8 +281,8 @@ class DecodeWorker:
     def _computed(self, share: Share, plan: StepPlan, result: StepResult, at: int) -> None:
         sequence, token = share.sequence, result.tokens[at]
         if at in result.faults:
-            self._counters["row_faults"] += 1
-            self._end(sequence, FinishReason.ERROR, row_fault())
+            self._counters["row_faults"] += at not in result.ruled_out
+            self._end(sequence, FinishReason.ERROR, row_fault(plan, result, at))
             return
         self._scheduler.advance(share, token)
         if at in result.prompt_logprobs:

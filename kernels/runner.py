@@ -63,6 +63,7 @@ class _Outcome:
     inputs: _Inputs
     tokens_N: Tensor
     sound_R: Tensor
+    ruled_out_N: Tensor  # rows whose only fault is that their rules left no token
     sampled: Logprobs | None  # of the rows whose spec asks for them
     prompts: Logprobs | None  # of all prompt rows, one after another
 
@@ -130,8 +131,8 @@ class ModelRunner:
     def collect(self) -> StepResult:
         """See ports.Runner. EngineFault: no row of the step has a token, and slots must not be continued from.
 
-        Rows in `faults`: keys, values or logits that they computed are not finite; or their rules left no token; or the
-        token to go on from was never sampled, because the row was in `faults` before.
+        Rows in `faults`: keys, values or logits that they computed are not finite; or their rules left no token, which
+        alone is `ruled_out`; or the token to go on from was never sampled, because the row was in `faults` before.
         """
         assert self._outstanding, "no step is outstanding"
         plan, outcome = self._outstanding.popleft()
@@ -140,7 +141,9 @@ class ModelRunner:
         inputs = outcome.inputs
         faults = {row for row, sound in zip(inputs.order, outcome.sound_R.tolist(), strict=True) if not sound}
         prompts = _prompt_logprobs(outcome)
-        faults.update(row for row, told in prompts.items() if any(math.isnan(token.logprob) for token in told))
+        broken = {row for row, told in prompts.items() if any(math.isnan(token.logprob) for token in told)}
+        faults |= broken
+        ruled_out = {row for row, is_it in zip(inputs.order, outcome.ruled_out_N.tolist(), strict=False) if is_it}
         tokens: list[int | None] = [None] * len(plan.rows)
         for row, token in zip(inputs.order, outcome.tokens_N.tolist(), strict=False):  # the first ones sampled
             tokens[row] = None if row in faults else token
@@ -150,6 +153,7 @@ class ModelRunner:
             logprobs={row: told for row, told in _sampled_logprobs(outcome).items() if row not in faults},
             prompt_logprobs={row: told for row, told in prompts.items() if row not in faults},
             faults=frozenset(faults),
+            ruled_out=frozenset(ruled_out - broken),
         )
 
     def _lay_out(self, plan: StepPlan) -> _Inputs:
@@ -209,9 +213,10 @@ class ModelRunner:
         logits_LV = self._model.forward(ids_T, inputs.batch, self._kv, kept)
         chosen = sample(logits_LV[: len(inputs.specs)], inputs.specs, inputs.histories)
         sound_R = self._sound_kv(inputs)
-        sound_R[: len(inputs.specs)] &= chosen.sound_N
         if missing is not None:
             sound_R[missing[0]] &= ~missing[1]
+        ruled_out_N = chosen.ruled_out_N & sound_R[: len(inputs.specs)]
+        sound_R[: len(inputs.specs)] &= chosen.sound_N
         asking = [index for index, spec in enumerate(inputs.specs) if spec.logprobs is not None]
         sampled = prompts = None
         if asking:
@@ -221,7 +226,7 @@ class ModelRunner:
             rows = torch.tensor([i for p in inputs.prompts for i in p.places], dtype=torch.int64, device=device)
             tokens = torch.tensor([t for p in inputs.prompts for t in p.tokens], dtype=torch.int64, device=device)
             prompts = logprobs(logits_LV, rows, tokens, max(prompt.top for prompt in inputs.prompts))
-        return _Outcome(inputs, chosen.tokens_N, sound_R, sampled, prompts)
+        return _Outcome(inputs, chosen.tokens_N, sound_R, ruled_out_N, sampled, prompts)
 
     def _sound_kv(self, inputs: _Inputs) -> Tensor:
         """Which rows' tokens have finite keys and values in the last layer, where a NaN of any layer before arrives.

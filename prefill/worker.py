@@ -187,8 +187,8 @@ class PrefillWorker:
     def _computed(self, share: Share, plan: StepPlan, result: StepResult, at: int) -> None:
         job, token = share.job, result.tokens[at]
         if at in result.faults:
-            self._counters["row_faults"] += 1
-            self._end(job, FinishReason.ERROR, row_fault())
+            self._counters["row_faults"] += at not in result.ruled_out
+            self._end(job, FinishReason.ERROR, row_fault(plan, result, at))
             return
         self._scheduler.advance(share)
         if at in result.prompt_logprobs:

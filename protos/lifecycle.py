@@ -172,15 +172,33 @@ def execute(runner: Runner, plan: StepPlan) -> StepResult:
     if not _fits(plan, result):
         log.error("step %d came back as %r", plan.step_id, result)
         raise EngineFault("the engine failed while computing this request", "the step's result does not fit its plan")
-    for at in sorted(result.faults):
+    for at in sorted(result.faults - result.ruled_out):
         row = plan.rows[at]
         log.error("step %d: row %d, slot %d, from position %d: not finite", plan.step_id, at, row.slot, row.start)
     return result
 
 
-def row_fault() -> EngineFault:
-    """How a request ends whose row is in a step's faults."""
+def row_fault(plan: StepPlan, result: StepResult, at: int) -> DiptychError:
+    """How the request of row `at` ends, which is among the step's faults: InvalidRequest where its rules are to blame."""
+    sample = plan.rows[at].sample
+    if at in result.ruled_out and sample is not None and sample.rules is not None:
+        return _no_token_left(sample.rules, sample.position - sample.rules.num_prompt)
     return EngineFault("the model's numbers for this request are not finite", "the row came back among the faults")
+
+
+def _no_token_left(rules: LogitRules, num_generated: int) -> InvalidRequest:
+    given = {
+        "allowed_token_ids": rules.allowed_token_ids is not None,
+        "bad_words": bool(rules.bad_words),
+        "min_tokens": num_generated < rules.min_tokens,
+    }
+    # Only where nothing bars a token outright can a bias or a penalty have made every logit infinite.
+    names = [name for name, is_given in given.items() if is_given] or ["logit_bias"]
+    return InvalidRequest(
+        f"no token is left by the rules of this request after {num_generated} generated tokens: "
+        f"{' and '.join(names)} exclude{'s' if len(names) == 1 else ''} every one",
+        names[0],
+    )
 
 
 def _fits(plan: StepPlan, result: StepResult) -> bool:
@@ -196,7 +214,7 @@ def _fits(plan: StepPlan, result: StepResult) -> bool:
             or len(result.prompt_logprobs.get(at, ())) != told
         ):
             return False
-    return all(0 <= at < len(plan.rows) for at in result.faults)
+    return result.ruled_out <= result.faults and all(0 <= at < len(plan.rows) for at in result.faults)
 
 
 class StageTimer:

@@ -96,6 +96,7 @@ class StepResult:
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     faults: frozenset[int] = frozenset()  # rows with numbers not finite or no token left by their rules
+    ruled_out: frozenset[int] = frozenset()  # those of `faults` with sound numbers, whose rules left no token
 
 
 class SlotPool:

@@ -106,15 +106,20 @@ def _echo(cells: Sequence[Cell], vocab_size: int) -> int:
     return int.from_bytes(digest, "little") % vocab_size
 
 
-def _obey(rules: LogitRules | None, token: int, num_generated: int, vocab_size: int) -> int:
-    """The next token that the rules allow; the echo has no probabilities, so penalties and bias change nothing."""
+def _obey(rules: LogitRules | None, token: int, num_generated: int, vocab_size: int) -> int | None:
+    """The next token that the rules allow, or None; bad words of one token count only.
+
+    The echo has no probabilities, so penalties and bias change nothing.
+    """
     if rules is None:
         return token
-    if rules.allowed_token_ids:
-        token = rules.allowed_token_ids[token % len(rules.allowed_token_ids)]
-    while num_generated < rules.min_tokens and token in rules.stop_token_ids:
-        token = (token + 1) % vocab_size
-    return token
+    barred = {word[0] for word in rules.bad_words if len(word) == 1}
+    if num_generated < rules.min_tokens:
+        barred.update(rules.stop_token_ids)
+    if rules.allowed_token_ids is not None:
+        allowed = [one for one in rules.allowed_token_ids if one not in barred]
+        return allowed[token % len(allowed)] if allowed else None
+    return next((one for at in range(vocab_size) if (one := (token + at) % vocab_size) not in barred), None)
 
 
 def _logprobs(guess: int, token: int, top: int, vocab_size: int) -> TokenLogprobs:
@@ -128,7 +133,9 @@ def echo_reference(
     """The `n` tokens that one undisturbed EchoRunner generates after `prompt`."""
     cells = list(enumerate(prompt))
     for at in range(n):
-        cells.append((len(cells), _obey(rules, _echo(cells, vocab_size), at, vocab_size)))
+        token = _obey(rules, _echo(cells, vocab_size), at, vocab_size)
+        assert token is not None, "the rules leave no token"
+        cells.append((len(cells), token))
     return [token for _, token in cells[len(prompt) :]]
 
 
@@ -189,6 +196,7 @@ class EchoRunner:
         sampled: list[int | None] = [None] * len(plan.rows)
         logprobs: dict[int, TokenLogprobs] = {}
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+        ruled_out = set()
         for at, row in enumerate(plan.rows):
             if at in faults:
                 continue
@@ -200,12 +208,18 @@ class EchoRunner:
             guess, rules = _echo(cells, self.vocab_size), row.sample.rules
             num_generated = 0 if rules is None else row.sample.position - rules.num_prompt
             token = _obey(rules, guess, num_generated, self.vocab_size)
+            if token is None:
+                ruled_out.add(at)
+                prompt_logprobs.pop(at, None)
+                continue
             if rules is not None and rules.needs_history:
                 self._keep_history(row, [known for _, known in cells], token)
             if row.sample.logprobs is not None:
                 logprobs[at] = _logprobs(guess, token, row.sample.logprobs, self.vocab_size)
             self._last_token[row.slot] = sampled[at] = token
-        return StepResult(plan.step_id, tuple(sampled), logprobs, prompt_logprobs, faults)
+        return StepResult(
+            plan.step_id, tuple(sampled), logprobs, prompt_logprobs, faults | ruled_out, frozenset(ruled_out)
+        )
 
     def _of_prompt(self, row: StepRow, top: int) -> tuple[TokenLogprobs, ...]:
         cells = self.read(row.blocks, row.start + row.num_tokens)

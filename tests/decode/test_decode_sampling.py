@@ -126,3 +126,18 @@ def test_only_the_requests_of_faulty_rows_end() -> None:
     assert bench.worker.counters()["decode_row_faults_total"] == 2
     assert bench.worker.counters()["decode_step_faults_total"] == 0
     bench.assert_idle()
+
+
+def test_a_request_whose_rules_leave_no_token_ends_with_their_names() -> None:
+    bench = DecodeBench()
+    sampling = SamplingParams(max_tokens=1, allowed_token_ids=(4, 5), bad_words=((4,), (5,)), min_tokens=1)
+    key = bench.submit(PROMPT, transfer=False, sampling=sampling)
+    bench.run()
+    finish = bench.ledger.finishes[key]
+    assert finish.error_code == "invalid_request"
+    assert finish.error_message == (
+        "no token is left by the rules of this request after 0 generated tokens: "
+        "allowed_token_ids and bad_words exclude every one"
+    )
+    assert bench.worker.counters()["decode_row_faults_total"] == 0
+    bench.assert_idle()

@@ -310,11 +310,19 @@ def test_rules_that_leave_no_token_fault_their_row_only(model: LoadedModel) -> N
     nothing = with_rules((3, 4), allowed_token_ids=(8,), bad_words=((8,),), repetition_penalty=1.5)
     runner.launch(StepPlan(0, (row_of(0, (3, 4), 0, nothing), row_of(1, (3, 4), 0, GREEDY))))
     runner.launch(StepPlan(1, (row_of(0, None, 2, nothing), row_of(1, None, 2, GREEDY))))
-    for _ in range(2):
+    for ruled_out in ({0}, set()):  # the second step has no token to go on from: that is no doing of the rules
         result = runner.collect()
-        assert result.faults == {0}
+        assert (result.faults, result.ruled_out) == ({0}, ruled_out)
         assert result.tokens[0] is None
         assert result.tokens[1] is not None
+
+
+def test_a_row_with_broken_numbers_is_never_blamed_on_its_rules(model: LoadedModel) -> None:
+    runner, kv = make_runner(model)
+    poison(kv, 1)
+    nothing = with_rules(tuple(range(7)), allowed_token_ids=(8,), bad_words=((8,),))
+    result = run(runner, row_of(0, tuple(range(7)), 0, nothing), row_of(1, (4, 5, 6), 4, nothing))
+    assert (result.faults, result.ruled_out) == ({0, 1}, {0})
 
 
 def test_after_a_failed_step_its_slots_fault_and_histories_do_not_stop_the_runner(model: LoadedModel) -> None:

@@ -151,6 +151,7 @@ def test_a_row_whose_rules_leave_nothing_gets_no_token_and_the_others_theirs(
     chosen = module.sample(logits_of(3), specs, {})
     plain = module.sample(logits_of(3), [specs[0]] * 3, {})
     assert chosen.sound_N.tolist() == [True, False, True]
+    assert chosen.ruled_out_N.tolist() == [False, True, False]
     assert chosen.tokens_N.tolist() == [int(plain.tokens_N[0]), 0, int(plain.tokens_N[2])]
 
 
@@ -159,7 +160,9 @@ def test_numbers_that_a_mask_would_hide_are_found(module: ModuleType) -> None:
     logits = logits_of(1)
     logits[0, 50] = float("nan")
     spec = SampleSpec(0.0, 1.0, 0, 1, 4, rules=LogitRules(num_prompt=4, allowed_token_ids=(7, 8)))
-    assert module.sample(logits, [spec], {}).sound_N.tolist() == [False]
+    chosen = module.sample(logits, [spec], {})
+    assert chosen.sound_N.tolist() == [False]
+    assert chosen.ruled_out_N.tolist() == [False], "the numbers are to blame, not the rules"
 
 
 @BOTH
@@ -230,4 +233,5 @@ def test_cpu_equals_the_reference_and_no_row_depends_on_its_company(
     moved = {place: histories[row] for place, row in enumerate(order) if row in histories}
     chosen = launch.sample(logits[order], [specs[row] for row in order], moved)
     assert chosen.sound_N.tolist() == wanted.sound_N[order].tolist()
+    assert chosen.ruled_out_N.tolist() == wanted.ruled_out_N[order].tolist()
     assert chosen.tokens_N.tolist() == wanted.tokens_N[order].tolist()

@@ -236,6 +236,8 @@ def test_a_stop_token_counts_only_after_min_tokens() -> None:
         (StepResult(1, (None,), faults=frozenset({0})), True),
         (StepResult(1, (5,), faults=frozenset({0})), False),
         (StepResult(1, (None,), faults=frozenset({0, 1})), False),
+        (StepResult(1, (None,), faults=frozenset({0}), ruled_out=frozenset({0})), True),
+        (StepResult(1, (5,), {0: position(1)}, {0: (position(1), position(2))}, ruled_out=frozenset({0})), False),
     ],
 )
 def test_a_result_must_have_all_that_was_asked_for_but_of_faulty_rows(result: StepResult, fits: bool) -> None:

@@ -31,6 +31,7 @@ def sample(logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[in
     values_NV = floats_NV.numpy()
     tokens_N = values_NV.argmax(axis=1)  # the first of equals, or of NaN
     sound_N = np.isfinite(values_NV[np.arange(len(specs)), tokens_N])
+    ruled_out_N = np.zeros_like(sound_N)
     for row, spec in enumerate(specs):
         ruled = spec.rules is not None and _changes(spec.rules, spec.position)
         if not sound_N[row] or not (ruled or spec.temperature != 0):
@@ -40,10 +41,11 @@ def sample(logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[in
             row_V = apply_rules(row_V, spec, histories.get(row))
             tokens_N[row] = best = row_V.numpy().argmax()
             sound_N[row] = np.isfinite(row_V.numpy()[best])
+            ruled_out_N[row] = not sound_N[row]
         if spec.temperature != 0 and sound_N[row]:
             tokens_N[row] = _draw(row_V, spec)
     tokens_N[~sound_N] = 0
-    return Sampled(torch.from_numpy(tokens_N), torch.from_numpy(sound_N))
+    return Sampled(torch.from_numpy(tokens_N), torch.from_numpy(sound_N), torch.from_numpy(ruled_out_N))
 
 
 def _changes(rules: LogitRules, position: int) -> bool:

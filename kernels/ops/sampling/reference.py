@@ -22,16 +22,21 @@ from .sampled import Sampled
 def sample(logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[int, Tensor]) -> Sampled:
     """See launch.py. A row without a finite largest logit, before or after its rules, is not sound and gets no token.
 
-    (NaN counts as largest. Rules leave nothing when, say, every allowed token is a bad word.)
+    NaN counts as largest. A row that has one before its rules and none after them is `ruled_out`: say, every allowed
+    token is a bad word.
     """
-    tokens, sound = [], []
+    tokens, sound, ruled_out = [], [], []
     for index, (row_V, spec) in enumerate(zip(logits_NV.float(), specs, strict=True)):
         ruled_V = apply_rules(row_V, spec, histories.get(index))
-        sound.append(bool(row_V.max().isfinite() and ruled_V.max().isfinite()))
+        is_finite = bool(row_V.max().isfinite())
+        sound.append(is_finite and bool(ruled_V.max().isfinite()))
+        ruled_out.append(is_finite and not sound[-1])
         tokens.append(_choose(ruled_V, spec) if sound[-1] else 0)
     device = logits_NV.device
     return Sampled(
-        torch.tensor(tokens, dtype=torch.int64, device=device), torch.tensor(sound, dtype=torch.bool, device=device)
+        torch.tensor(tokens, dtype=torch.int64, device=device),
+        torch.tensor(sound, dtype=torch.bool, device=device),
+        torch.tensor(ruled_out, dtype=torch.bool, device=device),
     )
 
 

@@ -13,3 +13,4 @@ class Sampled:
 
     tokens_N: Tensor  # int64; 0 where the row is not sound
     sound_N: Tensor  # bool; False: the row's logits are not finite numbers, or its rules leave no token
+    ruled_out_N: Tensor  # bool; True: the latter, of a row whose logits are finite before them
