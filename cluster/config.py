@@ -92,6 +92,15 @@ class PlacementSettings(Settings):
     itl_target_s: Seconds = Field(0.1, description="cost: time between tokens that counts as 1")
 
 
+MAX_LABEL_CHARS = 128
+LABEL_RULE = f"must have 1 to {MAX_LABEL_CHARS} printable ASCII characters and no space around them"
+
+
+def is_label(text: str) -> bool:
+    """Whether `text` can name a tenant or a session: what a header can carry, and logs and metrics can show."""
+    return 0 < len(text) <= MAX_LABEL_CHARS and text.isascii() and text.isprintable() and text == text.strip()
+
+
 class TenantSettings(Settings):
     """A tenant (header x-tenant)."""
 
@@ -111,6 +120,14 @@ class RouterSettings(Settings):
     max_attempts: int = Field(3, ge=1, description="placements tried for a request before it fails")
     placement: PlacementSettings = PlacementSettings()
     tenants: dict[str, TenantSettings] = Field(default={}, description="tenants with a weight other than 1")
+
+    @field_validator("tenants")
+    @classmethod
+    def _tenant_names(cls, tenants: dict[str, TenantSettings]) -> dict[str, TenantSettings]:
+        for name in tenants:
+            if not is_label(name):
+                raise ValueError(f"the name {name!r} {LABEL_RULE}")
+        return tenants
 
     @field_validator("host")
     @classmethod

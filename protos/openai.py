@@ -147,9 +147,11 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Alternatives | None = None
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """Under either of its two names; None when not given."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def wanted_tokens(self) -> tuple[str, int] | None:
+        """The field and the number, under either of its two names; None when not given."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -185,9 +187,9 @@ class CompletionRequest(GenerationRequest):
     best_of: int | None = None
 
     @property
-    def wanted_tokens(self) -> int:
-        """With the default."""
-        return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's documented default
+    def wanted_tokens(self) -> tuple[str, int] | None:
+        """The field and the number; None when not given."""
+        return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
 
 RequestT = TypeVar("RequestT", bound=GenerationRequest)

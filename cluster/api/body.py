@@ -7,7 +7,7 @@ import asyncio
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from diptych.cluster.config import LimitSettings
+from diptych.cluster.config import LABEL_RULE, LimitSettings, is_label
 from diptych.protos.errors import InvalidRequest, RequestTooLarge
 
 from .errors import BodyTimeout, response_of
@@ -15,7 +15,6 @@ from .errors import BodyTimeout, response_of
 # A connection closed with unread data resets, and the client may lose the answer: so much is read and dropped.
 LINGER_BYTES = 256 << 20
 LINGER_S = 2.0
-MAX_LABEL_CHARS = 128
 
 
 def header(scope: Scope, name: bytes) -> str:
@@ -29,10 +28,15 @@ def header(scope: Scope, name: bytes) -> str:
 
 def label(scope: Scope, name: str) -> str:
     """A header that names something, such as x-tenant; empty when it is not there. Raises InvalidRequest."""
-    value = header(scope, name.encode())
-    if len(value) > MAX_LABEL_CHARS or not (value.isascii() and value.isprintable()):
-        raise InvalidRequest(f"the header {name} must have 1 to {MAX_LABEL_CHARS} printable ASCII characters", name)
-    return value
+    key = name.encode()
+    values: list[str] = [value.decode("latin-1") for given, value in scope["headers"] if given == key]
+    if not values:
+        return ""
+    if len(values) > 1:
+        raise InvalidRequest(f"the header {name} is given {len(values)} times; send it once", name)
+    if not is_label(values[0]):
+        raise InvalidRequest(f"the header {name} {LABEL_RULE}; leave it out for none", name)
+    return values[0]
 
 
 async def read_body(scope: Scope, receive: Receive, limits: LimitSettings) -> bytes:

@@ -19,6 +19,7 @@ class ChatEndpoint:
 
     is_chat = True
     id_prefix = "chatcmpl-"
+    default_max_tokens: int | None = None
 
     def parse(self, body: bytes) -> ChatRequest:
         """The checked body."""
@@ -30,8 +31,8 @@ class ChatEndpoint:
         text = model.renderer.chat_text(request.messages)
         return await model.renderer.encode(text, add_special=False, max_tokens=room, param="messages")
 
-    def max_tokens(self, request: GenerationRequest) -> int | None:
-        """None when the client named none: the rest of the context, at most the router's default."""
+    def max_tokens(self, request: GenerationRequest) -> tuple[str, int] | None:
+        """Under either of its two names."""
         assert isinstance(request, ChatRequest)
         return request.wanted_tokens
 

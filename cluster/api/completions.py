@@ -21,6 +21,7 @@ class CompletionEndpoint:
 
     is_chat = False
     id_prefix = "cmpl-"
+    default_max_tokens: int | None = 16  # OpenAI's documented default
 
     def parse(self, body: bytes) -> CompletionRequest:
         """The checked body."""
@@ -34,8 +35,8 @@ class CompletionEndpoint:
         check_token_ids(request.prompt, model.vocab_size, "prompt")
         return request.prompt
 
-    def max_tokens(self, request: GenerationRequest) -> int | None:
-        """OpenAI's 16 when the client named none."""
+    def max_tokens(self, request: GenerationRequest) -> tuple[str, int] | None:
+        """As asked."""
         assert isinstance(request, CompletionRequest)
         return request.wanted_tokens
 

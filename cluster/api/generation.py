@@ -48,6 +48,7 @@ class Endpoint(Protocol):
 
     is_chat: bool
     id_prefix: str
+    default_max_tokens: int | None  # where the client named none, cut to what fits; None: the router's default
 
     def parse(self, body: bytes) -> GenerationRequest:
         """The checked body. Raises InvalidRequest."""
@@ -55,8 +56,8 @@ class Endpoint(Protocol):
     async def prompt(self, request: GenerationRequest, model: ServedModel, room: int) -> tuple[int, ...]:
         """Token ids; `room` is the context's size in tokens."""
 
-    def max_tokens(self, request: GenerationRequest) -> int | None:
-        """What the client asked for, or what the endpoint takes instead; None: the default, cut to what fits."""
+    def max_tokens(self, request: GenerationRequest) -> tuple[str, int] | None:
+        """The field by which the client asked for a number of tokens, and the number; None where it named none."""
 
     def logprobs(self, request: GenerationRequest) -> int | None:
         """Alternatives told with each generated token; None: no logprobs."""
@@ -145,6 +146,7 @@ class GenerationApp:
         sampling = await sampling_of(
             request,
             model,
+            prompt,
             max_tokens=max(max_tokens, 1),
             logprobs=self._endpoint.logprobs(request),
             prompt_logprobs=self._endpoint.prompt_logprobs(request),
@@ -164,15 +166,23 @@ class GenerationApp:
         return Answer(request, model, choices, self._endpoint.id_prefix + os.urandom(12).hex(), int(time.time()))
 
     def _max_tokens(self, request: GenerationRequest, num_prompt: int, room: int) -> int:
-        wanted = self._endpoint.max_tokens(request)
-        if num_prompt + (wanted or 1) > room:
-            asked = f" and max_tokens asks for {wanted} more" if wanted else ""
+        left = room - num_prompt
+        if left < 1:
             raise ContextTooLong(
-                f"this model's context holds {room} tokens; the prompt has {num_prompt}{asked}",
+                f"this model's context holds {room} tokens; the prompt has {num_prompt} and leaves no room",
                 "messages" if self._endpoint.is_chat else "prompt",
             )
-        default = self._router.settings.default_max_tokens
-        return min(default, room - num_prompt) if wanted is None else wanted
+        asked = self._endpoint.max_tokens(request)
+        if asked is None:
+            return min(self._endpoint.default_max_tokens or self._router.settings.default_max_tokens, left)
+        name, wanted = asked
+        if wanted > left:
+            raise ContextTooLong(
+                f"this model's context holds {room} tokens; the prompt has {num_prompt} and "
+                f"{name} asks for {wanted} more, of which at most {left} fit",
+                name,
+            )
+        return wanted
 
     async def _whole(self, answer: Answer, send: Send) -> None:
         texts: list[list[str]] = [[] for _ in answer.choices]

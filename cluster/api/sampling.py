@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import replace
 
 from diptych.protos.errors import InvalidRequest
@@ -18,12 +18,13 @@ from .served import ServedModel
 async def sampling_of(
     request: GenerationRequest,
     model: ServedModel,
+    prompt: tuple[int, ...],
     *,
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
-    """How `request` wants its tokens chosen. Raises InvalidRequest naming the field.
+    """How `request` wants the tokens after `prompt` chosen. Raises InvalidRequest naming the field.
 
     A field is the request's, else the model's generation_config.json's, else OpenAI's default.
     """
@@ -37,7 +38,11 @@ async def sampling_of(
         )
     stops = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else model.eos_token_ids)
     bad_words = await model.renderer.bad_words(request.bad_words) if request.bad_words else ()
-    _check_possible(request, bad_words, stops if min_tokens else frozenset())
+    barred = {
+        "bad_words": {word[-1] for word in bad_words if prompt[len(prompt) - len(word) + 1 :] == word[:-1]},
+        "min_tokens": stops if min_tokens else frozenset(),
+    }
+    _check_possible(request.allowed_token_ids, model.vocab_size, barred)
     own = model.defaults
     return SamplingParams(
         max_tokens=max_tokens,
@@ -86,14 +91,13 @@ def _seed(wanted: int | None, default: int | None) -> int:
     return int.from_bytes(os.urandom(8)) if seed is None else seed & 0xFFFF_FFFF_FFFF_FFFF
 
 
-def _check_possible(
-    request: GenerationRequest, bad_words: tuple[tuple[int, ...], ...], barred_at_first: frozenset[int]
-) -> None:
-    if request.allowed_token_ids is None:
+def _check_possible(allowed: tuple[int, ...] | None, vocab_size: int, barred: dict[str, Set[int]]) -> None:
+    """Refuse what would leave no first token; `barred`: by field, the tokens that must not come first."""
+    candidates = range(vocab_size) if allowed is None else allowed
+    every = frozenset[int]().union(*barred.values())
+    if len(every) < len(candidates) or not every.issuperset(candidates):
         return
-    barred = {word[0] for word in bad_words if len(word) == 1} | barred_at_first
-    if barred.issuperset(request.allowed_token_ids):
-        raise InvalidRequest(
-            "allowed_token_ids leaves no token to sample: bad_words or min_tokens bar every one of them",
-            "allowed_token_ids",
-        )
+    names = [] if allowed is None else ["allowed_token_ids"]
+    names += [name for name, tokens in barred.items() if not tokens.isdisjoint(candidates)]
+    verb = "exclude" if len(names) > 1 else "excludes"
+    raise InvalidRequest(f"no token is left by the rules: {' and '.join(names)} {verb} every one", names[0])

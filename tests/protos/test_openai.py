@@ -208,7 +208,8 @@ def test_text_parts_are_joined() -> None:
 
 
 def test_the_two_names_of_max_tokens_may_not_differ() -> None:
-    assert chat(max_tokens=3, max_completion_tokens=3).wanted_tokens == 3
+    assert chat(max_tokens=3, max_completion_tokens=3).wanted_tokens == ("max_completion_tokens", 3)
+    assert chat(max_tokens=3).wanted_tokens == ("max_tokens", 3)
     assert blamed(max_tokens=3, max_completion_tokens=4) == "max_tokens"
 
 
@@ -282,7 +283,7 @@ def test_best_of_is_n_or_nothing() -> None:
 
 
 def test_no_token_is_asked_for_only_to_score_a_prompt() -> None:
-    assert completion(max_tokens=0, echo=True).wanted_tokens == 0
+    assert completion(max_tokens=0, echo=True).wanted_tokens == ("max_tokens", 0)
     with pytest.raises(InvalidRequest, match="max_tokens: 0 is for requests with echo"):
         completion(max_tokens=0)
 
@@ -291,8 +292,8 @@ def test_prompt_logprobs_are_not_streamed() -> None:
     assert blamed(prompt_logprobs=1, stream=True) == "prompt_logprobs"
 
 
-def test_completions_generate_16_tokens_by_default() -> None:
-    assert completion().wanted_tokens == 16
+def test_who_names_no_number_of_tokens_wants_none_in_particular() -> None:
+    assert completion().wanted_tokens is None
     assert chat().wanted_tokens is None
 
 

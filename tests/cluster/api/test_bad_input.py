@@ -92,7 +92,8 @@ async def test_an_unknown_model_is_404_and_names_the_known_ones(http: httpx2.Asy
 
 async def test_a_context_too_long_is_refused_with_the_numbers(http: httpx2.AsyncClient, door: FrontDoor) -> None:
     for body in (
-        {"model": "echo", "prompt": [1] * 2000, "max_tokens": 49},
+        {"model": "echo", "prompt": [1] * 2048, "max_tokens": 1},
+        {"model": "echo", "prompt": [1] * 2048, "max_tokens": 0, "echo": True},
         {"model": "echo", "prompt": [1] * 2049},
         {"model": "echo", "prompt": "q " * 2000},
         {"model": "echo", "prompt": "q" * 3_000_000},
@@ -100,10 +101,33 @@ async def test_a_context_too_long_is_refused_with_the_numbers(http: httpx2.Async
         error = error_of(await http.post(TEXT, json=body), 400)
         assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
         assert "2048" in error["message"]
-    assert (await http.post(TEXT, json={"model": "echo", "prompt": [1] * 2000, "max_tokens": 48})).status_code == 200
-    error = error_of(await http.post(CHAT, json={**HELLO, "max_tokens": 2048}), 400)
-    assert error["param"] == "messages"
+    long = {**HELLO, "messages": [{"role": "user", "content": "q " * 2000}], "max_completion_tokens": 1}
+    assert error_of(await http.post(CHAT, json=long), 400)["param"] == "messages"
+    assert door.prefill.orders == door.decode.orders == []
+
+
+async def test_too_many_wanted_tokens_are_blamed_on_the_field_that_wants_them(
+    http: httpx2.AsyncClient, door: FrontDoor
+) -> None:
+    text = {"model": "echo", "prompt": [1] * 2000}
+    error = error_of(await http.post(TEXT, json={**text, "max_tokens": 49}), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
+    assert "2048" in error["message"]
+    assert "at most 48" in error["message"]
+    for name in ("max_tokens", "max_completion_tokens"):
+        error = error_of(await http.post(CHAT, json={**HELLO, name: 2048}), 400)
+        assert (error["code"], error["param"]) == ("context_length_exceeded", name)
+        assert f"{name} asks for 2048" in error["message"]
+    assert (await http.post(TEXT, json={**text, "max_tokens": 48})).status_code == 200
     assert door.decode.orders[-1].request.sampling.max_tokens == 48
+
+
+async def test_a_number_of_tokens_that_nobody_asked_for_is_cut_to_what_fits(
+    http: httpx2.AsyncClient, door: FrontDoor
+) -> None:
+    for num_prompt, wanted in ((2000, 16), (2040, 8), (2047, 1)):
+        assert (await http.post(TEXT, json={"model": "echo", "prompt": [1] * num_prompt})).status_code == 200
+        assert door.prefill.orders[-1].request.sampling.max_tokens == wanted
 
 
 async def test_a_large_body_is_answered_before_it_is_read(door: FrontDoor) -> None:

@@ -130,7 +130,14 @@ async def test_what_cannot_be_is_refused(http: httpx2.AsyncClient, door: FrontDo
     end = door.end_token()
     assert (await refused(http, allowed_token_ids=[end], min_tokens=1))[0] == "allowed_token_ids"
     (hello,) = door.tokenizer.encode("q").ids
-    assert (await refused(http, allowed_token_ids=[hello], bad_words=["q"]))[0] == "allowed_token_ids"
+    param, message = await refused(http, allowed_token_ids=[hello], bad_words=["q"], min_tokens=1)
+    assert param == "allowed_token_ids"
+    assert message == "no token is left by the rules: allowed_token_ids and bad_words exclude every one"
+    # A bad word of several tokens bars its last one where the prompt ends in the ones before.
+    x, z = door.tokenizer.encode("x").ids[0], door.tokenizer.encode("z").ids[0]
+    barred = {"prompt": "x", "allowed_token_ids": [z], "bad_words": ["xz"]}
+    assert (await refused(http, **barred))[0] == "allowed_token_ids"
+    assert (await ordered(http, door, **{**barred, "prompt": "z"})).bad_words[0] == (x, z)
     assert (await ordered(http, door, allowed_token_ids=[end])).allowed_token_ids == (end,)
 
 
@@ -153,13 +160,20 @@ async def test_tenant_session_priority_and_deadline_travel_with_the_call(
 
 
 @pytest.mark.parametrize("name", ["x-tenant", "x-session-id"])
-@pytest.mark.parametrize("value", [b"x" * 129, b"caf\xe9", b"a\tb"])
+@pytest.mark.parametrize("value", [b"", b"x" * 129, b"caf\xe9", b"a\tb"])
 async def test_a_header_that_names_nothing_printable_is_refused_by_its_name(
     http: httpx2.AsyncClient, name: str, value: bytes
 ) -> None:
     param, message = await refused(http, headers=[(name.encode(), value)])
     assert param == name
     assert "128 printable ASCII characters" in message
+
+
+async def test_two_tenants_of_one_request_are_refused(http: httpx2.AsyncClient, door: FrontDoor) -> None:
+    """Which of them counts would depend on who reads it: a proxy in front or this server."""
+    param, message = await refused(http, headers=[(b"x-tenant", b"a"), (b"x-tenant", b"b")])
+    assert (param, message) == ("x-tenant", "the header x-tenant is given 2 times; send it once")
+    assert door.decode.orders == []
 
 
 async def test_a_deadline_that_passes_is_504(http: httpx2.AsyncClient, door: FrontDoor) -> None:
