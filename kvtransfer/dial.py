@@ -12,9 +12,11 @@ import grpc
 
 from diptych.protos import kv_pb2 as pb
 from diptych.protos import kv_pb2_grpc
+from diptych.protos.channels import KV_SESSION, MAX_KV_MESSAGE_BYTES, open_channel
 from diptych.protos.errors import LayoutMismatch, PeerLost
 from diptych.protos.settings import TransferSettings
-from diptych.protos.types import EngineRef
+from diptych.protos.trust import Trust
+from diptych.protos.types import EngineRef, Role
 
 from . import pairing
 from .channel import Channel
@@ -31,10 +33,13 @@ _FIRST_BACKOFF_S = 0.05
 _LAST_BACKOFF_S = 1.0
 # Dialing again is ours: gRPC's own first pause of a second would outlast the whole of a quick restart.
 _CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_KV_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.use_local_subchannel_pool", 1),
 ]
+# Answers that no further try would change.
+_FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +62,11 @@ class _NoRing(Exception):
 class Dialer:
     """Asyncio thread only. `num_downgrades` counts transports that were agreed on and could not be attached."""
 
-    def __init__(self, *, me: EngineRef, layout: KvLayout, compat: bytes, settings: TransferSettings) -> None:
+    def __init__(
+        self, *, me: EngineRef, layout: KvLayout, compat: bytes, settings: TransferSettings, trust: Trust
+    ) -> None:
         self.num_downgrades = 0
+        self._trust = trust
         self._me = me
         self._layout = layout
         self._compat = compat
@@ -68,8 +76,8 @@ class Dialer:
     async def connect(self, peer: EngineRef) -> Agreement:
         """Reach that life of a prefill engine within dial_timeout_s.
 
-        Raises PeerLost when it cannot be reached in time or lives another life, LayoutMismatch when it refuses: neither
-        is tried again.
+        Raises PeerLost when it cannot be reached in time, lives another life or does not take our proof,
+        LayoutMismatch when it refuses: neither is tried again. StartupError when the way there is not allowed.
         """
         transports = pairing.offers(self._settings.transport, peer, in_process=local.is_here(peer))
         loop = asyncio.get_running_loop()
@@ -98,17 +106,21 @@ class Dialer:
     async def _try(self, peer: EngineRef, transports: list[str]) -> Agreement:
         self._pair_epoch += 1
         pair_epoch = self._pair_epoch
-        conn = grpc.aio.insecure_channel(peer.target, options=_CHANNEL_OPTIONS)
+        conn = open_channel(self._trust, peer.target, role=Role.PREFILL.value, options=_CHANNEL_OPTIONS)
         reader: RingReader | None = None
         try:
-            call = kv_pb2_grpc.KvChannelStub(conn).Session()  # type: ignore[no-untyped-call]
+            stub = kv_pb2_grpc.KvChannelStub(conn)  # type: ignore[no-untyped-call]
+            call = stub.Session(metadata=self._trust.proof(KV_SESSION, peer))
             await call.write(
                 pairing.make_hello(self._me, peer, self._layout, self._compat, transports, pair_epoch),
             )
             answer = await call.read()
             if answer is grpc.aio.EOF:
+                details = str(await call.details())
+                if await call.code() in _FINAL:
+                    raise PeerLost(f"prefill engine {peer.engine_id} does not trust this engine", detail=details)
                 # A server that is not ready yet answers so too: the details come with the status.
-                raise grpc.RpcError(str(await call.details()))
+                raise grpc.RpcError(details)
             ack = answer.hello_ack
             if ack.engine_epoch != peer.epoch:
                 raise PeerLost(f"prefill engine {peer.engine_id} has been restarted")
@@ -135,6 +147,6 @@ class Dialer:
                 return LocalReader(peer)
             if ack.transport == pairing.SHM:
                 return await asyncio.to_thread(ShmReader, ack.blob, ack.slots, ack.slot_bytes)
-            return GrpcReader(peer, self._settings.stall_s)
+            return GrpcReader(peer, self._settings.stall_s, self._trust)
         except PeerLost as exc:
             raise _NoRing(ack.transport) from exc

@@ -5,7 +5,7 @@ Every message is idempotent and keyed; see the table in README.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 from diptych.protos.types import EngineId, TransferKey
@@ -48,6 +48,7 @@ class ChunkReady:
     slot_gen: int
     size_bytes: int
     checksum: int
+    capability: bytes = field(default=b"", repr=False)  # stamped by the sending driver: the right to fetch this slot
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from diptych.protos import kv_pb2 as pb
 from diptych.protos.errors import DiptychError, EngineFault, TransferError
 from diptych.protos.ports import Closed, Committed, Failed, ReceiveEvent, WantBlocks
 from diptych.protos.settings import TransferSettings
-from diptych.protos.types import EngineRef, TransferKey
+from diptych.protos.trust import Trust
+from diptych.protos.types import EngineRef, Role, TransferKey
 
 from .actions import Deliver, Dial, Fetch, HangUp, ReceiveAction, Scatter, Send
 from .arena import KvArena, copy_alone
@@ -51,13 +52,16 @@ class ReceiveDriver:
         settings: TransferSettings,
         deliver: Callable[[ReceiveEvent], None],
         clock: Callable[[], float] = time.monotonic,
+        trust: Trust | None = None,
     ) -> None:
+        """Without `trust` it reaches engines of this process only, or servers that ask for no proof."""
         self.me = me
         self._arena = arena
         self._deliver = deliver
         self._clock = clock
         self._machine = ReceiverMachine(settings=settings, layout=layout)
-        self._dialer = Dialer(me=me, layout=layout, compat=compat, settings=settings)
+        trust = trust or Trust.alone(Role.DECODE.value)
+        self._dialer = Dialer(me=me, layout=layout, compat=compat, settings=settings, trust=trust)
         self._outboxes = Outboxes()
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio thread
         self._readers: dict[Link, RingReader] = {}  # transfer thread
@@ -255,7 +259,9 @@ class ReceiveDriver:
 
 def _read(reader: RingReader, ready: ChunkReady, buffer: bytearray) -> FetchResult:
     """Copy and verify a chunk."""
-    ref = SlotRef(ready.key, ready.chunk, ready.slot, ready.slot_gen, ready.size_bytes, ready.checksum)
+    ref = SlotRef(
+        ready.key, ready.chunk, ready.slot, ready.slot_gen, ready.size_bytes, ready.checksum, ready.capability
+    )
     try:
         with memoryview(buffer)[: ready.size_bytes] as data:
             reader.read(ref, data)

@@ -11,7 +11,7 @@ import fcntl
 import mmap
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
@@ -40,6 +40,7 @@ class SlotRef:
     generation: int
     size_bytes: int
     checksum: int
+    capability: bytes = field(default=b"", compare=False, repr=False)  # the right to fetch it over a network
 
 
 def checksum(data: memoryview) -> int:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -28,7 +29,7 @@ from .arena import KvArena, copy_alone
 from .channel import Channel, Outboxes
 from .layout import KvLayout
 from .mailbox import Job, Mailbox
-from .messages import Link
+from .messages import ChunkReady, Link
 from .ring import RingMemory, SlotRef, checksum
 from .sender import SenderMachine
 from .transports.base import RingOwner
@@ -133,7 +134,13 @@ class SendDriver:
 
     def counters(self) -> dict[str, float]:
         """Metric name to value since the start."""
-        return self._machine.counters | {"kv_thread_faults_total": float(self._mailbox.num_faults)}
+        shm = self._owners.get(pairing.SHM)
+        own = {
+            "kv_thread_faults_total": float(self._mailbox.num_faults),
+            "kv_refused_fetches_total": float(self._grpc_owner.refused.total),
+            "kv_refused_attachments_total": float(shm.refused.total if isinstance(shm, ShmOwner) else 0),
+        }
+        return self._machine.counters | own
 
     @property
     def open_transfers(self) -> int:
@@ -163,6 +170,9 @@ class SendDriver:
 
     def _perform(self, action: SendAction) -> None:
         match action:
+            case Send(link, ChunkReady() as ready):
+                capability = self._grpc_owner.capability(ready.key, ready.slot, ready.slot_gen)
+                self._outboxes.send(link, replace(ready, capability=capability))
             case Send(link, message):
                 self._outboxes.send(link, message)
             case Deliver(event):

@@ -65,9 +65,10 @@ def to_pb(message: Message) -> pb.KvMsg:
             return pb.KvMsg(heartbeat=pb.Heartbeat(alive=[key_to_pb(key) for key in alive]))
         case Expect(key, have):
             return pb.KvMsg(expect=pb.Expect(key=key_to_pb(key), have_tokens=have))
-        case ChunkReady(key, chunk, tok_from, tok_to, slot, slot_gen, size_bytes, checksum):
+        case ChunkReady(key, chunk, tok_from, tok_to, slot, slot_gen, size_bytes, checksum, capability):
             ready = pb.ChunkReady(key=key_to_pb(key), chunk=chunk, tok_from=tok_from, tok_to=tok_to, slot=slot)
             ready.slot_gen, ready.size_bytes, ready.checksum = slot_gen, size_bytes, checksum
+            ready.capability = capability
             return pb.KvMsg(ready=ready)
         case ChunkAck(key, chunk, slot, slot_gen, status):
             name = f"CHUNK_{status.name}"
@@ -102,6 +103,7 @@ def from_pb(msg: pb.KvMsg) -> Message:
                 ready.slot_gen,
                 ready.size_bytes,
                 ready.checksum,
+                ready.capability,
             )
         case "ack":
             ack = msg.ack

@@ -112,7 +112,7 @@ class Expect(_message.Message):
     def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., have_tokens: _Optional[int] = ...) -> None: ...
 
 class ChunkReady(_message.Message):
-    __slots__ = ("key", "chunk", "tok_from", "tok_to", "slot", "slot_gen", "size_bytes", "checksum")
+    __slots__ = ("key", "chunk", "tok_from", "tok_to", "slot", "slot_gen", "size_bytes", "checksum", "capability")
     KEY_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     TOK_FROM_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +121,7 @@ class ChunkReady(_message.Message):
     SLOT_GEN_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITY_FIELD_NUMBER: _ClassVar[int]
     key: TransferKey
     chunk: int
     tok_from: int
@@ -129,7 +130,8 @@ class ChunkReady(_message.Message):
     slot_gen: int
     size_bytes: int
     checksum: int
-    def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., chunk: _Optional[int] = ..., tok_from: _Optional[int] = ..., tok_to: _Optional[int] = ..., slot: _Optional[int] = ..., slot_gen: _Optional[int] = ..., size_bytes: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+    capability: bytes
+    def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., chunk: _Optional[int] = ..., tok_from: _Optional[int] = ..., tok_to: _Optional[int] = ..., slot: _Optional[int] = ..., slot_gen: _Optional[int] = ..., size_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., capability: _Optional[bytes] = ...) -> None: ...
 
 class ChunkAck(_message.Message):
     __slots__ = ("key", "chunk", "slot", "slot_gen", "status")
@@ -188,16 +190,18 @@ class Heartbeat(_message.Message):
     def __init__(self, alive: _Optional[_Iterable[_Union[TransferKey, _Mapping]]] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("key", "slot", "slot_gen", "engine_epoch")
+    __slots__ = ("key", "slot", "slot_gen", "engine_epoch", "capability")
     KEY_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     SLOT_GEN_FIELD_NUMBER: _ClassVar[int]
     ENGINE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITY_FIELD_NUMBER: _ClassVar[int]
     key: TransferKey
     slot: int
     slot_gen: int
     engine_epoch: int
-    def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., slot: _Optional[int] = ..., slot_gen: _Optional[int] = ..., engine_epoch: _Optional[int] = ...) -> None: ...
+    capability: bytes
+    def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., slot: _Optional[int] = ..., slot_gen: _Optional[int] = ..., engine_epoch: _Optional[int] = ..., capability: _Optional[bytes] = ...) -> None: ...
 
 class KvBytes(_message.Message):
     __slots__ = ("data",)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import os
+
 import grpc
 
 from diptych.protos import kv_pb2 as pb
 from diptych.protos import kv_pb2_grpc
+from diptych.protos.channels import FETCH_BYTES, MAX_KV_MESSAGE_BYTES, open_blocking_channel
 from diptych.protos.errors import PeerLost, TransferError
-from diptych.protos.types import EngineRef
+from diptych.protos.trust import Refusals, Trust
+from diptych.protos.types import EngineRef, Role, TransferKey
 
 from ..ring import RingMemory, SlotRef, TornRead
 from ..wire import key_from_pb, key_to_pb
 
+_CAPABILITY_BYTES = 16
 FRAME_BYTES = 256 * 1024  # best of 64 KiB .. 4 MiB for grpc.aio on two CPU cores
 
 
@@ -22,15 +29,29 @@ class GrpcOwner:
         self._ring = ring
         self._me = me
         self._closed = False
+        self._capability_key = os.urandom(32)  # never leaves this object: capabilities end with the engine
+        self.refused = Refusals("the KV byte service")
+
+    def capability(self, key: TransferKey, slot: int, generation: int) -> bytes:
+        """The right to fetch what the slot holds in this generation: void once the slot is retired. Thread-safe."""
+        words = b"%b %d %d %d" % (key.transfer_id, key.attempt, slot, generation)
+        return hmac.new(self._capability_key, words, hashlib.sha256).digest()[:_CAPABILITY_BYTES]
 
     def invite(self) -> bytes:
         """Nothing to tell: the bytes come from the target of the control channel."""
         return b""
 
     async def fetch(self, request: pb.FetchRequest, context: grpc.aio.ServicerContext) -> None:
-        """Stream the slot that (transfer, attempt, slot, generation) names; FAILED_PRECONDITION when there is none."""
+        """Stream the slot that (transfer, attempt, slot, generation) names; FAILED_PRECONDITION when there is none.
+
+        PERMISSION_DENIED without its capability, before any memory is looked at.
+        """
         try:
-            ref = self._find(request)
+            key = key_from_pb(request.key)
+            if not hmac.compare_digest(request.capability, self.capability(key, request.slot, request.slot_gen)):
+                self.refused.note(context.peer(), "a fetch without the capability of its slot")
+                await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the slot was not announced to this caller")
+            ref = self._find(key, request)
             for at in range(0, ref.size_bytes, FRAME_BYTES):
                 await context.write(pb.KvBytes(data=self._ring.frame(ref, at, FRAME_BYTES)))
         except (TornRead, TransferError) as exc:
@@ -42,8 +63,7 @@ class GrpcOwner:
         """See RingOwner."""
         self._closed = True
 
-    def _find(self, request: pb.FetchRequest) -> SlotRef:
-        key = key_from_pb(request.key)
+    def _find(self, key: TransferKey, request: pb.FetchRequest) -> SlotRef:
         if self._closed or request.engine_epoch != self._me.epoch or request.slot >= self._ring.num_slots:
             raise TornRead("another life of the engine is meant")
         ref = self._ring.lookup(request.slot)
@@ -57,21 +77,28 @@ class GrpcReader:
 
     inline = False
 
-    def __init__(self, peer: EngineRef, timeout_s: float) -> None:
+    def __init__(self, peer: EngineRef, timeout_s: float, trust: Trust) -> None:
         self._peer = peer
+        self._trust = trust
         self._timeout_s = timeout_s
         # Its own subchannel: else it would share one connection with control messages and delay them.
-        self._channel = grpc.insecure_channel(peer.target, options=[("grpc.use_local_subchannel_pool", 1)])
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", MAX_KV_MESSAGE_BYTES)]
+        self._channel = open_blocking_channel(trust, peer.target, role=Role.PREFILL.value, options=options)
         self._stub = kv_pb2_grpc.KvChannelStub(self._channel)  # type: ignore[no-untyped-call]
 
     def read(self, ref: SlotRef, out: memoryview) -> None:
         """See RingReader."""
         request = pb.FetchRequest(
-            key=key_to_pb(ref.key), slot=ref.slot, slot_gen=ref.generation, engine_epoch=self._peer.epoch
+            key=key_to_pb(ref.key),
+            slot=ref.slot,
+            slot_gen=ref.generation,
+            engine_epoch=self._peer.epoch,
+            capability=ref.capability,
         )
+        proof = self._trust.proof(FETCH_BYTES, self._peer)
         at = 0
         try:
-            for frame in self._stub.FetchBytes(request, timeout=self._timeout_s):
+            for frame in self._stub.FetchBytes(request, timeout=self._timeout_s, metadata=proof):
                 end = at + len(frame.data)
                 if end > ref.size_bytes:
                     raise TornRead(f"more than {ref.size_bytes} bytes came")

@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 from diptych.protos.errors import PeerLost, StartupError
+from diptych.protos.trust import Refusals
 
 from ..ring import RingMemory, RingView, SlotRef
 
@@ -31,6 +32,7 @@ class ShmOwner:
 
     def __init__(self, ring: RingMemory, run_dir: Path) -> None:
         self._ring = ring
+        self.refused = Refusals("the staging ring")
         self._path = run_dir / f"kv-{secrets.token_hex(4)}.sock"
         if len(os.fsencode(self._path)) > _MAX_PATH:
             raise StartupError(
@@ -89,13 +91,17 @@ class ShmOwner:
         peer.settimeout(_HANDSHAKE_S)
         credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         _pid, uid, _gid = struct.unpack("3i", credentials)
-        capability = peer.recv(_CAPABILITY_BYTES, socket.MSG_WAITALL)
+        try:
+            capability = peer.recv(_CAPABILITY_BYTES, socket.MSG_WAITALL)
+        except OSError:  # silent for too long
+            capability = b""
         with self._lock:
             invited = capability in self._invites
             self._invites.pop(capability, None)
         if invited and uid == os.geteuid():
             socket.send_fds(peer, [b"+"], [self._read_fd])
         else:
+            self.refused.note(f"user {uid}", "a caller without an invitation")
             peer.sendall(b"-")
 
 

@@ -9,13 +9,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 
-from diptych.kvtransfer.ring import RingMemory, RingView, TornRead
+from diptych.kvtransfer.ring import RingMemory, RingView, SlotRef, TornRead
 from diptych.kvtransfer.testing import check_transport, publish
 from diptych.kvtransfer.transports.base import RingReader
 from diptych.kvtransfer.transports.grpc import GrpcOwner, GrpcReader
@@ -23,12 +24,31 @@ from diptych.kvtransfer.transports.local import LocalOwner, LocalReader
 from diptych.kvtransfer.transports.shm import ShmOwner, ShmReader
 from diptych.protos import kv_pb2 as pb
 from diptych.protos import kv_pb2_grpc
+from diptych.protos.channels import KV_SERVICE, listen, make_server
 from diptych.protos.errors import PeerLost, StartupError
-from diptych.protos.types import EngineId, EngineRef
+from diptych.protos.trust import Refusals, Trust
+from diptych.protos.types import EngineId, EngineRef, TransferKey
+
+TRUST = Trust.alone("decode")
+
+
+class Announced:
+    """A reader that was told of a slot by its owner, as ChunkReady tells it."""
+
+    inline = False
+
+    def __init__(self, owner: GrpcOwner, reader: GrpcReader) -> None:
+        self._owner = owner
+        self._reader = reader
+        self.close = reader.close
+
+    def read(self, ref: SlotRef, out: memoryview) -> None:
+        capability = self._owner.capability(ref.key, ref.slot, ref.generation)
+        self._reader.read(replace(ref, capability=capability), out)
 
 
 @contextmanager
-def serving(owner: GrpcOwner, target: str) -> Iterator[None]:
+def serving(owner: GrpcOwner, me: EngineRef) -> Iterator[None]:
     """A gRPC server with nothing but FetchBytes, on a loop of its own."""
     started = threading.Event()
     stopping = asyncio.Event()
@@ -39,9 +59,9 @@ def serving(owner: GrpcOwner, target: str) -> Iterator[None]:
             await owner.fetch(request, context)
 
     async def main() -> None:
-        server = grpc.aio.server()
+        server = make_server(TRUST, me, {KV_SERVICE: Refusals("test")})
         kv_pb2_grpc.add_KvChannelServicer_to_server(Service(), server)  # type: ignore[no-untyped-call]
-        server.add_insecure_port(target)
+        listen(server, TRUST, me.target)
         await server.start()
         loops.append(asyncio.get_running_loop())
         started.set()
@@ -84,8 +104,9 @@ def test_it_conforms(transport: str, tmp_path: Path) -> None:
     def grpc_pair(num_slots: int, slot_bytes: int) -> Iterator[tuple[RingMemory, RingReader]]:
         ring = RingMemory(num_slots, slot_bytes)
         me = EngineRef(EngineId("p"), 1, f"unix:{tmp_path}/p.sock")
-        with serving(GrpcOwner(ring, me), me.target):
-            yield ring, GrpcReader(me, 10)
+        owner = GrpcOwner(ring, me)
+        with serving(owner, me):
+            yield ring, Announced(owner, GrpcReader(me, 10, TRUST))
         ring.close()
 
     check_transport({"local": local_pair, "shm": shm_pair, "grpc": grpc_pair}[transport])
@@ -182,20 +203,57 @@ def test_fetch_bytes_needs_the_right_life_transfer_and_generation(tmp_path: Path
     me = EngineRef(EngineId("p"), 5, f"unix:{tmp_path}/p.sock")
     ref = publish(ring, 0, b"secret", 3)
     out = memoryview(bytearray(6))
-    with serving(GrpcOwner(ring, me), me.target):
+    owner = GrpcOwner(ring, me)
+    with serving(owner, me):
         for epoch, good in ((5, True), (4, False)):
-            reader = GrpcReader(EngineRef(me.engine_id, epoch, me.target), 10)
+            reader = GrpcReader(EngineRef(me.engine_id, epoch, me.target), 10, TRUST)
             if good:
-                reader.read(ref, out)
+                Announced(owner, reader).read(ref, out)
                 assert bytes(out) == b"secret"
             else:
-                with pytest.raises(TornRead):
-                    reader.read(ref, out)
+                with pytest.raises(PeerLost, match="UNAUTHENTICATED"):
+                    Announced(owner, reader).read(ref, out)
             reader.close()
-    reader = GrpcReader(me, 0.5)
+    reader = GrpcReader(me, 0.5, TRUST)
     with pytest.raises(PeerLost):
         reader.read(ref, out)
     reader.close()
+    ring.close()
+
+
+def test_a_fetch_without_the_capability_of_its_slot_looks_at_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring = RingMemory(2, 4096)
+    me = EngineRef(EngineId("p"), 5, f"unix:{tmp_path}/p.sock")
+    mine, others = publish(ring, 0, b"secret", 3), publish(ring, 1, b"theirs", 4)
+    owner = GrpcOwner(ring, me)
+    good = owner.capability(mine.key, 0, mine.generation)
+    bad = {
+        "none": replace(mine, capability=b""),
+        "one bit": replace(mine, capability=bytes([good[0] ^ 1]) + good[1:]),
+        "cut short": replace(mine, capability=good[:-1]),
+        "another slot": replace(others, capability=good),
+        "another generation": replace(mine, generation=mine.generation + 1, capability=good),
+        "another attempt": replace(mine, key=TransferKey(mine.key.transfer_id, 7), capability=good),
+        "another life": replace(mine, capability=GrpcOwner(ring, me).capability(mine.key, 0, mine.generation)),
+    }
+    out = memoryview(bytearray(6))
+    with serving(owner, me):
+        reader = GrpcReader(me, 10, TRUST)
+        with monkeypatch.context() as memory:
+            memory.setattr(RingMemory, "lookup", lambda *_: pytest.fail("looked at"))
+            memory.setattr(RingMemory, "frame", lambda *_: pytest.fail("read"))
+            for ref in bad.values():
+                with pytest.raises(PeerLost, match="PERMISSION_DENIED"):
+                    reader.read(ref, out)
+        assert owner.refused.total == len(bad)
+        reader.read(replace(mine, capability=good), out)
+        assert bytes(out) == b"secret"
+        ring.retire(0, mine.generation + 1)
+        with pytest.raises(TornRead):  # the right dies with the slot's generation
+            reader.read(replace(mine, capability=good), out)
+        reader.close()
     ring.close()
 
 

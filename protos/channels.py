@@ -1,0 +1,171 @@
+"""The one place where gRPC channels and servers of the cluster are made: proof, mutual TLS, limits.
+
+Proof and role are checked once per call, before a byte of its body is parsed; messages on an open stream cost nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+
+from . import engine_pb2, kv_pb2
+from .errors import StartupError
+from .trust import CERTIFICATE_SUFFIX, ROUTER, Gate, Refusal, Refusals, Trust
+from .types import EngineRef, Role
+
+ENGINE_SERVICE = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
+KV_SERVICE = kv_pb2.DESCRIPTOR.services_by_name["KvChannel"].full_name
+SESSION = f"/{ENGINE_SERVICE}/Session"
+KV_SESSION = f"/{KV_SERVICE}/Session"
+FETCH_BYTES = f"/{KV_SERVICE}/FetchBytes"
+CALLERS = {ENGINE_SERVICE: frozenset({ROUTER}), KV_SERVICE: frozenset({Role.DECODE.value})}
+
+MAX_MESSAGE_BYTES = 16 << 20  # four times the largest HTTP body: a prompt's ids are shorter than their JSON
+MAX_KV_MESSAGE_BYTES = 1 << 20  # a frame of KV is 256 KiB, control messages are smaller
+_SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.max_concurrent_streams", 256),  # of one connection
+    # Another process of the same user could share the port and take half of the calls.
+    ("grpc.so_reuseport", 0),
+    # Routers ping idle sessions every 10 s to learn of a dead engine; gRPC's default would take that for an attack.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+Option = tuple[str, int | str]
+
+
+def leaves_host(target: str) -> bool:
+    """Whether bytes for a gRPC target can be seen outside of this machine."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return False
+    host = target.rpartition(":")[0].strip("[]")
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
+
+
+def open_channel(trust: Trust, target: str, *, role: str, options: Sequence[Option] = ()) -> grpc.aio.Channel:
+    """A channel to an engine that must have `role`. Raises StartupError for plaintext that would leave the host."""
+    allowed = _options(trust, target, role, options)
+    if trust.tls is None:
+        return grpc.aio.insecure_channel(target, options=allowed)
+    return grpc.aio.secure_channel(target, _client_credentials(trust), options=allowed)
+
+
+def open_blocking_channel(trust: Trust, target: str, *, role: str, options: Sequence[Option] = ()) -> grpc.Channel:
+    """The same for threads."""
+    allowed = _options(trust, target, role, options)
+    if trust.tls is None:
+        return grpc.insecure_channel(target, options=allowed)
+    return grpc.secure_channel(target, _client_credentials(trust), options=allowed)
+
+
+def _options(trust: Trust, target: str, role: str, options: Sequence[Option]) -> list[Option]:
+    _refuse_plaintext(trust, target)
+    limits: dict[str, int | str] = dict.fromkeys(
+        ("grpc.max_receive_message_length", "grpc.max_send_message_length"), MAX_MESSAGE_BYTES
+    )
+    if trust.tls is not None:
+        # The peer is known by its role, wherever it lives: addresses of pods are no names.
+        limits["grpc.ssl_target_name_override"] = role + CERTIFICATE_SUFFIX
+    return [*(limits | dict(options)).items()]
+
+
+def _client_credentials(trust: Trust) -> grpc.ChannelCredentials:
+    assert trust.tls is not None
+    return grpc.ssl_channel_credentials(trust.tls.ca, trust.tls.key, trust.tls.cert)
+
+
+def _refuse_plaintext(trust: Trust, target: str) -> None:
+    if trust.tls is None and not trust.allow_plaintext and leaves_host(target):
+        raise StartupError(
+            f"{target} leaves this machine, and without TLS everybody on the way could read prompts and KV: set "
+            "security.tls, or security.allow_plaintext: true where the network itself is trusted"
+        )
+
+
+def make_server(trust: Trust, me: EngineRef, refused: dict[str, Refusals]) -> grpc.aio.Server:
+    """A server of the engine `me` that takes calls with a proof only. Call in the event loop that serves.
+
+    `refused` counts by service name; calls of unknown services count for the Engine service.
+    """
+    return grpc.aio.server(options=_SERVER_OPTIONS, interceptors=(_Guard(Gate(trust, me, CALLERS), trust, refused),))
+
+
+def listen(server: grpc.aio.Server, trust: Trust, target: str) -> None:
+    """Bind; before `server.start`. Raises StartupError when it cannot, or when plaintext would leave the host."""
+    _refuse_plaintext(trust, target)
+    try:
+        if trust.tls is None:
+            server.add_insecure_port(target)
+        else:
+            pair = (trust.tls.key, trust.tls.cert)
+            server.add_secure_port(target, grpc.ssl_server_credentials([pair], trust.tls.ca, require_client_auth=True))
+    except RuntimeError as exc:
+        raise StartupError(f"an engine cannot listen on {target}: {exc}") from exc
+
+
+class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Stands before every handler of a server."""
+
+    def __init__(self, gate: Gate, trust: Trust, refused: dict[str, Refusals]) -> None:
+        self._gate = gate
+        self._has_certificates = trust.tls is not None
+        self._refused = refused
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        """gRPC calls it when headers have come and nothing else."""
+        method = handler_call_details.method
+        refusal = self._gate.judge(method, handler_call_details.invocation_metadata or ())
+        if refusal is None:
+            handler = await continuation(handler_call_details)
+            return self._with_role(handler, method) if handler is not None and self._has_certificates else handler
+
+        async def refuse(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+            await self._abort(method, refusal, context)
+
+        # Taken for a stream whatever it is: so nothing of the body is read.
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    def _with_role(self, handler: Any, method: str) -> Any:
+        """The handler behind a look at the caller's certificate, which only the call's context has."""
+        if handler.request_streaming:
+
+            async def checked_stream(requests: Any, context: grpc.aio.ServicerContext) -> None:
+                await self._check_role(method, context)
+                await handler.stream_stream(requests, context)
+
+            return grpc.stream_stream_rpc_method_handler(
+                checked_stream, handler.request_deserializer, handler.response_serializer
+            )
+
+        async def checked_unary(body: bytes, context: grpc.aio.ServicerContext) -> None:
+            await self._check_role(method, context)
+            try:
+                request = handler.request_deserializer(body)
+            except Exception:  # protobuf's DecodeError, whose module differs between its implementations
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is no message of this call")
+            await handler.unary_stream(request, context)
+
+        return grpc.unary_stream_rpc_method_handler(checked_unary, None, handler.response_serializer)
+
+    async def _check_role(self, method: str, context: grpc.aio.ServicerContext) -> None:
+        shown = {name.decode() for name in context.auth_context().get("x509_subject_alternative_name", ())}
+        if shown.isdisjoint(caller + CERTIFICATE_SUFFIX for caller in self._gate.callers(method)):
+            await self._abort(method, Refusal.ROLE, context)
+
+    async def _abort(self, method: str, refusal: Refusal, context: grpc.aio.ServicerContext) -> None:
+        service = KV_SERVICE if method.startswith(f"/{KV_SERVICE}/") else ENGINE_SERVICE
+        self._refused[service].note(context.peer(), refusal.value)
+        status = grpc.StatusCode
+        code = status.PERMISSION_DENIED if refusal is Refusal.ROLE else status.UNAUTHENTICATED
+        await context.abort(code, f"refused: {refusal.value}")
