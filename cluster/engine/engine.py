@@ -9,11 +9,9 @@ import asyncio
 import dataclasses
 import logging
 import sys
-import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import grpc
 import torch
@@ -27,7 +25,7 @@ from .compose import BrainFactory, EngineParts, brain_of, compose
 from .loop import StepLoop
 from .session import EngineSessions
 from .spec import EngineSpec, EngineStarted
-from .thread import StepThread
+from .thread import AsyncioThread, StepThread
 
 # The step thread holds the GIL in short pieces; with Python's 5 ms it would wait that long to get it back.
 SWITCH_INTERVAL_S = 0.0005
@@ -57,8 +55,7 @@ class Engine:
         self._loop: StepLoop
         self._sessions: EngineSessions
         self._server: grpc.aio.Server
-        self._asyncio: asyncio.AbstractEventLoop
-        self._asyncio_thread = threading.Thread(target=self._run_asyncio, name="asyncio", daemon=True)
+        self._asyncio_thread: AsyncioThread
         self._step_thread = StepThread()
 
     def start(self) -> EngineStarted:
@@ -89,11 +86,10 @@ class Engine:
             abandon=parts.sender.abort if parts.sender is not None else None,
             clock=time.monotonic,
         )
-        self._asyncio = asyncio.new_event_loop()
-        self._asyncio_thread.start()
+        self._asyncio_thread = AsyncioThread()
         if parts.sender is not None:
             parts.sender.start()
-        self._in_asyncio(self._listen())
+        self._asyncio_thread.call(self._listen(), STOP_TIMEOUT_S)
         self._step_thread.begin(self._run_steps)
         mark("listen")
         return EngineStarted(parts.info, tuple(timeline))
@@ -144,15 +140,14 @@ class Engine:
 
     def stop(self) -> None:
         """End sessions (their requests are cancelled), drivers and threads."""
-        self._in_asyncio(self._unlisten())
+        self._asyncio_thread.call(self._unlisten(), STOP_TIMEOUT_S)
         if self._parts.sender is not None:
             self._parts.sender.stop()
         if self._parts.receiver is not None:
             self._parts.receiver.stop()
         self._loop.stop()
         self._step_thread.end(STOP_TIMEOUT_S)
-        self._asyncio.call_soon_threadsafe(self._asyncio.stop)
-        self._asyncio_thread.join(STOP_TIMEOUT_S)
+        self._asyncio_thread.end(STOP_TIMEOUT_S)
 
     def _run_steps(self) -> None:
         try:
@@ -160,16 +155,6 @@ class Engine:
         except BaseException as exc:
             log.exception("the step thread of engine %s ends", self._spec.engine_id)
             self._on_failure(exc)
-
-    def _run_asyncio(self) -> None:
-        asyncio.set_event_loop(self._asyncio)
-        try:
-            self._asyncio.run_forever()
-        finally:
-            self._asyncio.close()
-
-    def _in_asyncio(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(coroutine, self._asyncio).result(STOP_TIMEOUT_S)
 
     async def _listen(self) -> None:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)

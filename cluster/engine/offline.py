@@ -7,13 +7,13 @@ its prompts too, or a prefill and a decode engine with the hinge between them.
 from __future__ import annotations
 
 import asyncio
-import threading
+import contextlib
+import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Any
 
 import grpc
 
@@ -32,9 +32,12 @@ from diptych.protos.types import (
 
 from .compose import BrainFactory, EngineParts, brain_of, model_brain
 from .engine import SERVER_OPTIONS, STOP_TIMEOUT_S, build
+from .inbox import CancelRequest
 from .loop import StepLoop
 from .spec import EngineSpec
-from .thread import StepThread
+from .thread import AsyncioThread, StepThread
+
+log = logging.getLogger(__name__)
 
 STALL_S = 300.0  # a batch that gets no token for this long has failed
 
@@ -51,14 +54,14 @@ class Answered:
 
 @dataclass(slots=True)
 class _Batch:
-    """Requests in work. Written by the asyncio thread alone."""
+    """Requests in work. Of the asyncio thread alone."""
 
     began: float
-    answers: dict[TransferKey, Answered]
-    open: set[tuple[TransferKey, Role]]
-    done: threading.Event = field(default_factory=threading.Event)
+    answers: dict[TransferKey, Answered] = field(default_factory=dict)
+    open: set[tuple[TransferKey, Role]] = field(default_factory=set)  # phases that have not ended
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # all phases have ended, or one has failed
     progress: int = 0
-    failure: BaseException | None = None
+    failure: BaseException | None = None  # the first
 
     def take(self, role: Role, output: StepOutput, now: float) -> None:
         self.progress += 1
@@ -77,11 +80,37 @@ class _Batch:
             if finish.reason is FinishReason.ERROR:
                 self.fail(error_from_code(finish.error_code, finish.error_message))
         if not self.open:
-            self.done.set()
+            self.changed.set()
 
     def fail(self, failure: BaseException) -> None:
         self.failure = self.failure or failure
-        self.done.set()
+        self.changed.set()
+
+    def lose(self, role: Role, failure: BaseException) -> None:
+        """An engine is gone: nobody ends its phases."""
+        self.open = {phase for phase in self.open if phase[1] is not role}
+        self.fail(failure)
+
+    async def until_over(self) -> None:
+        """Returns when every phase has ended. Raises the first failure, EngineFault when nothing happens."""
+        seen = -1
+        while self.open and self.failure is None:
+            try:
+                async with asyncio.timeout(STALL_S):
+                    await self.changed.wait()
+            except TimeoutError:
+                if self.progress == seen:
+                    raise EngineFault(f"no token in {STALL_S:g} s", f"{len(self.open)} phases are open") from None
+                seen = self.progress
+        if self.failure is not None:
+            raise self.failure
+
+    async def until_ended(self) -> None:
+        """Returns when every phase has ended, however. Raises TimeoutError after STOP_TIMEOUT_S."""
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            while self.open:
+                self.changed.clear()
+                await self.changed.wait()
 
 
 class OfflineEngines:
@@ -95,34 +124,33 @@ class OfflineEngines:
         self._parts: dict[Role, EngineParts] = {}
         self._loops: list[StepLoop] = []
         self._step_threads: list[StepThread] = []
-        self._asyncio_thread = threading.Thread(target=self._run_asyncio, name="asyncio", daemon=True)
+        self._asyncio_thread = AsyncioThread()
         self._servers: list[grpc.aio.Server] = []
-        self._asyncio = asyncio.new_event_loop()
         self._batch: _Batch | None = None
+        self._lost: BaseException | None = None  # what ended the step thread of an engine; of the asyncio thread
         self._keys = count(1)
 
     def start(self) -> list[EngineInfo]:
         """Load, warm up, step. Raises StartupError and what loading raises."""
-        self._asyncio_thread.start()
         for spec in self._specs:
             thread = StepThread()
             self._step_threads.append(thread)
             (role,) = spec.roles
             self._parts[role] = thread.call(partial(build, spec, self._brain(spec), lambda stage: None))
         for thread, parts in zip(self._step_threads, self._parts.values(), strict=True):
-            self._in_asyncio(self._listen(parts))
+            self._asyncio_thread.call(self._listen(parts), STOP_TIMEOUT_S)
             if parts.sender is not None:
                 parts.sender.start()
             loop = StepLoop(workers=parts.workers, inbox=parts.inbox, counts=parts.pool.counts, clock=time.monotonic)
             self._loops.append(loop)
-            thread.begin(partial(self._step, loop))
+            thread.begin(partial(self._step, loop, parts))
         return [parts.info for parts in self._parts.values()]
 
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, salt: bytes) -> list[Answered]:
         """Submit all at once, greedy, `num_tokens` each whatever they are; returns when the last token is here.
 
         Prompts share KV with those of equal `salt` only. Raises the first error that an engine has, and EngineFault
-        when nothing happens for STALL_S.
+        when nothing happens for STALL_S; the other requests were cancelled and have ended then.
         """
         sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0)
         requests = [
@@ -134,25 +162,13 @@ class OfflineEngines:
             )
             for prompt in prompts
         ]
-        answers = {request.key: Answered() for request in requests}
-        batch = _Batch(time.perf_counter(), answers, {(key, role) for key in answers for role in self._parts})
-        self._batch = batch
-        for request in requests:
-            self._submit(request)
-        seen = -1
-        while not batch.done.wait(STALL_S):
-            if batch.progress == seen:
-                raise EngineFault(f"no token in {STALL_S:g} s", detail=f"{len(batch.open)} phases are open")
-            seen = batch.progress
-        if batch.failure is not None:
-            raise batch.failure
-        return list(answers.values())
+        return self._asyncio_thread.call(self._answer(requests))
 
     def stop(self) -> None:
         """End threads, drivers and servers."""
         for loop in self._loops:
             loop.stop()
-        self._in_asyncio(self._unlisten())
+        self._asyncio_thread.call(self._unlisten(), STOP_TIMEOUT_S)
         for parts in self._parts.values():
             if parts.sender is not None:
                 parts.sender.stop()
@@ -160,20 +176,40 @@ class OfflineEngines:
                 parts.receiver.stop()
         for thread in self._step_threads:
             thread.end(STOP_TIMEOUT_S)
-        self._asyncio.call_soon_threadsafe(self._asyncio.stop)
-        self._asyncio_thread.join(STOP_TIMEOUT_S)
+        self._asyncio_thread.end(STOP_TIMEOUT_S)
         self._parts.clear()
 
     def _brain(self, spec: EngineSpec) -> BrainFactory:
         return brain_of(spec) if self._random_seed is None else partial(model_brain, random_seed=self._random_seed)
 
-    def _submit(self, request: GenerateRequest) -> None:
+    async def _answer(self, requests: Sequence[GenerateRequest]) -> list[Answered]:
+        if self._lost is not None:
+            raise self._lost
+        batch = self._batch = _Batch(time.perf_counter())
+        try:
+            for request in requests:
+                self._submit(batch, request)
+            await batch.until_over()
+        except Exception:
+            for key, role in batch.open:
+                self._parts[role].inbox.put(CancelRequest(role, key))
+            with contextlib.suppress(TimeoutError):  # of an engine that hangs; why it all ended matters more
+                await batch.until_ended()
+            raise
+        return list(batch.answers.values())
+
+    def _submit(self, batch: _Batch, request: GenerateRequest) -> None:
         decode, prefill = self._parts[Role.DECODE], self._parts.get(Role.PREFILL)
-        taken = decode.inbox.try_put(DecodeOrder(request=request, prefill=prefill.info.ref if prefill else None))
+        orders: dict[Role, DecodeOrder | PrefillOrder] = {
+            Role.DECODE: DecodeOrder(request=request, prefill=prefill.info.ref if prefill else None)
+        }
         if prefill is not None:
-            taken &= prefill.inbox.try_put(PrefillOrder(request=request, decode=decode.info.ref))
-        if not taken:
-            raise Overloaded("the engine takes no more requests: raise max_waiting of its pool")
+            orders[Role.PREFILL] = PrefillOrder(request=request, decode=decode.info.ref)
+        for role, order in orders.items():
+            if not self._parts[role].inbox.try_put(order):
+                raise Overloaded("the engine takes no more requests: raise max_waiting of its pool")
+            batch.open.add((request.key, role))
+        batch.answers[request.key] = Answered()
 
     def _drain(self, parts: EngineParts) -> None:
         outputs, _ = parts.outbox.drain()
@@ -199,20 +235,15 @@ class OfflineEngines:
         for server in self._servers:
             await server.stop(0.2)
 
-    def _step(self, loop: StepLoop) -> None:
+    def _step(self, loop: StepLoop, parts: EngineParts) -> None:
         try:
             loop.run()
         except BaseException as exc:
-            if self._batch is not None:
-                self._batch.fail(exc)
-            raise
+            log.exception("the step thread of engine %s ends", parts.info.ref.engine_id)
+            (role,) = parts.workers
+            self._asyncio_thread.loop.call_soon_threadsafe(self._lose, role, exc)
 
-    def _run_asyncio(self) -> None:
-        asyncio.set_event_loop(self._asyncio)
-        try:
-            self._asyncio.run_forever()
-        finally:
-            self._asyncio.close()
-
-    def _in_asyncio(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(coroutine, self._asyncio).result(STOP_TIMEOUT_S)
+    def _lose(self, role: Role, failure: BaseException) -> None:
+        self._lost = self._lost or failure
+        if self._batch is not None:
+            self._batch.lose(role, failure)
