@@ -21,6 +21,18 @@ Overrides = Annotated[
 Url = Annotated[str | None, typer.Option(help="A running cluster; by default the one started last here.")]
 
 
+def _writable(path: Path | None) -> Path | None:
+    """Refused now with exit code 2, as every wrong option, not after minutes of measuring."""
+    from diptych.cluster.bench.figures import why_unwritable
+
+    if path is not None and (why := why_unwritable(path)):
+        raise typer.BadParameter(f"cannot write {path}: {why}")
+    return path
+
+
+ResultFile = Annotated[Path | None, typer.Option("--json", help="Result as a file.", callback=_writable)]
+
+
 @app.callback()
 def diptych() -> None:
     """A serving cluster for language models: separate prefill and decode pools on Ray."""
@@ -138,7 +150,7 @@ def offline(
     prompts: Annotated[Path | None, typer.Option(help='Lines of {"prompt": ...}.')] = None,
     output: Annotated[int | None, typer.Option(min=1, help="Tokens for each of the prompts.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each workload; the median counts.")] = 1,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Result as a file.")] = None,
+    json_out: ResultFile = None,
 ) -> None:
     """Engines in this process: all requests at once, timed to the last token."""
     began = _process_start()
@@ -179,7 +191,7 @@ def bench_serve(
     concurrency: Annotated[int | None, typer.Option(min=1, help="Most requests in work.")] = None,
     prompts: Annotated[Path | None, typer.Option(help='Lines of {"prompt": ...}.')] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for one request.")] = 600.0,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Result as a file.")] = None,
+    json_out: ResultFile = None,
 ) -> None:
     """A running server under load: streamed, open loop, every gap between tokens counted."""
     from diptych.cluster.bench.serve import ServeOptions, run_serve_bench

@@ -43,6 +43,18 @@ def regime() -> str:
     return f"{system()}, Python {platform.python_version()}, {cores} cores, load average {os.getloadavg()[0]:.1f}"
 
 
+def why_unwritable(out: Path) -> str:
+    """Why `write_result` could not write that file, or nothing. What it holds stays; a new one is not left behind."""
+    is_new = not out.exists()
+    try:
+        out.open("a").close()
+        if is_new:
+            out.unlink()
+    except OSError as exc:
+        return exc.strerror or str(exc)
+    return ""
+
+
 def write_result(result: Mapping[str, Any], out: Path | None) -> None:
     """The last line of the output, and the same into the file `out`. Raises StartupError."""
     line = json.dumps(result)

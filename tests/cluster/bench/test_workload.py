@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import typer.testing
 
-from diptych.cluster.bench.figures import quantile, spread
+from diptych.cluster.bench.figures import quantile, spread, why_unwritable
 from diptych.cluster.bench.shapes import SHAPES, shape_of, write_shape
 from diptych.cluster.bench.workload import Workload, parse_workload, random_prompts, read_prompts
+from diptych.cluster.cli import app
 from diptych.protos.errors import StartupError
 
 
@@ -60,6 +62,26 @@ def test_missing_and_empty_files_of_prompts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(StartupError, match="no lines"):
         read_prompts(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("verb", ["offline", "serve"])
+@pytest.mark.parametrize(("name", "why"), [("none/out.json", "No such file"), ("folder", "Is a directory")])
+def test_a_result_file_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, verb: str, name: str, why: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    work = ["--url", "http://127.0.0.1:1"] if verb == "serve" else ["--workload", "1x1x1", "--model", "/none"]
+    done = typer.testing.CliRunner().invoke(app, ["bench", verb, *work, "--json", str(tmp_path / name)])
+    assert done.exit_code == 2
+    assert "--json" in done.stderr
+    assert why in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_asking_whether_a_file_can_be_written_changes_no_file(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("kept")
+    assert why_unwritable(tmp_path / "old") == why_unwritable(tmp_path / "new") == ""
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old", "kept")]
 
 
 def test_quantiles_are_values_that_occurred() -> None:
