@@ -273,10 +273,17 @@ def _choice(
     index: int, request: GenerationRequest, model: ServedModel, call: GenerateCall, *, is_scoring: bool
 ) -> Choice:
     include = request.include_stop_str_in_output is True
+    text = TextStream(
+        model.renderer.table,
+        request.stop,
+        prompt=call.prompt,
+        include_stop=include,
+        min_tokens=call.sampling.min_tokens,
+    )
     return Choice(
         index=index,
         call=dataclasses.replace(call, sampling=of_choice(call.sampling, index)),
-        text=TextStream(model.renderer.table, request.stop, include_stop=include, min_tokens=call.sampling.min_tokens),
+        text=text,
         keep_end=include,
         is_scoring=is_scoring,
     )

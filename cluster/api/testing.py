@@ -77,9 +77,14 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def front_door(
-    limits: LimitSettings | None = None, step_s: float = 0.0, defaults: SamplingDefaults = NO_DEFAULTS
+    limits: LimitSettings | None = None,
+    step_s: float = 0.0,
+    defaults: SamplingDefaults = NO_DEFAULTS,
+    tokenizer: Tokenizer | None = None,
 ) -> AsyncIterator[FrontDoor]:
-    """Everything started, both engines connected; everything stopped afterwards. `defaults` are the model's."""
+    """Everything started, both engines connected; everything stopped afterwards. `defaults` are the model's; a
+    `tokenizer` must know ChatML's special tokens.
+    """
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engines = []
@@ -95,7 +100,7 @@ async def front_door(
         router = Router(directory=directory, settings=settings)
         await router.start()
         stack.push_async_callback(router.stop)
-        tokenizer = byte_level_tokenizer()
+        tokenizer = tokenizer or byte_level_tokenizer()
         served = ServedModel(
             name=MODEL,
             renderer=Renderer(tokenizer, TEMPLATE),

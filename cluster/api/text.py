@@ -1,7 +1,7 @@
 """Token ids to text, piece by piece: UTF-8-safe detokenising and stop strings.
 
-The joined pieces equal the tokenizer's decode of the whole, for any tokens and any split, where the decoder is
-byte-level or of the sentencepiece kind (byte fallback). Other decoders go through the tokenizer with a window.
+An answer's joined pieces are what its tokens add to the tokenizer's decode of the prompt, for any tokens and any split,
+where the decoder is byte-level or of the sentencepiece kind. Other decoders go through the tokenizer with a window.
 
     tokens -> Detokenizer -> text that cannot change any more -> StopMatcher -> text that belongs to no stop string
 """
@@ -17,6 +17,7 @@ from typing import Protocol
 from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
+MIN_WINDOW, MAX_WINDOW = 4, 24  # tokens of a prompt that a decoder without a scheme looks back at
 
 
 class Detokenizer(Protocol):
@@ -54,15 +55,15 @@ class TokenTable:
         """Whether each token stands for bytes, joined and read as UTF-8."""
         return isinstance(self.scheme, _ByteLevel)
 
-    def new(self) -> Detokenizer:
-        """A detokenizer for one answer."""
+    def new(self, prompt: Sequence[int] = ()) -> Detokenizer:
+        """A detokenizer for one answer to `prompt`: only the very first token of a text can lose its space."""
         match self.scheme:
             case _ByteLevel():
                 return _ByteLevelText(self)
             case _SentencePiece() as scheme:
-                return _SentencePieceText(self, scheme)
+                return _SentencePieceText(self, scheme, prompt)
             case _:
-                return _WindowText(self.tokenizer)
+                return _WindowText(self.tokenizer, prompt)
 
     def word(self, token: int) -> str | None:
         """The token's own string; None for special tokens and ids outside the vocabulary: decode skips both."""
@@ -183,12 +184,17 @@ class _ByteLevelText:
 class _SentencePieceText:
     """A run of byte tokens is one string or, broken anywhere, one U+FFFD per byte: it is held until it ends."""
 
-    def __init__(self, table: TokenTable, scheme: _SentencePiece) -> None:
+    def __init__(self, table: TokenTable, scheme: _SentencePiece, prompt: Sequence[int]) -> None:
         self._piece = table.piece
         self._scheme = scheme
         self._run = bytearray()
-        self._first = True
+        self._first = bool(scheme.first_drops)
         self._to_strip = scheme.strip_count
+        for token in prompt:  # as far as the front of the text is not behind us: a few tokens
+            if not self._first and not self._to_strip:
+                break
+            self.feed([token])
+        self.flush()
 
     def feed(self, tokens: Sequence[int]) -> str:
         out = []
@@ -211,8 +217,7 @@ class _SentencePieceText:
     def _settle(self, piece: str) -> str:
         if self._first:
             self._first = False
-            if self._scheme.first_drops:
-                piece = piece.replace(self._scheme.first_drops, "")
+            piece = piece.replace(self._scheme.first_drops, "")
         for old, new in self._scheme.replaces:
             piece = piece.replace(old, new)
         return piece
@@ -237,12 +242,20 @@ class _SentencePieceText:
 
 
 class _WindowText:
-    """Any other decoder: decode a window that starts at a settled place, emit what the new tokens added to it."""
+    """Any other decoder: decode a window that starts at a settled place, emit what the new tokens added to it.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    The first window begins with the end of the prompt: as few of its tokens as make some text, but no broken character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
-        self._settled = 0  # tokens of the window whose text is out
+        for size in range(min(MIN_WINDOW, len(prompt)), min(MAX_WINDOW, len(prompt)) + 1):
+            self._window = list(prompt[len(prompt) - size :])
+            text = tokenizer.decode(self._window)
+            if text.strip() and REPLACEMENT not in text:
+                break
+        self._settled = len(self._window)  # tokens of the window whose text is out
 
     def feed(self, tokens: Sequence[int]) -> str:
         self._window.extend(tokens)
@@ -307,15 +320,21 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TextStream:
-    """Tokens in, text to show out. `stopped`: a stop string ended the text; feed no more.
+    """Tokens in, text to show out, as it goes on from `prompt`. `stopped`: a stop string ended the text; feed no more.
 
     Stop strings are not looked for in the text of the first `min_tokens` tokens.
     """
 
     def __init__(
-        self, table: TokenTable, stops: Sequence[str], *, include_stop: bool = False, min_tokens: int = 0
+        self,
+        table: TokenTable,
+        stops: Sequence[str],
+        *,
+        prompt: Sequence[int] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
-        self._detokenizer = table.new()
+        self._detokenizer = table.new(prompt)
         self._matcher = StopMatcher(stops, include=include_stop)
         self._unwatched = min_tokens if stops else 0
         self.num_settled = 0  # characters that the tokens so far have become

@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from diptych.cluster.api.testing import FrontDoor, front_door, until
 from diptych.protos.errors import EngineFault
@@ -92,6 +93,28 @@ async def test_token_ids_are_taken_as_they_are(client: openai.AsyncOpenAI, door:
     reply = await client.completions.create(model="echo", prompt=ids, max_tokens=len(ids))
     assert reply.choices[0].text == "hello"
     assert door.decode.orders[-1].request.prompt == tuple(ids)
+
+
+async def test_a_continuation_keeps_the_space_before_its_first_word() -> None:
+    """Decoders of sentencepiece's kind take it from the front of a text; an answer is not the front."""
+    words = ["<unk>", *"\u2581hello \u2581world \u2581hel lo".split(), *"\u2581helowrdusaitn:\n"]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    hello, world = (tokenizer.token_to_id(word) for word in ("\u2581hello", "\u2581world"))
+    async with front_door(tokenizer=tokenizer) as door:
+        client = openai.AsyncOpenAI(base_url=f"{door.listener.url}/v1", api_key="none", max_retries=0)
+        ids = [hello, world]
+        for fields, text in (({}, " hello world"), ({"echo": True}, "hello world hello world")):
+            body: dict[str, Any] = {"model": "echo", "prompt": ids, "max_tokens": 2, **fields}
+            assert (await client.completions.create(**body)).choices[0].text == text
+            stream = await client.completions.create(**body, stream=True)
+            assert "".join([chunk.choices[0].text async for chunk in stream]) == text
+        reply = await client.chat.completions.create(model="echo", messages=ASK, max_tokens=200)
+        prompt = door.decode.orders[-1].request.prompt
+        said = prompt[: prompt.index(door.end_token())]
+        assert reply.choices[0].message.content == tokenizer.decode([*prompt, *said])[len(tokenizer.decode(prompt)) :]
+        await client.close()
 
 
 async def test_max_tokens_one_is_answered_by_the_prefill_engine_alone(client: openai.AsyncOpenAI) -> None:

@@ -88,6 +88,41 @@ def test_joined_pieces_equal_the_decode_of_the_whole(maker: Callable[[], Tokeniz
     assert "".join(streamed(shared, splits(tokens, cuts))) == shared.tokenizer.decode(tokens)
 
 
+def is_settled(table: TokenTable, token: int) -> bool:
+    """Whether no character goes on after it: one that begins in the prompt belongs to neither prompt nor answer."""
+    text = table.spelling(token) if table.word(token) is not None else b""
+    return text.isascii() and len(text) > 0 and (table.is_byte_level or not isinstance(table.piece(token), int))
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_an_answer_is_what_its_tokens_add_to_the_decode_of_the_prompt(
+    maker: Callable[[], Tokenizer], data: st.DataObject
+) -> None:
+    shared = table(maker)
+    ids = st.integers(0, shared.tokenizer.get_vocab_size() + 3)
+    prompt = data.draw(st.lists(ids, max_size=6))
+    while prompt and not is_settled(shared, prompt[-1]):
+        prompt.pop()
+    tokens = data.draw(st.lists(ids, max_size=20))
+    before, whole = shared.tokenizer.decode(prompt), shared.tokenizer.decode([*prompt, *tokens])
+    assert whole.startswith(before)
+    cuts = data.draw(st.lists(st.integers(0, 20), max_size=6))
+    stream = TextStream(shared, (), prompt=prompt)
+    pieces = [stream.feed(part) for part in splits(tokens, cuts)]
+    assert "".join([*pieces, stream.flush()]) == whole[len(before) :]
+
+
+@pytest.mark.parametrize("maker", [llama_like, metaspace_like])
+def test_the_space_before_a_first_word_is_kept_after_a_prompt_and_only_there(maker: Callable[[], Tokenizer]) -> None:
+    shared = table(maker)
+    hello, begin = shared.tokenizer.token_to_id("\u2581hello"), shared.tokenizer.token_to_id("<s>")
+    for prompt, text in (([begin, hello], " hello"), ([begin], "hello"), ([], "hello")):
+        stream = TextStream(shared, (), prompt=prompt)
+        assert stream.feed([hello]) + stream.flush() == text
+
+
 @pytest.mark.parametrize("maker", MAKERS)
 @given(text=st.text(max_size=30))
 @settings(max_examples=100, deadline=None)
@@ -111,6 +146,9 @@ def test_a_decoder_of_another_kind_goes_through_a_window() -> None:
     shared = TokenTable(tokenizer)
     assert shared.scheme is None
     assert streamed(shared, ([token] for token in [1, 2, 3, 4])) == ["hel", "lo", " you", " !", ""]
+    for prompt in ([1], [3] * 30):
+        stream = TextStream(shared, (), prompt=prompt)
+        assert [stream.feed([token]) for token in [2, 3, 4]] == ["lo", " you", " !"]
 
 
 def test_an_unusual_pattern_is_not_taken_for_sentencepiece() -> None:
