@@ -101,7 +101,9 @@ def test_an_answer_is_what_its_tokens_add_to_the_decode_of_the_prompt(
     maker: Callable[[], Tokenizer], data: st.DataObject
 ) -> None:
     shared = table(maker)
-    ids = st.integers(0, shared.tokenizer.get_vocab_size() + 3)
+    words = [shared.tokenizer.token_to_id(word) for word in (*WORDS, "a", "\u0120a", "<s>")]
+    ids = st.sampled_from([word for word in words if word is not None])
+    ids = ids | st.integers(0, shared.tokenizer.get_vocab_size() + 3)
     prompt = data.draw(st.lists(ids, max_size=6))
     while prompt and not is_settled(shared, prompt[-1]):
         prompt.pop()
