@@ -205,6 +205,61 @@ class RaySettings(Settings):
         return address
 
 
+class EngineSettings(Settings):
+    """How engines are reached, by routers and by each other."""
+
+    host: str | None = Field(
+        None, description="an address of this machine to listen on, at a free port; null: unix sockets in run_dir"
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _an_address(cls, host: str | None) -> str | None:
+        if host is not None:
+            try:
+                address = ipaddress.ip_address(host)
+            except ValueError:
+                raise ValueError(f"{host!r} is not an IP address") from None
+            if address.is_unspecified:
+                raise ValueError(f"{host!r} is no address that a peer can reach; name one of this machine's")
+        return host
+
+    @property
+    def leaves_host(self) -> bool:
+        """Whether other machines can reach the engines."""
+        return self.host is not None and not ipaddress.ip_address(self.host).is_loopback
+
+
+class TlsSettings(Settings):
+    """PEM files for mutual TLS on every gRPC channel. `{role}` in a path stands for the role of who reads it."""
+
+    ca: Path = Field(description="certificates of the cluster's own authority")
+    cert: Path = Field(description="certificate for router.diptych.internal, prefill... or decode...; may hold {role}")
+    key: Path = Field(description="its private key, readable by nobody else; may hold {role}")
+
+    @field_validator("ca", "cert", "key")
+    @classmethod
+    def _absolute(cls, file: Path) -> Path:
+        return Path(os.path.abspath(file.expanduser()))
+
+
+class SecuritySettings(Settings):
+    """Who may call engines: holders of the cluster's secret, over TLS whose certificates name their role."""
+
+    secret_file: Path | None = Field(
+        None, description="64 hexadecimal digits, readable by nobody else; null: a fresh secret for this cluster"
+    )
+    tls: TlsSettings | None = Field(None, description="null: no TLS, and no channel that leaves this machine")
+    allow_plaintext: bool = Field(
+        False, description="let channels leave this machine without TLS; only where the network itself is trusted"
+    )
+
+    @field_validator("secret_file")
+    @classmethod
+    def _absolute(cls, file: Path | None) -> Path | None:
+        return None if file is None else Path(os.path.abspath(file.expanduser()))
+
+
 class TelemetrySettings(Settings):
     """Traces."""
 
@@ -217,6 +272,8 @@ class DiptychConfig(Settings):
     models: dict[str, ModelSettings] = Field(default={DEFAULT_MODEL: ModelSettings()}, min_length=1)
     transfer: TransferSettings = TransferSettings()
     router: RouterSettings = RouterSettings()
+    engines: EngineSettings = EngineSettings()
+    security: SecuritySettings = Field(SecuritySettings(), validate_default=True)
     ray: RaySettings = RaySettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     cache_dir: Path = Field(default_factory=default_cache_dir, description="converted models")
@@ -229,6 +286,18 @@ class DiptychConfig(Settings):
             if not MODEL_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is not a model name: use letters, digits, '.', '_', '/' and '-'")
         return models
+
+    @field_validator("security")
+    @classmethod
+    def _no_plaintext_outside(cls, security: SecuritySettings, info: ValidationInfo) -> SecuritySettings:
+        engines = info.data.get("engines")
+        if engines is not None and engines.leaves_host and security.tls is None and not security.allow_plaintext:
+            raise ValueError(
+                f"engines.host {engines.host} is reachable from other machines, and without TLS everybody on the way "
+                "could read prompts and KV; set security.tls, or security.allow_plaintext: true where the network "
+                "itself is trusted"
+            )
+        return security
 
     @field_validator("cache_dir", "run_dir")
     @classmethod

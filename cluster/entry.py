@@ -19,11 +19,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from diptych.cluster.config import DiptychConfig, RouterSettings, check_config, load_config
+from diptych.cluster.config import DiptychConfig, RouterSettings, SecuritySettings, check_config, load_config
 from diptych.cluster.inprocess import post_json
 from diptych.cluster.models import ModelFolder
 from diptych.cluster.observability.tracing import configure_tracing, flush_tracing
 from diptych.protos.errors import EngineLost, InvalidRequest, StartupError, error_from_code
+from diptych.protos.trust import ROUTER
 from diptych.protos.types import EngineRef
 
 APP_NAME = "diptych"
@@ -48,6 +49,7 @@ class RouterPlan:
 
     settings: RouterSettings
     models: tuple[RoutedModel, ...]
+    security: SecuritySettings
     trace_file: Path | None = None
 
 
@@ -69,7 +71,10 @@ class RouterDeployment:
         from diptych.cluster.api.listener import start_listener
         from diptych.cluster.api.served import ServedModel
         from diptych.cluster.control.directory import ManagerDirectory
+        from diptych.cluster.control.gcs import GcsStore
+        from diptych.cluster.control.keyring import fetch
         from diptych.cluster.router.router import Router
+        from diptych.cluster.security import trust_of
 
         logging.getLogger("diptych").setLevel(logging.INFO)
         if isinstance(plan, DeploymentHandle):  # of Pools: waits until the engines are ready
@@ -80,7 +85,8 @@ class RouterDeployment:
             for m in plan.models
         ]
         self._names = [model.name for model in models]
-        self._router = Router(directory=ManagerDirectory(), settings=plan.settings)
+        trust = trust_of(plan.security, fetch(GcsStore()), ROUTER)
+        self._router = Router(directory=ManagerDirectory(), settings=plan.settings, trust=trust)
         await self._router.start()
         self._app = create_app(self._router, models)
         self._is_draining = False
@@ -182,7 +188,9 @@ def router_plan(config: DiptychConfig, folders: Mapping[str, ModelFolder]) -> Ro
         RoutedModel(name=name, folder=folders[name], max_context_tokens=settings.max_context_tokens, seed=settings.seed)
         for name, settings in config.models.items()
     )
-    return RouterPlan(settings=config.router, models=models, trace_file=config.telemetry.trace_file)
+    return RouterPlan(
+        settings=config.router, models=models, security=config.security, trace_file=config.telemetry.trace_file
+    )
 
 
 def build(args: dict[str, Any]) -> Application:

@@ -17,9 +17,10 @@ from typing import Any, cast
 from diptych.cluster.config import DiptychConfig
 from diptych.cluster.engine.spec import EngineStarted
 from diptych.cluster.models import ModelFolder, resolve
+from diptych.cluster.security import check_security, names_of
 from diptych.protos.errors import StartupError
 
-from . import host
+from . import host, keyring
 from .launch import RayHead, start_ray
 from .memory import plan_memory
 from .plan import ClusterPlan, plan_cluster
@@ -62,6 +63,7 @@ class Cluster:
         """Up to the first request that would be answered. Raises StartupError."""
         config, stage = self._config, self._timeline.stage
         self._check_ports()
+        check_security(config.security, names_of(config))
         with stage("prepare model"):
             folders = {
                 name: resolve(settings.source, config.cache_dir, lambda line: self._say(f"    {line}"))
@@ -165,7 +167,7 @@ class Cluster:
             raise StartupError(f"nothing answers at {address}, the Ray cluster to join; check ray.address")
         import ray
 
-        from .engines import NAMESPACE
+        from .gcs import NAMESPACE
 
         try:
             ray.init(
@@ -185,10 +187,12 @@ class Cluster:
     def _start_manager(self, plan: ClusterPlan) -> None:
         import ray
 
+        from .gcs import GcsStore
         from .manager_actor import ensure_manager
 
         self._manager = ensure_manager()
         self._ending.callback(self._stop_manager)
+        plan = plan.with_secret(keyring.deposit(GcsStore(), self._config.security))
         ray.get(self._manager.apply.remote(plan), timeout=CALL_TIMEOUT_S)
 
     def _wait_engines(self, timeout_s: float) -> tuple[EngineStarted, ...]:
@@ -204,10 +208,13 @@ class Cluster:
         """The router has drained: nothing is left to wait for. Whatever does not end now ends with Ray."""
         import ray
 
+        from .gcs import GcsStore
+
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(self._manager.release.remote("", 0.0), timeout=CALL_TIMEOUT_S)
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(self._manager)
+            keyring.withdraw(GcsStore())
 
     def _start_router(self, folders: dict[str, ModelFolder]) -> str:
         from ray import serve

@@ -33,7 +33,7 @@ def manager(address: str | None = None, url: str | None = None, run_dir: Path | 
     join(running_cluster(url, run_dir) if address is None else address)
     import ray
 
-    from .engines import NAMESPACE
+    from .gcs import NAMESPACE
     from .manager_actor import MANAGER_NAME
 
     try:
@@ -76,7 +76,7 @@ def join(where: ClusterState | str) -> None:
         os.environ |= ray_environment(Path(where.token_path))
     import ray
 
-    from .engines import NAMESPACE
+    from .gcs import NAMESPACE
 
     if ray.is_initialized():
         return

@@ -13,9 +13,11 @@ import ray
 
 from diptych.cluster.config import DiptychConfig
 from diptych.cluster.models import ModelFolder, resolve
+from diptych.cluster.security import check_security, names_of
 from diptych.protos.errors import StartupError
 
-from . import host
+from . import host, keyring
+from .gcs import GcsStore
 from .manager_actor import ensure_manager
 from .memory import plan_memory
 from .plan import plan_cluster
@@ -37,6 +39,7 @@ class PoolsKeeper:
     async def start(self) -> dict[str, ModelFolder]:
         """Until all engines are ready; the models' folders by name. Raises StartupError, and nothing is left then."""
         config = self._config
+        check_security(config.security, names_of(config))
         folders = {
             name: await asyncio.to_thread(resolve, settings.source, config.cache_dir, log.info)
             for name, settings in config.models.items()
@@ -49,6 +52,7 @@ class PoolsKeeper:
         log.info("memory plan (MiB)\n%s", memory.table())
         try:
             memory.check()
+            plan = plan.with_secret(keyring.deposit(GcsStore(), config.security))
             await manager.apply.remote(plan, self._owner)
             done = await manager.settled.remote()
             if done.failed:
@@ -65,5 +69,6 @@ class PoolsKeeper:
         with contextlib.suppress(ray.exceptions.RayError):
             if await manager.release.remote(self._owner, grace_s):
                 ray.kill(manager)
+                keyring.withdraw(GcsStore())
                 if self._folder is not None:
                     shutil.rmtree(self._folder, ignore_errors=True)

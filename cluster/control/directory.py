@@ -10,7 +10,7 @@ import ray
 from diptych.protos.errors import EngineLost
 from diptych.protos.status import EngineInfo
 
-from .engines import NAMESPACE
+from .gcs import NAMESPACE
 from .manager_actor import MANAGER_NAME, POLL_S
 
 CALL_TIMEOUT_S = 10.0

@@ -15,7 +15,8 @@ from diptych.protos.errors import DiptychError, EngineLost, StartupError
 from diptych.protos.status import EngineStatus
 from diptych.protos.types import EngineId
 
-NAMESPACE = "diptych"
+from .gcs import NAMESPACE
+
 _RETRY_S = 1.0
 _CALL_TIMEOUT_S = 15.0
 

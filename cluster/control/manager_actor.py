@@ -10,32 +10,19 @@ import logging
 from typing import Any, cast
 
 import ray
-from ray.experimental import internal_kv
 
 from diptych.protos.status import EngineInfo
 from diptych.protos.types import Role
 
 from . import host
-from .engines import NAMESPACE, RayEngines
+from .engines import RayEngines
+from .gcs import NAMESPACE, GcsStore
 from .manager import Member, PoolManager
 from .plan import ClusterPlan
 from .pools import Pools, Scaled
 
 MANAGER_NAME = "pool-manager"
 POLL_S = 10.0  # a long poll returns after this long at the latest
-
-
-class GcsStore:
-    """manager.KeyValue in Ray's global control store: it outlives the actor, not the cluster."""
-
-    def get(self, key: str) -> bytes | None:
-        """The value, or None."""
-        value: bytes | None = internal_kv._internal_kv_get(key, namespace=NAMESPACE)
-        return value
-
-    def put(self, key: str, value: bytes) -> None:
-        """Durable when it returns."""
-        internal_kv._internal_kv_put(key, value, overwrite=True, namespace=NAMESPACE)
 
 
 class PoolManagerActor:

@@ -19,6 +19,8 @@ from diptych.protos.types import EngineId, Role
 from . import host
 
 NO_BFLOAT16 = "float32 instead of bfloat16: this CPU has no native bfloat16"
+NO_SHM_OFF_UNIX = "KV crosses over gRPC instead of shared memory: engines.host is set"
+PLAINTEXT = "prompts and KV leave this machine unencrypted: security.allow_plaintext is on"
 NO_SHM = "KV crosses over gRPC instead of shared memory: transfer.transport is grpc"
 
 
@@ -47,6 +49,11 @@ class ClusterPlan:
     pools: tuple[Pool, ...]
     start_timeout_s: float
     drain_grace_s: float
+
+    def with_secret(self, secret_id: str) -> ClusterPlan:
+        """The same for engines that hold that secret."""
+        pools = (replace(pool, template=replace(pool.template, secret_id=secret_id)) for pool in self.pools)
+        return replace(self, pools=tuple(pools))
 
     def engines(self) -> list[EngineSpec]:
         """Every engine of the plan with its id; ids are numbered over all models. Epochs come later."""
@@ -102,8 +109,11 @@ def _template(config: DiptychConfig, name: str, folder: ModelFolder, run_dir: Pa
     elif dtype == "auto":
         dtype = "bfloat16" if host.has_native_bfloat16() else "float32"
         degraded += [NO_BFLOAT16] if dtype == "float32" else []
-    if config.transfer.transport == "grpc" and settings.layout == "disaggregated":
-        degraded.append(NO_SHM)
+    if settings.layout == "disaggregated":
+        degraded += [NO_SHM] if config.transfer.transport == "grpc" else []
+        degraded += [NO_SHM_OFF_UNIX] if config.engines.host and config.transfer.transport == "auto" else []
+    if config.engines.leaves_host and config.security.tls is None:
+        degraded.append(PLAINTEXT)
     return EngineSpec(
         engine_id=EngineId(""),
         epoch=0,
@@ -115,6 +125,8 @@ def _template(config: DiptychConfig, name: str, folder: ModelFolder, run_dir: Pa
         facts=folder.facts,
         dtype=dtype,
         run_dir=run_dir,
+        host=config.engines.host,
+        security=config.security,
         trace_file=config.telemetry.trace_file,
         degraded=tuple(degraded),
     )

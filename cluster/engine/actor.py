@@ -34,12 +34,16 @@ class EngineActor:
         began = time.monotonic()
         os.environ["OMP_NUM_THREADS"] = str(self._spec.threads)  # read when torch is loaded
         os.environ["HF_HUB_OFFLINE"] = "1"
+        from diptych.cluster.control.gcs import GcsStore
+        from diptych.cluster.control.keyring import fetch
         from diptych.cluster.observability.tracing import configure_tracing
+        from diptych.cluster.security import engine_name, trust_of
 
         from .engine import Engine
 
         configure_tracing(self._spec.trace_file, self._spec.engine_id)
-        self._engine = Engine(self._spec, on_failure=self._fail)
+        trust = trust_of(self._spec.security, fetch(GcsStore()), engine_name(self._spec.roles))
+        self._engine = Engine(self._spec, on_failure=self._fail, trust=trust)
         imports = ("imports", time.monotonic() - began)
         started = self._engine.start()
         return EngineStarted(started.info, (imports, *started.timeline))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from diptych.cluster.security import engine_name
 from diptych.decode.worker import DecodeWorker
 from diptych.kvtransfer.arena import KvArena
 from diptych.kvtransfer.layout import KvLayout, compat_digest
@@ -19,9 +20,11 @@ from diptych.kvtransfer.pool import BlockPool
 from diptych.kvtransfer.receive import ReceiveDriver
 from diptych.kvtransfer.send import SendDriver
 from diptych.prefill.worker import PrefillWorker
+from diptych.protos.channels import ENGINE_SERVICE, KV_SERVICE
 from diptych.protos.ports import Clock, Runner, Worker
 from diptych.protos.status import EngineInfo
 from diptych.protos.step import SlotPool
+from diptych.protos.trust import Refusals, Trust
 from diptych.protos.types import Role
 
 from .echo import ArenaEchoRunner
@@ -57,6 +60,8 @@ class EngineParts:
     inbox: Inbox
     outbox: Outbox
     clock: Clock
+    trust: Trust
+    refused: dict[str, Refusals]  # calls, by gRPC service
     workers: dict[Role, Worker] = field(default_factory=dict)
     sender: SendDriver | None = None
     receiver: ReceiveDriver | None = None
@@ -111,9 +116,17 @@ def brain_of(spec: EngineSpec) -> BrainFactory:
 
 
 def compose(
-    spec: EngineSpec, *, brain: BrainFactory, mark: Callable[[str], None], clock: Clock = time.monotonic
+    spec: EngineSpec,
+    *,
+    brain: BrainFactory,
+    mark: Callable[[str], None],
+    trust: Trust | None = None,
+    clock: Clock = time.monotonic,
 ) -> EngineParts:
-    """Raises StartupError when the settings leave no room for KV. `mark(name)` is called after each costly stage."""
+    """Raises StartupError when the settings leave no room for KV. `mark(name)` is called after each costly stage.
+
+    Without `trust` the engine talks to this process alone.
+    """
     settings = spec.settings
     slots = SlotPool(sum(_max_running(spec, role) for role in spec.roles))
     step_tokens = max(
@@ -142,6 +155,8 @@ def compose(
         inbox=Inbox(settings.prefill.max_waiting + settings.decode.max_waiting + slots.max_slots),
         outbox=Outbox(MAX_OUTPUTS_BEHIND),
         clock=clock,
+        trust=trust or Trust.alone(engine_name(spec.roles)),
+        refused={name: Refusals(f"engine {spec.engine_id} ({name})") for name in (ENGINE_SERVICE, KV_SERVICE)},
     )
     if Role.PREFILL in spec.roles:
         _add_prefill(parts, spec, arena, compat)
@@ -183,6 +198,7 @@ def _add_decode(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: by
         settings=spec.transfer,
         deliver=lambda event: parts.inbox.put(TransferNews(Role.DECODE, event)),
         clock=parts.clock,
+        trust=parts.trust,
     )
     parts.workers[Role.DECODE] = DecodeWorker(
         settings=spec.settings.decode,

@@ -16,9 +16,12 @@ from functools import partial
 import grpc
 import torch
 
+from diptych.cluster.control.host import free_ports
+from diptych.protos.channels import ENGINE_SERVICE, KV_SERVICE, listen, make_server
 from diptych.protos.ports import Runner, Worker
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.step import SampleSpec, StepPlan, StepRow
+from diptych.protos.trust import Trust
 from diptych.protos.types import Role
 
 from .compose import BrainFactory, EngineParts, brain_of, compose
@@ -31,13 +34,6 @@ from .thread import AsyncioThread, StepThread
 SWITCH_INTERVAL_S = 0.0005
 STOP_TIMEOUT_S = 10.0
 WARM_UP_TOKENS = 64
-SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    # Routers ping idle sessions every 10 s to learn of a dead engine; gRPC's default would take that for an attack.
-    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +42,18 @@ class Engine:
     """`start` once, then `stop` once. `on_failure` is called in the step thread when that thread cannot go on."""
 
     def __init__(
-        self, spec: EngineSpec, *, on_failure: Callable[[BaseException], None], brain: BrainFactory | None = None
+        self,
+        spec: EngineSpec,
+        *,
+        on_failure: Callable[[BaseException], None],
+        brain: BrainFactory | None = None,
+        trust: Trust | None = None,
     ) -> None:
+        """Without `trust` it talks to this process alone."""
+        if spec.host is not None and not spec.port:
+            spec = dataclasses.replace(spec, port=free_ports(1, spec.host)[0])
         self._spec = spec
+        self._trust = trust
         self._brain = brain or brain_of(spec)
         self._on_failure = on_failure
         self._parts: EngineParts
@@ -69,7 +74,7 @@ class Engine:
             timeline.append((stage, now - last))
             last = now
 
-        self._parts = parts = self._step_thread.call(partial(build, self._spec, self._brain, mark))
+        self._parts = parts = self._step_thread.call(partial(build, self._spec, self._brain, mark, self._trust))
         self._loop = StepLoop(
             workers=parts.workers,
             inbox=parts.inbox,
@@ -107,6 +112,8 @@ class Engine:
                     counters[name] = counters.get(name, 0.0) + value
         busy = sender.ring_slots_busy if sender is not None else 0
         counters["engine_outputs_lost_total"] = float(self._parts.outbox.outputs_lost)
+        counters["engine_refused_calls_total"] = float(self._parts.refused[ENGINE_SERVICE].total)
+        counters["kv_refused_calls_total"] = float(self._parts.refused[KV_SERVICE].total)
         return dataclasses.replace(reading, transfers=transfers, ring_slots_busy=busy, counters=counters)
 
     def set_threads(self, count: int) -> None:
@@ -157,13 +164,14 @@ class Engine:
             self._on_failure(exc)
 
     async def _listen(self) -> None:
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        trust = self._parts.trust
+        self._server = make_server(trust, self._spec.ref, self._parts.refused)
         self._sessions.attach(self._server)
         if self._parts.sender is not None:
             self._parts.sender.attach(self._server)
         if self._parts.receiver is not None:
             self._parts.receiver.start(asyncio.get_running_loop())
-        self._server.add_insecure_port(self._spec.ref.target)
+        listen(self._server, trust, self._spec.ref.target)
         await self._server.start()
 
     async def _unlisten(self) -> None:
@@ -171,11 +179,13 @@ class Engine:
         await self._server.stop(0.2)
 
 
-def build(spec: EngineSpec, brain: BrainFactory, mark: Callable[[str], None]) -> EngineParts:
+def build(
+    spec: EngineSpec, brain: BrainFactory, mark: Callable[[str], None], trust: Trust | None = None
+) -> EngineParts:
     """The parts of an engine, warm. Call it in the step thread, which alone computes. Raises what `compose` raises."""
     torch.set_num_threads(spec.threads)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    parts = compose(spec, brain=brain, mark=mark)
+    parts = compose(spec, brain=brain, mark=mark, trust=trust)
     warm_up(parts.runner, parts.info)
     mark("warm-up")
     return parts

@@ -17,6 +17,7 @@ from itertools import count
 
 import grpc
 
+from diptych.protos.channels import listen, make_server
 from diptych.protos.errors import EngineFault, Overloaded, error_from_code
 from diptych.protos.status import EngineInfo
 from diptych.protos.types import (
@@ -31,7 +32,7 @@ from diptych.protos.types import (
 )
 
 from .compose import BrainFactory, EngineParts, brain_of, model_brain
-from .engine import SERVER_OPTIONS, STOP_TIMEOUT_S, build
+from .engine import STOP_TIMEOUT_S, build
 from .inbox import CancelRequest
 from .loop import StepLoop
 from .spec import EngineSpec
@@ -225,9 +226,9 @@ class OfflineEngines:
         if parts.receiver is not None:
             parts.receiver.start(loop)
         if parts.sender is not None:
-            server = grpc.aio.server(options=SERVER_OPTIONS)
+            server = make_server(parts.trust, parts.info.ref, parts.refused)
             parts.sender.attach(server)
-            server.add_insecure_port(parts.info.ref.target)
+            listen(server, parts.trust, parts.info.ref.target)
             await server.start()
             self._servers.append(server)
 

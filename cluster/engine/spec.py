@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from diptych.cluster.config import ModelSettings
+from diptych.cluster.config import ModelSettings, SecuritySettings
 from diptych.cluster.models import ModelFacts
 from diptych.kvtransfer.layout import KvLayout
 from diptych.protos.errors import StartupError
@@ -29,6 +29,10 @@ class EngineSpec:
     facts: ModelFacts
     dtype: str
     run_dir: Path
+    host: str | None = None  # None: a unix socket in run_dir
+    port: int = 0  # at `host`; 0: the engine takes a free one
+    security: SecuritySettings = field(default_factory=SecuritySettings)
+    secret_id: str = ""  # engines with another secret than the cluster's present one are replaced
     cores: int = 0  # this engine's share of the machine; 0: all that the process may use
     trace_file: Path | None = None
     degraded: tuple[str, ...] = ()
@@ -48,7 +52,10 @@ class EngineSpec:
     @property
     def ref(self) -> EngineRef:
         """This life of the engine; the epoch in the socket's name keeps a dead life's socket out of the way."""
-        return EngineRef(self.engine_id, self.epoch, f"unix:{self.run_dir / f'{self.engine_id}-{self.epoch}.sock'}")
+        target = f"unix:{self.run_dir / f'{self.engine_id}-{self.epoch}.sock'}"
+        if self.host is not None:
+            target = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return EngineRef(self.engine_id, self.epoch, target)
 
     def num_blocks(self, layout: KvLayout) -> int:
         """Blocks that `kv.memory_mib` pays for. Raises StartupError when it is less than one."""

@@ -19,6 +19,7 @@ from diptych.cluster.observability.metrics import EngineReading, RouterMetrics
 from diptych.cluster.observability.tracing import context_from, traceparent_of
 from diptych.protos.errors import CapacityError, DeadlineExceeded, DiptychError, EngineLost
 from diptych.protos.status import EngineDirectory
+from diptych.protos.trust import Trust
 from diptych.protos.types import GenerateRequest, Role, TransferKey
 
 from .admission import Admission
@@ -64,7 +65,9 @@ class Router:
         metrics: RouterMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
         entropy: Callable[[int], bytes] = os.urandom,
+        trust: Trust | None = None,
     ) -> None:
+        """Without `trust` it reaches engines of this process only, or servers that ask for no proof."""
         self.settings = settings
         self.metrics = metrics or RouterMetrics()
         self.router_id = f"router-{entropy(6).hex()}"
@@ -80,6 +83,7 @@ class Router:
             connect_timeout_s=settings.connect_timeout_s,
             clock=clock,
             on_loss=lambda engine: self.metrics.counters["sessions_lost"].labels(engine).inc(),
+            trust=trust,
         )
         self.metrics.add_engines(self._readings)
         self.metrics.gauges["running_limit"].set(limits.max_running)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import grpc
 
 from diptych.protos import engine_pb2 as pb
+from diptych.protos.channels import SESSION, open_channel
 from diptych.protos.codec import (
     finish_from_pb,
     logprobs_from_pb,
@@ -28,6 +29,7 @@ from diptych.protos.codec import (
 from diptych.protos.engine_pb2_grpc import EngineStub
 from diptych.protos.errors import DiptychError, EngineLost, Fenced, Overloaded
 from diptych.protos.status import EngineInfo, EngineStatus
+from diptych.protos.trust import ROUTER, Trust
 from diptych.protos.types import DecodeOrder, Finish, PrefillOrder, PromptLogprobs, Role, TokenLogprobs, TransferKey
 
 from .estimate import EngineMeter
@@ -36,11 +38,8 @@ from .mirror import PrefixMirror
 log = logging.getLogger(__name__)
 
 MAX_OUTBOX = 4096  # frames waiting for the stream; an engine that reads none for so long is as good as lost
-_MAX_MESSAGE_BYTES = 64 << 20
 _BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _OPTIONS = (
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.use_local_subchannel_pool", 1),  # a new dial after a loss must not wait for the old channel's back-off
     ("grpc.enable_retries", 0),
     ("grpc.keepalive_time_ms", 10_000),
@@ -73,7 +72,10 @@ class EngineSession:
         connect_timeout_s: float,
         clock: Callable[[], float],
         on_change: Callable[[], None],
+        trust: Trust | None = None,
     ) -> None:
+        """Without `trust` it reaches engines of this process only, or servers that ask for no proof."""
+        self._trust = trust or Trust.alone(ROUTER)
         self.info = info
         self.status = EngineStatus()
         self.mirror = PrefixMirror()
@@ -165,8 +167,10 @@ class EngineSession:
 
     async def _live(self) -> None:
         """One stream from dial to loss; raises what ended it."""
-        async with grpc.aio.insecure_channel(self.info.ref.target, options=_OPTIONS) as channel:
-            call = EngineStub(channel).Session()  # type: ignore[no-untyped-call]
+        ref, role = self.info.ref, min(self.info.roles).value
+        async with open_channel(self._trust, ref.target, role=role, options=_OPTIONS) as channel:
+            stub = EngineStub(channel)  # type: ignore[no-untyped-call]
+            call = stub.Session(metadata=self._trust.proof(SESSION, ref))
             try:
                 async with asyncio.timeout(self._connect_timeout_s):
                     await call.write(

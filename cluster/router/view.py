@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from diptych.protos.status import EngineDirectory, EngineInfo
+from diptych.protos.trust import Trust
 from diptych.protos.types import EngineRef, Role
 
 from .placement import EngineLoad
@@ -28,7 +29,9 @@ class ClusterView:
         connect_timeout_s: float,
         clock: Callable[[], float],
         on_loss: Callable[[str], None],
+        trust: Trust | None = None,
     ) -> None:
+        self._trust = trust
         self._directory = directory
         self._router_id = router_id
         self._connect_timeout_s = connect_timeout_s
@@ -146,6 +149,7 @@ class ClusterView:
                     connect_timeout_s=self._connect_timeout_s,
                     clock=self._clock,
                     on_change=self._on_change,
+                    trust=self._trust,
                 )
                 self._sessions[ref] = session
                 session.start()
