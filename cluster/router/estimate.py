@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from diptych.protos.status import EngineStatus
 
@@ -27,7 +28,7 @@ class EngineRates:
     per_sequence_s: float = 0.0005
     per_kv_token_s: float = 1e-7
 
-    def itl_s(self, sequences: int, kv_tokens: int) -> float:
+    def itl_s(self, sequences: float, kv_tokens: float) -> float:
         """Time between two tokens of a sequence beside so many."""
         seconds = self.base_s + self.per_sequence_s * sequences + self.per_kv_token_s * kv_tokens
         return max(seconds, _MIN_ITL_S)
@@ -78,13 +79,12 @@ class EngineMeter:
             rates = _learn_prefill(rates, grown("prefill_tokens_total") / grown("prefill_step_seconds_total"))
         steps, seconds = grown("decode_steps_total"), grown("decode_step_seconds_total")
         if steps > 0 < seconds:
-            tokens, generated = grown("decode_tokens_total"), grown("decode_generated_tokens_total")
-            if tokens > 2 * generated:  # mostly prompts, computed here
-                rates = _learn_prefill(rates, tokens / seconds)
-            else:
-                sequences = (now.get("decode_running", 0.0) + before.get("decode_running", 0.0)) / 2
-                kv_tokens = (now.get("decode_kv_tokens", 0.0) + before.get("decode_kv_tokens", 0.0)) / 2
-                rates = _learn_step(rates, seconds / steps, sequences, kv_tokens)
+            tokens = grown("decode_tokens_total")
+            prompt = max(tokens - grown("decode_generated_tokens_total"), 0.0)  # computed here
+            sequences = (now.get("decode_running", 0.0) + before.get("decode_running", 0.0)) / 2
+            kv_tokens = (now.get("decode_kv_tokens", 0.0) + before.get("decode_kv_tokens", 0.0)) / 2
+            share = prompt / tokens if tokens else 0.0
+            rates = _learn_mixed(rates, prompt, share, _Steps(steps, seconds, sequences, kv_tokens))
         self.rates = rates
 
     def reserve(self, now: float, *, prompt_tokens: int, kv_tokens: int) -> None:
@@ -101,17 +101,43 @@ class EngineMeter:
         return Reserved(len(queue), sum(r.prompt_tokens for r in queue), sum(r.kv_tokens for r in queue))
 
 
-def _learn_prefill(rates: EngineRates, tokens_per_s: float) -> EngineRates:
+class _Steps(NamedTuple):
+    """Decode steps between two readings; means of what they worked on."""
+
+    num: float
+    seconds: float
+    sequences: float
+    kv_tokens: float
+
+
+def _learn_mixed(rates: EngineRates, prompt: float, share: float, steps: _Steps) -> EngineRates:
+    """From steps of which `share` of the tokens were of prompts: what one part does not explain is the other's.
+
+    Each part learns as much as it had of the tokens. An estimate that explains too much leaves the other a quarter of
+    its share, so that neither rate runs away.
+    """
+    sequences = steps.sequences
+    if prompt:
+        others_s = steps.num * rates.itl_s(sequences, steps.kv_tokens) if sequences else 0.0
+        own_s = max(steps.seconds - others_s, steps.seconds * share / 4)
+        rates = _learn_prefill(rates, prompt / own_s, share)
+    if share < 1 and (sequences or not prompt):
+        own_s = max(steps.seconds - prompt / rates.prefill_tokens_per_s, steps.seconds * (1 - share) / 4)
+        rates = _learn_step(rates, own_s / steps.num, steps, 1 - share)
+    return rates
+
+
+def _learn_prefill(rates: EngineRates, tokens_per_s: float, weight: float = 1.0) -> EngineRates:
     known = rates.prefill_tokens_per_s
-    return replace(rates, prefill_tokens_per_s=known + _SMOOTHING * (tokens_per_s - known))
+    return replace(rates, prefill_tokens_per_s=known + weight * _SMOOTHING * (tokens_per_s - known))
 
 
-def _learn_step(rates: EngineRates, step_s: float, sequences: float, kv_tokens: float) -> EngineRates:
+def _learn_step(rates: EngineRates, step_s: float, steps: _Steps, weight: float) -> EngineRates:
     # Normalised least mean squares over (1, sequences / 16, kv tokens / 4096): online, bounded, and it forgets.
-    inputs = (1.0, sequences / 16, kv_tokens / 4096)
+    inputs = (1.0, steps.sequences / 16, steps.kv_tokens / 4096)
     weights = (rates.base_s, rates.per_sequence_s * 16, rates.per_kv_token_s * 4096)
     error = step_s - sum(w * x for w, x in zip(weights, inputs, strict=True))
-    gain = _SMOOTHING * error / sum(x * x for x in inputs)
+    gain = weight * _SMOOTHING * error / sum(x * x for x in inputs)
     base, sequence, kv = (max(w + gain * x, 0.0) for w, x in zip(weights, inputs, strict=True))
     return replace(rates, base_s=base, per_sequence_s=sequence / 16, per_kv_token_s=kv / 4096)
 

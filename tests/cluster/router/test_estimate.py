@@ -24,8 +24,28 @@ def test_a_colocated_engine_measures_prompts_on_its_decode_steps() -> None:
     for n in range(60):
         grown = {"decode_tokens_total": 510.0 * n, "decode_generated_tokens_total": 10.0 * n}
         meter.read(status(**grown, decode_steps_total=1.0 * n, decode_step_seconds_total=0.5 * n))
-    assert meter.rates.prefill_tokens_per_s == pytest.approx(1020, rel=0.01)
+    assert meter.rates.prefill_tokens_per_s == pytest.approx(1000, rel=0.01)
     assert meter.rates.base_s == DEFAULT_RATES.base_s
+
+
+@pytest.mark.parametrize(("prompt", "rate"), [(30, 300), (100, 300), (400, 300), (400, 5000)])
+def test_prompts_among_the_steps_of_busy_sequences_have_a_rate_of_their_own(prompt: int, rate: int) -> None:
+    """A colocated engine under steady load computes some prompt in nearly every reading, often not the larger part."""
+    meter, total = EngineMeter(), dict.fromkeys(("tokens", "generated_tokens", "steps", "step_seconds"), 0.0)
+    for n in range(3000):
+        batch, here = (8, 32, 64)[n // 20 % 3], prompt if n % 4 else 0
+        for name, grown in (
+            ("steps", 4.0),
+            ("tokens", 4.0 * batch + here),
+            ("generated_tokens", 4.0 * batch + (here > 0)),
+            ("step_seconds", 4 * (0.03 + 0.002 * batch) + here / rate),
+        ):
+            total[name] += grown
+        counters = {f"decode_{name}_total": value for name, value in total.items()}
+        meter.read(status(**counters, decode_running=float(batch), decode_kv_tokens=100.0 * batch))
+    assert meter.rates.prefill_tokens_per_s == pytest.approx(rate, rel=0.4)
+    for batch in (8, 64):
+        assert meter.rates.itl_s(batch, 100 * batch) == pytest.approx(0.03 + 0.002 * batch, rel=0.25)
 
 
 def test_the_time_between_tokens_is_learned_over_batch_sizes() -> None:

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.cluster.config import PlacementSettings
-from diptych.cluster.router.estimate import EngineRates, PairMeter, Reserved
+from diptych.cluster.router.estimate import EngineMeter, EngineRates, PairMeter, Reserved
 from diptych.cluster.router.mirror import PrefixMirror, PromptNames
 from diptych.cluster.router.placement import Ask, EngineLoad, Placement, Placer
 from diptych.cluster.router.policies import session as session_module
 from diptych.cluster.router.policies.configured import placer_of
 from diptych.kvtransfer.prefix import block_name, root_name, short_name
+from diptych.protos.status import EngineStatus
 from diptych.protos.types import EngineId, EngineRef
 
 SIZE = 16
@@ -201,6 +202,23 @@ def test_cost_sees_slow_steps_full_memory_and_slow_pairs() -> None:
     for _ in range(40):
         pairs.learn("p", "d0", 100, 10.0)
     assert chosen(placer("cost", pairs=pairs).place(ask(), p, [engine("d0"), engine("d1")])) == ("p", "d1")
+
+
+def test_cost_avoids_the_colocated_engine_with_the_long_queue_of_prompt_tokens() -> None:
+    """Its rate is its own, learned from its steps: twice the queue is done sooner at six times the speed."""
+    queued = [engine("d0", queued_tokens=2000), engine("d1", queued_tokens=400, load=3)]
+    decision = placer("cost").place(ask(), [], queued, is_colocated=True)
+    assert (chosen(decision), decision.reason) == ((None, "d1"), "colocated")
+    learned = []
+    for tokens_per_s in (3000.0, 500.0):
+        meter = EngineMeter()
+        for n in range(60):
+            grown = {"decode_tokens_total": tokens_per_s * n, "decode_generated_tokens_total": 1.0 * n}
+            meter.read(EngineStatus(counters={**grown, "decode_steps_total": n, "decode_step_seconds_total": 1.0 * n}))
+        learned.append(meter.rates)
+    fast, slow = (replace(one, rates=rates) for one, rates in zip(queued, learned, strict=True))
+    assert chosen(placer("cost").place(ask(), [], [replace(fast, queued_tokens=800), slow])) == (None, "d0")
+    assert chosen(placer("cost").place(ask(), [], [replace(fast, queued_tokens=8000), slow])) == (None, "d1")
 
 
 def test_cost_gives_up_a_short_local_prompt_when_its_engine_is_swamped() -> None:

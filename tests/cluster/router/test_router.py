@@ -23,6 +23,7 @@ from diptych.cluster.router.session import EngineSession
 from diptych.cluster.router.testing import ECHO_ROOT, EchoEngine, StaticDirectory, echo_logprobs
 from diptych.kvtransfer.prefix import block_name, root_name, short_name
 from diptych.protos import engine_pb2 as pb
+from diptych.protos.codec import prompt_logprobs_to_pb
 from diptych.protos.errors import (
     DeadlineExceeded,
     EngineFault,
@@ -30,7 +31,16 @@ from diptych.protos.errors import (
     NoBlocks,
     RequestError,
 )
-from diptych.protos.types import DecodeOrder, EngineId, EngineRef, FinishReason, PrefillOrder, Role, SamplingParams
+from diptych.protos.types import (
+    DecodeOrder,
+    EngineId,
+    EngineRef,
+    FinishReason,
+    PrefillOrder,
+    PromptLogprobs,
+    Role,
+    SamplingParams,
+)
 
 PROMPT = tuple(range(10, 30))
 P, D = frozenset({Role.PREFILL}), frozenset({Role.DECODE})
@@ -517,6 +527,38 @@ async def test_logprobs_reach_the_caller_beside_their_tokens(tmp_path: Path, rol
         assert deltas[0].prompt_logprobs == [echo_logprobs(token, 1) for token in PROMPT[1:]]
         assert all(delta.prompt_logprobs is None for delta in deltas[1:])
         assert r.engines["d"].orders[0].request.sampling.logprobs == 2
+
+
+@pytest.mark.parametrize("num_lost", [0, 1])
+@pytest.mark.parametrize("swap", [False, True])
+async def test_prompt_logprobs_of_two_tellers_and_of_a_retry_come_once_whole_and_in_order(
+    tmp_path: Path, num_lost: int, swap: bool
+) -> None:
+    """Both engines tell all of them; of a lost attempt half of them had come."""
+    async with rig(tmp_path, {"p0": P, "p1": P, "d": D}, tokens_per_step=3) as r:
+        r.engines["d"].faults.also_first_token = True
+        r.engines["d"].faults.swap_pairs = swap
+        if num_lost:
+            r.engines["d"].on_order = lambda: setattr(r.engines["d"].faults, "silent", len(r.engines["d"].orders) < 2)
+            for name in ("p0", "p1"):
+                r.engines[name].faults.silent = True
+        task = asyncio.create_task(r.deltas(asking(prompt_logprobs=1)))
+        if num_lost:
+            await until(lambda: any(r.engines[name].orders for name in ("p0", "p1")))
+            lost = next(r.engines[name] for name in ("p0", "p1") if r.engines[name].orders)
+            for name in ("p0", "p1"):
+                r.engines[name].faults.silent = False
+            [session] = lost._sessions
+            half = PromptLogprobs(lost.orders[0].request.key, 1, tuple(echo_logprobs(9, 1) for _ in range(9)))
+            step = pb.StepTokens(prompt_logprobs=[prompt_logprobs_to_pb(1, half)])
+            session.outbox.put_nowait(pb.EngineFrame(tokens=step))
+            lost.drop_streams()
+        deltas = await task
+        assert [token for delta in deltas for token in delta.tokens] == wanted(8)
+        assert deltas[0].prompt_logprobs == [echo_logprobs(token, 1) for token in PROMPT[1:]]
+        assert all(delta.prompt_logprobs is None for delta in deltas[1:])
+        assert deltas[-1].finish is not None
+        assert deltas[-1].finish.attempts == 1 + num_lost
 
 
 async def test_a_prompt_of_one_token_has_no_logprobs_and_waits_for_none(tmp_path: Path) -> None:
