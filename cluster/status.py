@@ -29,14 +29,16 @@ def run_status(config: Path | None, overrides: Sequence[str], url: str | None) -
 
 
 def cluster_url(config: Path | None, overrides: Sequence[str], url: str | None) -> str:
-    """`url`, or that of the cluster started last on this machine. Raises StartupError when none runs."""
+    """`url`, or that of the cluster that runs here, see control.connect.located. Raises StartupError when none does."""
     if url is not None:
         return url
     run_dir = load_config(config, overrides).run_dir
-    state = find_cluster(run_dir)
-    if state is None:
-        raise StartupError(f"no cluster of yours runs here (looked in {run_dir}); start one, or give --url")
-    return state.url
+    if (state := find_cluster(run_dir)) is not None:
+        return state.url
+    from diptych.cluster.control.connect import deployed_url, located
+
+    where = located(None, run_dir)
+    return deployed_url(where) if isinstance(where, str) else where.url
 
 
 def fetch_info(url: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""For other processes of the same user on the same machine: join a running cluster's Ray."""
+"""For other processes of the same user on the same machine: find a running cluster and join its Ray.
+
+One of `diptych serve` leaves a state file. An app of `serve deploy` is found as Ray's own commands find a cluster.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,49 @@ from diptych.cluster.config import default_run_dir
 from diptych.protos.errors import DiptychError, StartupError
 from diptych.protos.types import Role
 
+from .host import is_reachable
 from .launch import ray_environment
 from .pools import Scaled
 from .state import ClusterState, find_cluster
 
+_CALL_TIMEOUT_S = 20.0
+
 
 def serve_handle(url: str | None = None, run_dir: Path | None = None) -> Any:
-    """The `DeploymentHandle` of the router of the cluster at `url` (None: the one started last on this machine).
+    """The `DeploymentHandle` of the router of the cluster at `url` (None: see `located`).
 
     Call it before anything else imports ray: Ray reads its authentication from the environment when it is loaded.
     Raises StartupError when no such cluster runs.
     """
-    join(running_cluster(url, run_dir))
-    from ray import serve
+    join(located(url, run_dir))
+    return _app_handle("diptych")
 
-    return serve.get_app_handle("diptych")
+
+def deployed_url(address: str) -> str:
+    """Where the router of the Serve app on the Ray cluster at `address` listens. Raises StartupError."""
+    join(address)
+    import ray
+
+    try:
+        return str(_app_handle("diptych").url.remote().result(timeout_s=_CALL_TIMEOUT_S))
+    except (ray.exceptions.RayError, TimeoutError) as exc:
+        raise StartupError(f"the Serve app diptych on the Ray cluster at {address} does not answer: {exc!r}") from exc
+
+
+def _app_handle(name: str) -> Any:
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return serve.get_app_handle(name)
+    except RayServeException as exc:
+        raise StartupError(f"the Ray cluster has no Serve app {name}: {' '.join(str(exc).split())[:300]}") from exc
 
 
 def manager(address: str | None = None, url: str | None = None, run_dir: Path | None = None) -> Any:
     """The PoolManager's handle: of the Ray cluster at `address`, or found as by `serve_handle`. Raises StartupError."""
-    join(running_cluster(url, run_dir) if address is None else address)
+    where = located(url, run_dir) if address is None else address
+    join(where)
     import ray
 
     from .gcs import NAMESPACE
@@ -39,7 +65,8 @@ def manager(address: str | None = None, url: str | None = None, run_dir: Path | 
     try:
         return ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
     except ValueError as exc:
-        raise StartupError(f"no Diptych cluster runs on the Ray cluster at {address}") from exc
+        at = where if isinstance(where, str) else where.ray_address
+        raise StartupError(f"no Diptych cluster runs on the Ray cluster at {at}") from exc
 
 
 def scale(handle: Any, model: str, role: Role, engines: int, *, timeout_s: float) -> Scaled:
@@ -57,14 +84,35 @@ def scale(handle: Any, model: str, role: Role, engines: int, *, timeout_s: float
     return done
 
 
+def located(url: str | None = None, run_dir: Path | None = None) -> ClusterState | str:
+    """The cluster of `diptych serve` that was started last here (at `url`), else, without a `url`, the address of the
+    Ray cluster that Ray's own commands would take. Raises StartupError when there is neither.
+    """
+    state = find_cluster(run_dir or default_run_dir(), url)
+    if state is None and url is None and (address := ray_address()) is not None:
+        return address
+    return state or running_cluster(url, run_dir)
+
+
+def ray_address() -> str | None:
+    """RAY_ADDRESS, else the Ray cluster that `ray start` started last on this machine; None without one.
+
+    Not `auto`, which takes any Ray that runs here, such as that of somebody else's `diptych serve`.
+    """
+    from ray._private.services import find_bootstrap_address
+
+    address: str | None = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None)
+    return address
+
+
 def running_cluster(url: str | None = None, run_dir: Path | None = None) -> ClusterState:
     """What the cluster started last on this machine (at `url`) says of itself. Raises StartupError without one."""
     run_dir = run_dir or default_run_dir()
     state = find_cluster(run_dir, url)
     if state is None:
         raise StartupError(
-            f"no cluster of yours runs {f'at {url}' if url else 'here'} (looked in {run_dir}); start "
-            "`diptych serve`, or name the file with that cluster's run_dir by --config"
+            f"no cluster of yours runs {f'at {url}' if url else 'here'} (looked in {run_dir}); start `diptych serve`, "
+            "or name the file with its run_dir by --config, or, for an app of `serve deploy`, set RAY_ADDRESS"
         )
     return state
 
@@ -80,7 +128,9 @@ def join(where: ClusterState | str) -> None:
 
     if ray.is_initialized():
         return
+    if "://" not in address and not is_reachable(address):
+        raise StartupError(f"nothing answers at {address}, the Ray cluster to ask; check --address or RAY_ADDRESS")
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as exc:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as exc:
         raise StartupError(f"cannot join the Ray cluster at {address}: {' '.join(str(exc).split())[:300]}") from exc

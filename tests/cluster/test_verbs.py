@@ -56,13 +56,17 @@ def test_status_without_a_cluster_is_a_sentence_and_exit_code_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diptych.cluster.config.default_run_dir", lambda: Path("/tmp/none"))
+    monkeypatch.setattr("diptych.cluster.control.connect.ray_address", lambda: None)
     assert run_status(None, ["run_dir=/tmp/diptych-none"], None) == 1
     assert "no cluster of yours runs here (looked in /tmp/diptych-none)" in capsys.readouterr().err
     assert run_status(None, [], "http://127.0.0.1:1") == 1
     assert "does not answer" in capsys.readouterr().err
 
 
-def test_scale_looks_in_the_run_dir_that_is_set(capsys: pytest.CaptureFixture[str]) -> None:
+def test_scale_looks_in_the_run_dir_that_is_set(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diptych.cluster.control.connect.ray_address", lambda: None)
     assert run_scale("m", {Role.DECODE: 2}, overrides=["run_dir=/tmp/diptych-none"]) == 1
     told = capsys.readouterr().err
     assert "(looked in /tmp/diptych-none)" in told

@@ -55,6 +55,17 @@ class Site:
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
+    def diptych(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Our command, in the environment in which Ray's commands find this Ray."""
+        return subprocess.run(
+            [*DIPTYCH, *words],
+            capture_output=True,
+            env=self.environment | {"RAY_ADDRESS": self.address},
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+
     def app(self) -> dict[str, Any]:
         text = self.serve("status")
         return dict(yaml.safe_load(text[text.index("proxies:") :])["applications"].get("diptych", {}))
@@ -129,20 +140,22 @@ def test_the_example_deploys_answers_scales_and_goes(site: Site) -> None:
     until(lambda: site.app().get("status") == "RUNNING", lambda: str(site.app()))
     assert ask(port)["usage"]["completion_tokens"] == 8
     assert len(site.engines()) == 3
-    scaled = subprocess.run(
-        [*DIPTYCH, "scale", "smollm2-135m-instruct", "--prefill", "0", "--address", site.address],
-        capture_output=True,
-        env=site.environment,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    status = site.diptych("status", "--set", f"run_dir={site.folder / 'none'}")
+    assert "prefill-0" in status.stdout, status.stderr
+    assert "router-" in status.stdout
+    scaled = site.diptych("scale", "smollm2-135m-instruct", "--prefill", "0", "--address", site.address)
     assert "prefill-0 has finished its requests and ended" in scaled.stdout, scaled.stderr
+    grown = site.diptych("scale", "smollm2-135m-instruct", "--prefill", "1", "--set", f"run_dir={site.folder / 'none'}")
+    assert "prefill-0 is ready" in grown.stdout, grown.stderr
     assert ask(port)["usage"]["completion_tokens"] == 8
     site.serve("shutdown", "-y")
     until(lambda: not site.engines(), lambda: str(site.engines()))
     with pytest.raises(urllib.error.URLError):
         ask(port)
+    gone = site.diptych("status", "--set", f"run_dir={site.folder / 'none'}")
+    assert (gone.returncode, gone.stdout) == (1, "")
+    assert "no Serve app diptych" in gone.stderr
+    assert gone.stderr.count("\n") == 1, gone.stderr
 
 
 def test_what_serve_build_prints_deploys(site: Site) -> None:
