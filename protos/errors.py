@@ -8,6 +8,7 @@ DiptychError
 |   `-- RequestTooLarge     413
 |-- CapacityError           try again later
 |   |-- Overloaded          429 or 503 with retry-after
+|   |-- ShuttingDown        503, nothing of the request was begun
 |   `-- NoBlocks            503
 |-- DeadlineExceeded        504
 |-- Cancelled               499, nobody reads it
@@ -101,6 +102,12 @@ class CapacityError(DiptychError):
 
 class Overloaded(CapacityError):
     """A bounded queue is full."""
+
+
+class ShuttingDown(CapacityError):
+    """This server ends; another one, or the next life of this one, may take the request."""
+
+    code = "shutting_down"
 
 
 class NoBlocks(CapacityError):

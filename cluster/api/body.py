@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from diptych.cluster.config import LABEL_RULE, LimitSettings, is_label
-from diptych.protos.errors import InvalidRequest, RequestTooLarge
+from diptych.protos.errors import DiptychError, InvalidRequest, RequestTooLarge
 
 from .errors import BodyTimeout, response_of
 
@@ -72,7 +72,7 @@ def _too_large(limits: LimitSettings) -> RequestTooLarge:
     return RequestTooLarge(f"the body is larger than {limits.body_bytes} bytes")
 
 
-async def refuse_body(error: BodyTimeout | RequestTooLarge, receive: Receive, send: Send) -> None:
+async def refuse_body(error: DiptychError, receive: Receive, send: Send) -> None:
     """Answer `error` at once, then read and drop what the client still sends, for a while, and close."""
     response = response_of(error)
     headers = [*response.raw_headers, (b"connection", b"close")]

@@ -1,6 +1,8 @@
 """The router's own HTTP listener: uvicorn on the running loop, with deadlines and bounds that uvicorn does not have.
 
 connection -> headers (bytes, count, deadline) -> app (body: bytes, deadline) -> writes (stall) -> keep-alive (idle)
+
+While it stops, running answers end as they would, and a new request on a connection that is open is refused with 503.
 """
 
 from __future__ import annotations
@@ -14,12 +16,21 @@ from collections.abc import Generator
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from diptych.cluster.config import LimitSettings
-from diptych.protos.errors import DiptychError, InvalidRequest, Overloaded, RequestError, StartupError
+from diptych.protos.errors import (
+    DiptychError,
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+    ShuttingDown,
+    StartupError,
+)
 from diptych.protos.openai_replies import error_body
+
+from .body import refuse_body
 
 MAX_HEADERS = 128
 # Bytes that are neither header nor body: the frames of a chunked body. Honest clients need 1 in 100 of the body.
@@ -121,6 +132,10 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._stop(self._write_timer)
         super().resume_writing()
 
+    def refuse_further(self) -> None:
+        """The answer in work goes on; requests to come are told that the server ends."""
+        self.app = _shutting_down
+
     def _expect_headers(self) -> None:
         self._in_headers = True
         self._head_bytes = 0
@@ -151,10 +166,32 @@ class _BoundedProtocol(HttpToolsProtocol):
             timer.cancel()
 
 
+async def _shutting_down(scope: Scope, receive: Receive, send: Send) -> None:
+    await refuse_body(ShuttingDown("this server is shutting down; try again"), receive, send)
+
+
 class _Server(uvicorn.Server):
+    grace_s = 0.0
+    is_stopping = False
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield  # signals belong to the process's entry point
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, which closes idle connections first thing, after the running answers have had their time."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.grace_s
+        for server in self.servers:
+            server.close()
+        for connection in self.server_state.connections:
+            assert isinstance(connection, _BoundedProtocol)
+            connection.refuse_further()
+        self.is_stopping = True
+        while self.server_state.tasks and (left := end - loop.time()) > 0:
+            await asyncio.wait(self.server_state.tasks, timeout=left)
+        self.config.timeout_graceful_shutdown = max(end - loop.time(), 0)  # type: ignore[assignment]
+        await super().shutdown(sockets)
 
 
 class Listener:
@@ -175,9 +212,17 @@ class Listener:
         """Open now."""
         return len(self._server.server_state.connections)
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether new requests are refused because of `stop`."""
+        return self._server.is_stopping
+
     async def stop(self, grace_s: float) -> None:
-        """Accept nothing more, let running requests end for at most `grace_s` seconds, then cancel them."""
-        self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]
+        """Accept nothing more, let running requests end for at most `grace_s` seconds, then cancel them.
+
+        Until then a new request on an open connection is answered with 503, code shutting_down.
+        """
+        self._server.grace_s = grace_s
         self._server.should_exit = True
         await self._task
 

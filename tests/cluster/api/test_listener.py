@@ -200,6 +200,56 @@ async def test_stopping_lets_running_answers_end() -> None:
             await http.get("/health")
 
 
+def post(body: dict[str, object]) -> bytes:
+    data = json.dumps(body).encode()
+    return HEAD + b"content-length: %d\r\n\r\n" % len(data) + data
+
+
+async def answer_to(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes) -> bytes:
+    """One whole answer of known length on a connection that stays open."""
+    writer.write(data)
+    head = await reader.readuntil(b"\r\n\r\n")
+    (size,) = [int(line.split()[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length:")]
+    return head + await reader.readexactly(size)
+
+
+async def test_kept_connections_are_told_of_the_shutdown_while_answers_still_run() -> None:
+    """A client that reuses a connection would see a reset and not know whether its request was taken."""
+    long = {"model": "echo", "prompt": "hello", "max_tokens": 1000, "stream": True}
+    async with (
+        front_door(step_s=0.002) as door,
+        dialled(door) as (reader, writer),
+        dialled(door) as (idle_reader, idle_writer),
+        dialled(door) as (large_reader, large_writer),
+        dialled(door) as (_, silent_writer),
+    ):
+        ask = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+        for kept in ((idle_reader, idle_writer), (large_reader, large_writer)):
+            assert (await answer_to(*kept, ask)).startswith(b"HTTP/1.1 200")
+        writer.write(post(long))
+        await until(lambda: door.decode.status().steps > 2)
+        stopping = asyncio.create_task(door.listener.stop(20))
+        await until(lambda: door.listener.is_stopping)
+        idle_writer.write(ask)
+        large_writer.write(post({"model": "echo", "prompt": "x" * 3_000_000}))
+        writer.write(post(long))  # behind the answer that runs
+        async with asyncio.timeout(10):
+            for one in (idle_reader, large_reader):
+                refusal = await one.read()
+                assert refusal.startswith(b"HTTP/1.1 503")
+                assert b"connection: close" in refusal
+                assert b"retry-after: 1" in refusal
+                assert code_of(refusal) == "shutting_down"
+            assert not stopping.done()
+            answered, _, refusal = (await reader.read()).partition(b"data: [DONE]")
+            assert answered.startswith(b"HTTP/1.1 200")
+            assert answered.count(b"data: ") > 100
+            assert code_of(refusal[refusal.index(b"HTTP/1.1 503") :]) == "shutting_down"
+            await stopping  # a connection that asks nothing does not hold it up
+        assert len(door.decode.orders) == 1
+        assert not silent_writer.is_closing()
+
+
 async def test_stopping_cancels_what_outlives_the_grace() -> None:
     async with front_door(step_s=0.05) as door, httpx2.AsyncClient(base_url=door.listener.url, timeout=10) as http:
         body = {"model": "echo", "prompt": "hello", "max_tokens": 1000, "stream": True}
