@@ -17,10 +17,12 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
+from diptych.protos.echo import ECHO
 from diptych.protos.errors import StartupError
 from diptych.protos.settings import (
     Bytes,
     DecodeSettings,
+    EchoSettings,
     KvSettings,
     PrefillSettings,
     Seconds,
@@ -152,9 +154,7 @@ class ModelSettings(Settings):
         min_length=1,
         description="a built-in model, a folder, a GGUF file, or a name on the Hugging Face hub",
     )
-    runner: Literal["model", "echo"] = Field(
-        "model", description="echo: load no model; tokens are hashes of what lies in the KV (to measure all the rest)"
-    )
+    echo: EchoSettings = EchoSettings()
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has it")
     max_context_tokens: int | None = Field(None, ge=2, description="prompt and output; null: what the model allows")
     seed: int | None = Field(None, ge=0, description="of requests that name none; null: a fresh one each time")
@@ -165,6 +165,13 @@ class ModelSettings(Settings):
     kv: KvSettings = Field(KvSettings(), description="of each engine, unless its pool says otherwise")
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
+
+    @field_validator("echo")
+    @classmethod
+    def _is_echo(cls, echo: EchoSettings, info: ValidationInfo) -> EchoSettings:
+        if info.data.get("source") != ECHO and echo != EchoSettings():
+            raise ValueError(f"these keys are for the model {ECHO}; remove them, or write source: {ECHO}")
+        return echo
 
     @field_validator("prefill")
     @classmethod

@@ -40,7 +40,7 @@ def models(config: DiptychConfig) -> tuple[dict[str, ModelFolder], list[Finding]
     folders, findings = {}, []
     for name, settings in config.models.items():
         try:
-            folders[name] = folder = resolve(settings.source, config.cache_dir)
+            folders[name] = folder = resolve(settings.source, config.cache_dir, echo=settings.echo)
         except StartupError as error:
             findings.append(
                 Finding("model", State.STOP, f"{name}: {error}", f"set models.{name}.source, or cache_dir, accordingly")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diptych.kernels.ops.kv_pack import kv_pack, kv_unpack
@@ -42,6 +44,11 @@ class KvArena:
     def size_bytes(self) -> int:
         """Bytes of the arena."""
         return self.num_blocks * self.layout.bytes_per_block
+
+    def bytes(self) -> NDArray[np.uint8]:
+        """The arena's own memory, [layers, 2, num_blocks, kv_heads, block_tokens, bytes of head_dim]. On a CPU only."""
+        array: NDArray[np.uint8] = self.storage.view(torch.uint8).numpy()
+        return array
 
     def pack(self, blocks: Sequence[int], tok_from: int, tok_to: int, out: memoryview) -> None:
         """Write positions tok_from .. tok_to - 1 of the sequence in `blocks` to `out` in wire form.

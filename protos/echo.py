@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+ECHO = "echo"  # the model's name as a source
 NUM_WORDS = 32_000  # token 17 is the word t17; answers consist of words
 FIRST_BYTE = NUM_WORDS  # the byte b is token FIRST_BYTE + b
 END = FIRST_BYTE + 256  # ends an answer

@@ -35,6 +35,16 @@ class KvSettings(Settings):
     prefix_cache: bool = Field(True, description="reuse blocks of equal prefixes")
 
 
+class EchoSettings(Settings):
+    """The built-in model `echo`: the shape of its KV and how slow it is."""
+
+    layers: int = Field(2, ge=1, le=256, description="layers of KV")
+    kv_heads: int = Field(2, ge=1, le=256, description="KV heads of a layer")
+    head_dim: int = Field(8, ge=4, le=1024, multiple_of=4, description="numbers of a head; a multiple of 4")
+    step_s: float = Field(0.0, ge=0, le=3600, description="time that a step takes, beside its tokens'")
+    token_s: float = Field(0.0, ge=0, le=3600, description="time that a token of a step takes, prompts' included")
+
+
 class PrefillSettings(Settings):
     """The prefill pool of a model."""
 

@@ -21,6 +21,7 @@ from diptych.cluster.config import DiptychConfig, ModelSettings, load_config
 from diptych.cluster.control import host
 from diptych.cluster.engine.spec import EngineSpec
 from diptych.cluster.models import ModelFolder, resolve
+from diptych.protos.echo import ECHO
 from diptych.protos.errors import EngineFault, StartupError
 from diptych.protos.types import EngineId, Role
 
@@ -141,8 +142,8 @@ def _settings(options: OfflineOptions) -> tuple[str, ModelSettings, DiptychConfi
     if len(config.models) > 1:
         raise StartupError(f"the configuration has several models: choose with --model {' or '.join(config.models)}")
     ((name, settings),) = config.models.items()
-    if options.random_weights and settings.runner == "echo":
-        raise StartupError("runner: echo has no weights; drop it or --random-weights")
+    if options.random_weights and settings.source == ECHO:
+        raise StartupError(f"the model {ECHO} has no weights; drop it or --random-weights")
     layout = options.layout
     if layout is None:  # a decode engine alone, unless the configuration wants something else
         chosen = {"layout", "prefill"} & settings.model_fields_set
@@ -170,7 +171,7 @@ def _model(
     path = Path(source).expanduser()
     if options.random_weights and path.is_dir():
         return shape_of(path.resolve(), name)
-    return resolve(source, config.cache_dir, print)
+    return resolve(source, config.cache_dir, print, echo=settings.echo)
 
 
 def _runs(options: OfflineOptions, model: ModelFolder) -> list[_Run]:
@@ -213,9 +214,7 @@ def _specs(
 ) -> list[EngineSpec]:
     """The decode engine is the last one."""
     dtype: str = settings.dtype
-    if settings.runner == "echo":
-        dtype = "float32"
-    elif dtype == "auto":
+    if dtype == "auto":
         dtype = "bfloat16" if host.has_native_bfloat16() else "float32"
     roles = [Role.DECODE] if settings.layout == "colocated" else [Role.PREFILL, Role.DECODE]
     return [

@@ -66,7 +66,9 @@ class Cluster:
         check_security(config.security, names_of(config))
         with stage("prepare model"):
             folders = {
-                name: resolve(settings.source, config.cache_dir, lambda line: self._say(f"    {line}"))
+                name: resolve(
+                    settings.source, config.cache_dir, lambda line: self._say(f"    {line}"), echo=settings.echo
+                )
                 for name, settings in config.models.items()
             }
         self._folder = folder = make_folder(config.run_dir)

@@ -104,7 +104,6 @@ def check_more(
 
 def _engine_row(spec: EngineSpec) -> MemoryRow:
     facts = spec.facts
-    is_echo = spec.settings.runner == "echo"
     layout = KvLayout(
         layers=facts.layers,
         kv_heads=facts.kv_heads,
@@ -114,7 +113,7 @@ def _engine_row(spec: EngineSpec) -> MemoryRow:
     )
     return MemoryRow(
         spec.engine_id,
-        weights=0 if is_echo else facts.num_parameters * ITEM_BYTES[spec.dtype],
+        weights=facts.num_parameters * ITEM_BYTES[spec.dtype],
         arena=spec.num_blocks(layout) * layout.bytes_per_block,
         ring=spec.transfer.slots * spec.transfer.slot_kib * 1024 if Role.PREFILL in spec.roles else 0,
         process=ENGINE_PROCESS,

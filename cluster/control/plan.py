@@ -104,9 +104,7 @@ def _template(config: DiptychConfig, name: str, folder: ModelFolder, run_dir: Pa
     settings = config.models[name]
     degraded = []
     dtype: str = settings.dtype
-    if settings.runner == "echo":
-        dtype = "float32"
-    elif dtype == "auto":
+    if dtype == "auto":
         dtype = "bfloat16" if host.has_native_bfloat16() else "float32"
         degraded += [NO_BFLOAT16] if dtype == "float32" else []
     if settings.layout == "disaggregated":

@@ -21,13 +21,13 @@ from diptych.kvtransfer.receive import ReceiveDriver
 from diptych.kvtransfer.send import SendDriver
 from diptych.prefill.worker import PrefillWorker
 from diptych.protos.channels import ENGINE_SERVICE, KV_SERVICE
+from diptych.protos.echo import ECHO
 from diptych.protos.ports import Clock, Runner, Worker
 from diptych.protos.status import EngineInfo
 from diptych.protos.step import SlotPool
 from diptych.protos.trust import Refusals, Trust
 from diptych.protos.types import Role
 
-from .echo import ArenaEchoRunner
 from .inbox import Inbox, TransferNews
 from .outbox import Outbox
 from .spec import EngineSpec
@@ -94,25 +94,33 @@ def model_brain(spec: EngineSpec, random_seed: int | None = None) -> Brain:
 
 
 def echo_brain(spec: EngineSpec) -> Brain:
-    """No model, see echo.py; the model's KV heads in as many layers, so that transfers have their true size."""
-    facts = spec.facts
+    """No model: KV of any shape that hashes the prefix, tokens that hash the KV."""
+    from diptych.kernels.echo.runner import EchoRunner
+
+    facts, costs = spec.facts, spec.settings.echo
     layout = KvLayout(
         layers=facts.layers,
         kv_heads=facts.kv_heads,
         head_dim=facts.head_dim,
-        dtype="float32",
+        dtype=spec.dtype,
         block_tokens=spec.kv.block_tokens,
     )
 
     def runner(arena: KvArena, max_slots: int, max_step_tokens: int) -> Runner:
-        return ArenaEchoRunner(arena, max_slots=max_slots, max_step_tokens=max_step_tokens, vocab_size=facts.vocab_size)
+        return EchoRunner(
+            arena.bytes(),
+            max_slots=max_slots,
+            max_step_tokens=max_step_tokens,
+            step_s=costs.step_s,
+            token_s=costs.token_s,
+        )
 
-    return Brain(layout, b"echo", b"echo", ("runner echo: no model is loaded, the answers are noise",), runner)
+    return Brain(layout, ECHO.encode(), b"", ("model echo: nothing is computed, the answers are hashes",), runner)
 
 
 def brain_of(spec: EngineSpec) -> BrainFactory:
-    """What `runner` of the model's settings asks for."""
-    return echo_brain if spec.settings.runner == "echo" else model_brain
+    """What the source of the model asks for."""
+    return echo_brain if spec.settings.source == ECHO else model_brain
 
 
 def compose(

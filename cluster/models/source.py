@@ -20,14 +20,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from diptych.protos.echo import ECHO
 from diptych.protos.errors import StartupError
+from diptych.protos.settings import EchoSettings
 
+from .echo import echo_folder
 from .facts import ModelFolder, read_facts
 from .hub import HUB_NAME, snapshot
 
 _FORMAT = "1"  # of what a conversion writes; a new number converts every file anew
 _LOCK_WAIT_S = 900.0
 _LOCK_POLL_S = 0.1
+_DEFAULT_ECHO = EchoSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +56,28 @@ _CATALOGUE = {
 
 def built_in() -> tuple[str, ...]:
     """The names that mean a model without a path."""
-    return tuple(_CATALOGUE)
+    return *_CATALOGUE, ECHO
 
 
 def _silent(message: str) -> None:
     """Progress that nobody reads."""
 
 
-def resolve(source: str, cache: Path, progress: Callable[[str], None] = _silent) -> ModelFolder:
-    """The checked folder of the model that `source` means: a catalogue name, a model folder, a .gguf file, or a name on
-    a hub.
+def resolve(
+    source: str,
+    cache: Path,
+    progress: Callable[[str], None] = _silent,
+    *,
+    echo: EchoSettings = _DEFAULT_ECHO,
+) -> ModelFolder:
+    """The checked folder of the model that `source` means: `echo`, a catalogue name, a model folder, a .gguf file, or a
+    name on a hub. `echo` are the sizes of the first.
 
     Converts a GGUF file into `cache` first when that was not done before; `progress` gets a sentence at each stage.
     Raises StartupError, with what to do, for everything that cannot be served. Only a hub name reaches for a network.
     """
+    if source == ECHO:
+        return echo_folder(cache, echo)
     if source in _CATALOGUE:
         entry = _CATALOGUE[source]
         return _converted(_packaged_file(source, entry), source, cache, progress, expect=entry)
@@ -83,7 +95,7 @@ def resolve(source: str, cache: Path, progress: Callable[[str], None] = _silent)
 
 def _explain(source: str, path: Path) -> str:
     possible = (
-        f"A model is one of: a built-in name ({', '.join(_CATALOGUE)}); the path of a folder with config.json, "
+        f"A model is one of: a built-in name ({', '.join(built_in())}); the path of a folder with config.json, "
         "*.safetensors and tokenizer.json; the path of a .gguf file of the llama architecture; a name on the Hugging "
         "Face hub, such as org/model."
     )

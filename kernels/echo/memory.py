@@ -69,10 +69,11 @@ class EchoMemory:
         flat ^= self._marks[:, :, None, :, None]
         tokens = words[0, 1, :, 0, :, 0].copy()
         words[0, 1, :, 0, :, 0] = 0  # the token itself is judged by who knows the state before
-        wrong = np.bitwise_or.reduce(flat, axis=(0, 1, 3))
-        if width > 1:
-            return states, tokens, ~wrong.reshape(count, size, width).any(axis=2)
-        return states, tokens, wrong == 0
+        # Long runs first, and no run of a few words: one reduction over all axes takes twice as long.
+        wrong = np.bitwise_or.reduce(words.reshape(-1, count * words.shape[3] * size * width), axis=0)
+        wrong = np.bitwise_or.reduce(wrong.reshape(count, -1, size * width), axis=1)
+        wrong = np.bitwise_or.reduce(wrong.reshape(count * size, width).T.copy(), axis=0)
+        return states, tokens, wrong.reshape(count, size) == 0
 
 
 def chain(states: U64, tokens: U64, positions: U64, first: Int) -> NDArray[np.bool_]:

@@ -153,9 +153,9 @@ class EchoRunner:
         before_R = np.maximum(starts_R - 1, 0)
         found_R = self._memory.state(inputs.blocks_B[inputs.first_R + before_R // self._size], before_R % self._size)
         base_R = np.where(starts_R > 0, found_R, np.uint64(ROOT))
-        sums_T = np.cumsum(share_array(inputs.tokens_T, inputs.positions_T.astype(np.uint64)), dtype=np.uint64)
+        sums_T: U64 = np.cumsum(share_array(inputs.tokens_T, inputs.positions_T.astype(np.uint64)), dtype=np.uint64)
         earlier_R = np.where(begins_R > 0, sums_T[begins_R - 1], np.uint64(0))
-        states_T = sums_T + (base_R - earlier_R)[inputs.rows_T]
+        states_T: U64 = sums_T + (base_R - earlier_R)[inputs.rows_T]
         self._memory.write(blocks_T, offsets_T, states_T, inputs.tokens_T)
         return states_T
 
@@ -190,13 +190,13 @@ class EchoRunner:
         sampled: list[int | None] = [None] * len(plan.rows)
         logprobs: dict[int, TokenLogprobs] = {}
         prompts: dict[int, tuple[TokenLogprobs, ...]] = {}
-        faults = set(inputs.lost)
+        ruled_out = set()
         for index, row in enumerate(plan.rows):
             if row.prompt_logprobs is not None:
                 prompts[index] = self._of_prompt(row, index, inputs, read)
             spec = row.sample
             self._last_tokens[row.slot] = _NO_TOKEN
-            if spec is None or index in faults:
+            if spec is None or index in inputs.lost:
                 continue
             assert spec.position == row.start + row.num_tokens, f"{spec} after {row.start} + {row.num_tokens}"
             simple = spec.rules is None and spec.temperature == 0 and spec.logprobs is None
@@ -208,14 +208,15 @@ class EchoRunner:
                 guess = Guess(favourites[index], BAD if bad[index] else first_of(known) if stops[index] else None)
                 token = BAD if bad[index] else choose(guess, spec, known)
                 if token is None:
-                    faults.add(index)
+                    ruled_out.add(index)
                     continue
                 if spec.logprobs is not None:
                     logprobs[index] = guess.told(token, spec.logprobs)
             assert token is not None
             sampled[index] = self._last_tokens[row.slot] = token
+        faults = inputs.lost | ruled_out
         prompts = {index: told for index, told in prompts.items() if index not in faults}
-        return StepResult(plan.step_id, tuple(sampled), logprobs, prompts, frozenset(faults))
+        return StepResult(plan.step_id, tuple(sampled), logprobs, prompts, faults, frozenset(ruled_out))
 
     def _of_prompt(self, row: StepRow, index: int, inputs: _Inputs, read: _Read) -> tuple[TokenLogprobs, ...]:
         assert row.tokens is not None, "a prompt's token cannot come from the slot"

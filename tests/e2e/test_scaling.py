@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two echo models: no weights, and every token depends on all KV before it."""
     folder = tmp_path_factory.mktemp("pools")
-    small = {"runner": "echo", "kv": {"memory_mib": 64}}
+    small = {"source": "echo", "kv": {"memory_mib": 64}}
     config = {
         "models": {
             APART: small | {"prefill": {"kv": {"memory_mib": 32, "block_tokens": 32}}},

@@ -320,7 +320,7 @@ def test_draws_have_the_probabilities_that_are_told() -> None:
 def test_rules_that_leave_no_token_are_a_fault_of_that_row() -> None:
     sampling = SamplingParams(max_tokens=1, temperature=0.0, allowed_token_ids=(5,), bad_words=((5,),))
     result = Site().step(row((1, 2), 0, [0], sampling, 2), row((3,), 0, [1], slot=1))
-    assert result.faults == {0}
+    assert result.faults == result.ruled_out == {0}
     assert result.tokens == (None, expected_tokens((3,), 1)[0])
     with pytest.raises(ValueError, match="no token"):
         expected_tokens((1, 2), 1, sampling)

@@ -78,10 +78,12 @@ def test_a_shape_without_weights_or_tokenizer_is_enough_in_both_layouts(
     check_figures(result["80x33x9"], 80 * 33, 80 * 9)
 
 
-def test_the_echo_runner_measures_all_but_the_model(tiny: Path) -> None:
-    done = bench("--model", tiny, "--set", "models.tiny.runner=echo", "--workload", "3x20x5")
+@pytest.mark.parametrize("layout", ["colocated", "disaggregated"])
+def test_the_echo_model_measures_all_but_the_model(tiny: Path, layout: str) -> None:
+    echo = ["--set", "models.tiny.source=echo", "--set", "models.tiny.echo={layers: 3, kv_heads: 1, head_dim: 64}"]
+    done = bench("--model", tiny, *echo, "--layout", layout, "--workload", "3x20x5")
     assert done.exit_code == 0, done.output
-    assert "degraded: runner echo" in done.stdout
+    assert "degraded: model echo" in done.stdout
 
 
 def test_requests_share_prefixes_with_each_other_and_never_with_an_earlier_repeat(tiny: Path, tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_requests_share_prefixes_with_each_other_and_never_with_an_earlier_repea
         (["--workload", "1x1x1", "--workload", "1x1x1"], "given twice"),
         (["--workload", "1x1x1", "--layout", "both"], "colocated and disaggregated"),
         (["--workload", "1x1x1", "--output", "3"], "belong together"),
-        (["--workload", "1x1x1", "--random-weights", "--set", "models.tiny.runner=echo"], "has no weights"),
+        (["--workload", "1x1x1", "--random-weights", "--set", "models.tiny.source=echo"], "has no weights"),
         (["--workload", "1x1x1", "--set", "models.tiny.decode.engines=2"], "decode.engines"),
         (["--workload", "1x1x1", "--set", "models.tiny.decode.engine=2"], "did you mean engines"),
         (["--workload", "1x1x1", "--set", "models.other.source=x"], "several models"),

@@ -1,5 +1,5 @@
-"""Whole engines in this process: real threads, gRPC, workers and drivers. The echo runner stands in for the model: its
-every token depends on all KV before it.
+"""Whole engines in this process: real threads, gRPC, workers and drivers. The model is `echo`, whose every token depends
+on all KV before it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from diptych.cluster.engine.spec import EngineSpec
 from diptych.cluster.models import ModelFacts
 from diptych.cluster.router.mirror import PromptNames
 from diptych.cluster.router.session import EngineSession
+from diptych.kernels.echo.testing import expected_tokens
 from diptych.protos.errors import DiptychError, StartupError
 from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
-from diptych.protos.testing import echo_reference
 from diptych.protos.types import (
     DecodeOrder,
     EngineId,
@@ -60,8 +60,7 @@ FACTS = ModelFacts(
     chat_template=None,
 )
 SETTINGS = ModelSettings(
-    source="tiny",
-    runner="echo",
+    source="echo",
     kv=KvSettings(memory_mib=1, block_tokens=16),
     prefill=PrefillSettings(step_tokens=32, threads=1),
     decode=DecodeSettings(step_tokens=32, threads=1),
@@ -202,7 +201,7 @@ async def test_a_prompt_computed_in_one_engine_is_continued_in_the_other(site: S
         assert prefill.tokens.keys() == {0}
         assert 0 not in decode.tokens
         answer = prefill.tokens | decode.tokens
-        assert [answer[i] for i in range(12)] == echo_reference(prompt, 12, VOCAB)
+        assert [answer[i] for i in range(12)] == expected_tokens(prompt, 12)
     for name in ("p", "d"):
         assert (await site.counts(name)).used == 0
         assert site.engines[name].status().counters["kv_transfer_bytes_total"] > 0
@@ -221,7 +220,7 @@ async def test_pools_may_differ_in_arena_and_block_size(site: Site) -> None:
         assert (await prefill.finish()).reason is FinishReason.HANDOFF
         assert (await decode.finish()).transfer_bytes > 0
         answer = prefill.tokens | decode.tokens
-        assert [answer[i] for i in range(12)] == echo_reference(prompt, 12, VOCAB)
+        assert [answer[i] for i in range(12)] == expected_tokens(prompt, 12)
     infos = [site.sessions[name].info for name in ("p", "d")]
     assert [info.block_tokens for info in infos] == [7, 16]
     assert [any("no prefix cache" in choice for choice in info.degraded) for info in infos] == [True, False]
@@ -240,7 +239,7 @@ async def test_a_prompt_too_long_for_the_prefill_arena_is_computed_by_the_decode
     prefill, decode = ask(site, p, d, request(1, prompt, max_tokens=4))
     assert (await prefill.finish()).error_code == "no_kv_blocks"
     assert (await decode.finish()).reason is FinishReason.LENGTH
-    assert [decode.tokens[i] for i in range(4)] == echo_reference(prompt, 4, VOCAB)
+    assert [decode.tokens[i] for i in range(4)] == expected_tokens(prompt, 4)
 
 
 async def test_a_colocated_engine_answers_alone(site: Site) -> None:
@@ -251,7 +250,7 @@ async def test_a_colocated_engine_answers_alone(site: Site) -> None:
     decode = Sink()
     site.sessions["d"].submit(DecodeOrder(request=request(1, prompt), prefill=None), decode)
     assert (await decode.finish()).reason is FinishReason.LENGTH
-    assert [decode.tokens[i] for i in range(12)] == echo_reference(prompt, 12, VOCAB)
+    assert [decode.tokens[i] for i in range(12)] == expected_tokens(prompt, 12)
 
 
 async def test_a_draining_prefill_engine_stays_until_its_kv_was_fetched(site: Site) -> None:
@@ -270,7 +269,7 @@ async def test_a_draining_prefill_engine_stays_until_its_kv_was_fetched(site: Si
     done = await decode.finish()
     assert done.transfer_bytes > 0
     answer = early.tokens | decode.tokens
-    assert [answer[i] for i in range(12)] == echo_reference(prompt, 12, VOCAB)
+    assert [answer[i] for i in range(12)] == expected_tokens(prompt, 12)
 
 
 async def test_an_engine_of_both_roles_hands_over_within_itself(site: Site) -> None:
@@ -282,7 +281,7 @@ async def test_an_engine_of_both_roles_hands_over_within_itself(site: Site) -> N
         await prefill.finish()
         assert (await decode.finish()).transport == "local"
         answer = prefill.tokens | decode.tokens
-        assert [answer[i] for i in range(12)] == echo_reference(prompt, 12, VOCAB)
+        assert [answer[i] for i in range(12)] == expected_tokens(prompt, 12)
     assert (await site.counts("both")).used == 0
 
 
@@ -294,7 +293,7 @@ async def test_a_decode_engine_computes_the_prompt_when_its_prefill_engine_is_go
     decode = Sink()
     site.sessions["d"].submit(DecodeOrder(request=request(1, prompt), prefill=p), decode)
     assert (await decode.finish()).reason is FinishReason.LENGTH
-    assert [decode.tokens[i] for i in range(12)] == echo_reference(prompt, 12, VOCAB)
+    assert [decode.tokens[i] for i in range(12)] == expected_tokens(prompt, 12)
     assert d.epoch == 3
 
 
@@ -326,7 +325,7 @@ async def test_random_cancels_leave_both_pools_as_they_were(site: Site) -> None:
         ends = [await prefill.finish(), await decode.finish()]
         assert FinishReason.ERROR not in {end.reason for end in ends}
         answer = prefill.tokens | decode.tokens
-        expected = echo_reference(req.prompt, req.sampling.max_tokens, VOCAB)
+        expected = expected_tokens(req.prompt, req.sampling.max_tokens)
         assert all(expected[index] == token for index, token in answer.items())
     for name in ("p", "d"):
         counts = await site.counts(name)
