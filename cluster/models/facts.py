@@ -53,8 +53,11 @@ class ModelFolder:
     facts: ModelFacts
 
 
-def read_facts(folder: Path, name: str) -> ModelFacts:
-    """The facts of the model in `folder`, served as `name`. Raises StartupError with the file and the remedy."""
+def read_facts(folder: Path, name: str, *, has_weights: bool = True) -> ModelFacts:
+    """The facts of the model in `folder`, served as `name`. Raises StartupError with the file and the remedy.
+
+    Without weights config.json and tokenizer.json are enough; the number of parameters is an estimate then.
+    """
     config = _read_json(folder / "config.json", "A model folder needs the config.json of its checkpoint.")
     tokenizer_config = _read_optional_json(folder / "tokenizer_config.json")
     generation_config = _read_optional_json(folder / "generation_config.json")
@@ -65,7 +68,7 @@ def read_facts(folder: Path, name: str) -> ModelFacts:
             f"{folder / 'config.json'} describes quantised weights (quantization_config), which are not read in this "
             "version. Use the unquantised checkpoint of the model."
         )
-    tensors = _read_tensors(folder)
+    tensors = _read_tensors(folder) if has_weights else {}
     tokenizer = _read_json(
         folder / "tokenizer.json",
         "The tokenizer is read from tokenizer.json only: load the tokenizer once with transformers.AutoTokenizer and "
@@ -90,6 +93,7 @@ def read_facts(folder: Path, name: str) -> ModelFacts:
     layers = sizes.number(("num_hidden_layers", "n_layer", "num_layers"), 10_000)
     vocab_size = sizes.number(("vocab_size",), 100_000_000)
     _check_shapes(sizes, tensors, layers=layers, vocab_size=vocab_size)
+    attention_width = 2 * (heads + kv_heads) * head_dim
     eos = generation_config.get("eos_token_id", sizes.find(("eos_token_id",)))
     bos = _token_ids(
         sizes, "bos_token_id", generation_config.get("bos_token_id", sizes.find(("bos_token_id",))), vocab_size
@@ -103,10 +107,12 @@ def read_facts(folder: Path, name: str) -> ModelFacts:
         vocab_size=vocab_size,
         max_context_tokens=_context_tokens(sizes),
         weights_bytes=sum(entry.end - entry.begin for entry in tensors.values()),
-        num_parameters=sum(entry.num_elements for entry in tensors.values()),
+        num_parameters=sum(entry.num_elements for entry in tensors.values())
+        if has_weights
+        else _estimated_parameters(sizes, layers=layers, vocab_size=vocab_size, attention_width=attention_width),
         eos_token_ids=_token_ids(sizes, "eos_token_id", eos, vocab_size),
         bos_token_id=bos[0] if bos else None,
-        dtype=_checkpoint_dtype(folder, tensors),
+        dtype=_checkpoint_dtype(folder, tensors) if has_weights else "bfloat16",
         chat_template=_chat_template(folder, tokenizer_config),
         defaults=read_defaults(folder / "generation_config.json", generation_config),
     )
@@ -247,6 +253,16 @@ def _check_shapes(sizes: _Sizes, tensors: Mapping[str, TensorEntry], *, layers: 
     lost = next((layer for layer in range(layers) if layer not in found), None) if found else None
     if lost is not None:
         raise sizes.trouble(f"num_hidden_layers is {layers}, but the weights have no layer {lost}")
+
+
+def _estimated_parameters(sizes: _Sizes, *, layers: int, vocab_size: int, attention_width: int) -> int:
+    """Of a decoder with gated MLPs or experts in every layer. `attention_width`: rows of q, k, v and o together."""
+    hidden_size = sizes.number(("hidden_size", "n_embd", "d_model"), 1_000_000)
+    inner_names = ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim")
+    inner_size = sizes.number(inner_names, 10_000_000, default=4 * hidden_size)
+    experts = sizes.number(("num_experts", "num_local_experts", "n_routed_experts"), 100_000, default=1)
+    embeddings = 1 if sizes.find(("tie_word_embeddings",)) else 2
+    return hidden_size * (embeddings * vocab_size + layers * (attention_width + 3 * inner_size * experts))
 
 
 def _architecture(sizes: _Sizes, config: Mapping[str, object]) -> str:
