@@ -256,7 +256,9 @@ class SecuritySettings(Settings):
     secret_file: Path | None = Field(
         None, description="64 hexadecimal digits, readable by nobody else; null: a fresh secret for this cluster"
     )
-    tls: TlsSettings | None = Field(None, description="null: no TLS, and no channel that leaves this machine")
+    tls: TlsSettings | None = Field(
+        None, description="PEM files of mutual TLS; `{role}` in a path is router, prefill or decode; null: no TLS"
+    )
     allow_plaintext: bool = Field(
         False, description="let channels leave this machine without TLS; only where the network itself is trusted"
     )

@@ -91,7 +91,13 @@ class RouterDeployment:
         self._app = create_app(self._router, models)
         self._is_draining = False
         self._settings = settings = plan.settings
-        self._listener = await start_listener(self._app, host=settings.host, port=settings.port, limits=settings.limits)
+        self._listener = await start_listener(
+            self._app,
+            host=settings.host,
+            port=settings.port,
+            limits=settings.limits,
+            metrics=self._router.metrics,
+        )
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from diptych.cluster.config import LimitSettings
+from diptych.cluster.observability.metrics import RouterMetrics
 from diptych.protos.errors import (
     DiptychError,
     InvalidRequest,
@@ -29,6 +30,7 @@ from diptych.protos.errors import (
     StartupError,
 )
 from diptych.protos.openai_replies import error_body
+from diptych.protos.trust import Refusals
 
 from .body import refuse_body
 
@@ -55,7 +57,10 @@ class HeaderTimeout(RequestError):
 class _BoundedProtocol(HttpToolsProtocol):
     """One connection. Refusals are written and the connection closed; nothing reaches the app then."""
 
-    limits: LimitSettings  # set on a subclass per listener: uvicorn makes the instances
+    # Set on a subclass per listener: uvicorn makes the instances.
+    limits: LimitSettings
+    refusals: Refusals
+    metrics: RouterMetrics | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -76,6 +81,8 @@ class _BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop(self._header_timer)
         self._stop(self._write_timer)
+        if self._in_headers and self._head_bytes and not self._is_refused:
+            self._count("truncated_headers")
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -153,12 +160,18 @@ class _BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, error: DiptychError) -> None:
         """Answer unless an answer is under way, and close."""
         self._is_refused = True
+        self._count(error.code)
         self._stop(self._header_timer)
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             body = json.dumps(error_body(error)).encode()
             head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[error.http_status] + head + body)
         self.transport.close()
+
+    def _count(self, code: str) -> None:
+        self.refusals.note(self.client[0] if self.client else "", code)
+        if self.metrics is not None:
+            self.metrics.counters["refused"].labels(code).inc()
 
     @staticmethod
     def _stop(timer: asyncio.TimerHandle | None) -> None:
@@ -227,10 +240,16 @@ class Listener:
         await self._task
 
 
-async def start_listener(app: ASGIApp, *, host: str, port: int, limits: LimitSettings) -> Listener:
-    """Serve `app` on the running loop; port 0 takes a free one. Raises StartupError when the address is taken."""
+async def start_listener(
+    app: ASGIApp, *, host: str, port: int, limits: LimitSettings, metrics: RouterMetrics | None = None
+) -> Listener:
+    """Serve `app` on the running loop; port 0 takes a free one. Raises StartupError when the address is taken.
+
+    Connections that it turns away before the app sees a request count in `metrics`.
+    """
     sock = _bind(host, port)
-    protocol = type("BoundedProtocol", (_BoundedProtocol,), {"limits": limits})
+    own = {"limits": limits, "refusals": Refusals("the API listener"), "metrics": metrics}
+    protocol = type("BoundedProtocol", (_BoundedProtocol,), own)
     config = uvicorn.Config(
         app,
         http=protocol,

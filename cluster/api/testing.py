@@ -111,7 +111,7 @@ async def front_door(
         )
         stack.callback(served.renderer.close)
         app = create_app(router, [served])
-        listener = await start_listener(app, host="127.0.0.1", port=0, limits=settings.limits)
+        listener = await start_listener(app, host="127.0.0.1", port=0, limits=settings.limits, metrics=router.metrics)
         stack.push_async_callback(listener.stop, 0.2)
         await until(lambda: router.is_ready(MODEL) and all(session.is_ready for session in router.view.sessions()))
         yield FrontDoor(listener, router, directory, engines[0], engines[1], served)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+from pydantic import TypeAdapter
 
 from diptych.cluster.engine.spec import EngineSpec, EngineStarted
 from diptych.protos.errors import EngineLost, Fenced, InvalidRequest, StartupError, UnknownModel
@@ -115,7 +117,8 @@ class Pools:
         self._pools: dict[tuple[str, Role], Pool] = {}  # as it stands, with the sizes that `scale` set
         stored = store.get(_PLAN_KEY)
         if stored:
-            self._owner, self._plan, self._pools = pickle.loads(stored)
+            self._owner, self._plan, pools = _kept_form().validate_json(stored)
+            self._pools = {(pool.model, pool.role): pool for pool in pools}
 
     def adopt(self) -> None:
         """Watch again what an earlier life of the manager launched. In the event loop; repeating it does nothing."""
@@ -354,7 +357,14 @@ class Pools:
         return [info.pid for info in self._manager.engines() if not info.draining]
 
     def _keep(self) -> None:
-        self._store.put(_PLAN_KEY, pickle.dumps((self._owner, self._plan, self._pools)))
+        kept = (self._owner, self._plan, tuple(self._pools.values()))
+        self._store.put(_PLAN_KEY, _kept_form().dump_json(kept))
+
+
+@functools.cache
+def _kept_form() -> TypeAdapter[tuple[str, ClusterPlan | None, tuple[Pool, ...]]]:
+    """JSON, so that what lies in the store is data whoever wrote it."""
+    return TypeAdapter(tuple[str, ClusterPlan | None, tuple[Pool, ...]])
 
 
 async def _end_of(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -82,6 +82,12 @@ ROUTER_METRICS: dict[str, MetricSpec] = {
     "retries": MetricSpec(
         "diptych_retries_total", "counter", "Further attempts, by the error before", ("model", "code")
     ),
+    "refused": MetricSpec(
+        "diptych_listener_refused_total",
+        "counter",
+        "Connections to the API's listener that ended before a request was read, by error code",
+        ("code",),
+    ),
     "sessions_lost": MetricSpec(
         "diptych_engine_sessions_lost_total", "counter", "Engine streams that broke", ("engine",)
     ),
@@ -102,6 +108,7 @@ ENGINE_COUNTERS: dict[str, str] = {
     "engine_steps_total": "Steps of all workers",
     "engine_busy_seconds_total": "Time in steps",
     "engine_outputs_lost_total": "Outputs dropped because nobody read them in time",
+    "engine_refused_calls_total": "Calls of the Engine service turned away: no proof, a wrong one or a wrong role",
     "prefill_requests_total": "Prompts taken",
     "prefill_steps_total": "Prefill steps",
     "prefill_step_seconds_total": "Time in prefill steps",
@@ -134,6 +141,9 @@ ENGINE_COUNTERS: dict[str, str] = {
     "kv_fetch_errors_total": "Chunks that could not be fetched",
     "kv_lease_expired_total": "Staged KV given up because its reader went silent",
     "kv_quarantine_timeouts_total": "Slots taken back from a reader that confirmed no abort",
+    "kv_refused_calls_total": "Calls of the KV service turned away: no proof, a wrong one or a wrong role",
+    "kv_refused_fetches_total": "Fetches turned away: without the capability of their slot",
+    "kv_refused_attachments_total": "Attachments to the staging ring turned away: without an invitation",
     "kv_thread_faults_total": "Exceptions in the transfer thread",
     "kv_transport_downgrades_total": "Pairs that fell back to a slower transport",
     "kv_pairs_shm_total": "Pairs formed over shared memory",
