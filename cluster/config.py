@@ -154,6 +154,11 @@ class ModelSettings(Settings):
         min_length=1,
         description="a built-in model, a folder, a GGUF file, or a name on the Hugging Face hub",
     )
+    weights: Literal["checkpoint", "random"] = Field(
+        "checkpoint",
+        description="random: read none and make them up, to measure a model by its shape; a folder then needs "
+        "config.json and tokenizer.json alone",
+    )
     echo: EchoSettings = EchoSettings()
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has it")
     max_context_tokens: int | None = Field(None, ge=2, description="prompt and output; null: what the model allows")
@@ -165,6 +170,13 @@ class ModelSettings(Settings):
     kv: KvSettings = Field(KvSettings(), description="of each engine, unless its pool says otherwise")
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
+
+    @field_validator("weights")
+    @classmethod
+    def _has_weights(cls, weights: str, info: ValidationInfo) -> str:
+        if weights == "random" and info.data.get("source") == ECHO:
+            raise ValueError(f"the model {ECHO} has no weights; remove this key")
+        return weights
 
     @field_validator("echo")
     @classmethod
@@ -182,6 +194,11 @@ class ModelSettings(Settings):
                 "the layout colocated has no prefill pool; remove these keys, or write layout: disaggregated"
             )
         return prefill
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether weights are read from files."""
+        return self.weights == "checkpoint"
 
     def pools(self) -> dict[Role, int]:
         """Engines of each pool that the layout has."""

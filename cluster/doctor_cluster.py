@@ -40,7 +40,9 @@ def models(config: DiptychConfig) -> tuple[dict[str, ModelFolder], list[Finding]
     folders, findings = {}, []
     for name, settings in config.models.items():
         try:
-            folders[name] = folder = resolve(settings.source, config.cache_dir, echo=settings.echo)
+            folders[name] = folder = resolve(
+                settings.source, config.cache_dir, echo=settings.echo, has_weights=settings.has_weights
+            )
         except StartupError as error:
             findings.append(
                 Finding("model", State.STOP, f"{name}: {error}", f"set models.{name}.source, or cache_dir, accordingly")

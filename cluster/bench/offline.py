@@ -32,7 +32,6 @@ from .workload import Workload, parse_workload, random_prompts, read_prompts
 if TYPE_CHECKING:
     from diptych.cluster.engine.offline import OfflineEngines
 
-RANDOM_SEED = 0
 _ONE_BATCH = 1 << 20  # requests that may wait: all of them
 
 
@@ -74,21 +73,20 @@ def run_offline(options: OfflineOptions, began: float) -> None:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         memory = stack.enter_context(PeakMemory())
         name, settings, config = _settings(options)
-        model = _model(options, name, settings, config, folder)
+        model = _model(name, settings, config, folder)
         runs = _runs(options, model)
         specs = _specs(name, settings, config, model, folder)
         # torch and transformers, after everything that may be wrong with the command line
         from diptych.cluster.engine.offline import OfflineEngines
 
-        engines = OfflineEngines(specs, random_seed=RANDOM_SEED if options.random_weights else None)
+        engines = OfflineEngines(specs)
         stack.callback(engines.stop)
         infos = engines.start()
         startup_s = time.monotonic() - began
         room = min(info.max_context_tokens for info in infos)
         for run in runs:
             _check_room(run, room, name)
-        head = "random weights" if options.random_weights else "trained weights"
-        print(f"{name}, {head}, {infos[-1].dtype}, {settings.layout}; {regime()}")
+        print(f"{name}, {settings.weights} weights, {infos[-1].dtype}, {settings.layout}; {regime()}")
         print("all requests at once, greedy, end tokens ignored; no warm-up but the engine's own")
         for line in sorted({choice for info in infos for choice in info.degraded}):
             print(f"degraded: {line}")
@@ -155,23 +153,23 @@ def _settings(options: OfflineOptions) -> tuple[str, ModelSettings, DiptychConfi
     if layout == "colocated" and settings.decode.engines != 1:
         raise StartupError("bench offline runs one engine: set decode.engines to 1")
     update: dict[str, Any] = {"layout": layout}
+    if options.random_weights:
+        update["weights"] = "random"
     for pool in Role:
         update[pool.value] = getattr(settings, pool).model_copy(update={"max_waiting": _ONE_BATCH})
     return name, settings.model_copy(update=update), config
 
 
-def _model(
-    options: OfflineOptions, name: str, settings: ModelSettings, config: DiptychConfig, folder: Path
-) -> ModelFolder:
+def _model(name: str, settings: ModelSettings, config: DiptychConfig, folder: Path) -> ModelFolder:
     source = settings.source
     if source in SHAPES:
-        if not options.random_weights:
+        if settings.has_weights:
             raise StartupError(f"{source} is the shape of a model without weights: add --random-weights")
         return write_shape(source, folder)
     path = Path(source).expanduser()
-    if options.random_weights and path.is_dir():
+    if not settings.has_weights and path.is_dir():
         return shape_of(path.resolve(), name)
-    return resolve(source, config.cache_dir, print, echo=settings.echo)
+    return resolve(source, config.cache_dir, print, echo=settings.echo, has_weights=settings.has_weights)
 
 
 def _runs(options: OfflineOptions, model: ModelFolder) -> list[_Run]:

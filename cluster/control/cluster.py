@@ -67,7 +67,11 @@ class Cluster:
         with stage("prepare model"):
             folders = {
                 name: resolve(
-                    settings.source, config.cache_dir, lambda line: self._say(f"    {line}"), echo=settings.echo
+                    settings.source,
+                    config.cache_dir,
+                    lambda line: self._say(f"    {line}"),
+                    echo=settings.echo,
+                    has_weights=settings.has_weights,
                 )
                 for name, settings in config.models.items()
             }

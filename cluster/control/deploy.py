@@ -41,7 +41,14 @@ class PoolsKeeper:
         config = self._config
         check_security(config.security, names_of(config))
         folders = {
-            name: await asyncio.to_thread(resolve, settings.source, config.cache_dir, log.info, echo=settings.echo)
+            name: await asyncio.to_thread(
+                resolve,
+                settings.source,
+                config.cache_dir,
+                log.info,
+                echo=settings.echo,
+                has_weights=settings.has_weights,
+            )
             for name, settings in config.models.items()
         }
         self._folder = make_folder(config.run_dir, FOLDER)

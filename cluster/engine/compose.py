@@ -32,6 +32,7 @@ from .inbox import Inbox, TransferNews
 from .outbox import Outbox
 from .spec import EngineSpec
 
+RANDOM_SEED = 0  # of weights that are made up: all engines of a model must have the same
 MAX_OUTPUTS_BEHIND = 4096  # steps that the asyncio thread may lag behind the step thread
 
 
@@ -67,12 +68,14 @@ class EngineParts:
     receiver: ReceiveDriver | None = None
 
 
-def model_brain(spec: EngineSpec, random_seed: int | None = None) -> Brain:
-    """The real thing: transformers' model code with our attention over the arena. With a seed, random weights."""
+def model_brain(spec: EngineSpec) -> Brain:
+    """The real thing: transformers' model code with our attention over the arena."""
     from diptych.kernels.model import load_model
     from diptych.kernels.runner import ModelRunner
 
-    model = load_model(spec.folder, dtype=spec.dtype, random_seed=random_seed)
+    is_random = not spec.settings.has_weights
+    model = load_model(spec.folder, dtype=spec.dtype, random_seed=RANDOM_SEED if is_random else None)
+    degraded = ("weights are random: the answers are noise",) if is_random else ()
     layout = KvLayout(
         layers=model.layers,
         kv_heads=model.kv_heads,
@@ -90,7 +93,7 @@ def model_brain(spec: EngineSpec, random_seed: int | None = None) -> Brain:
             max_step_tokens=max_step_tokens,
         )
 
-    return Brain(layout, model.weights_digest, model.architecture.encode(), model.degraded, runner)
+    return Brain(layout, model.weights_digest, model.architecture.encode(), degraded + model.degraded, runner)
 
 
 def echo_brain(spec: EngineSpec) -> Brain:

@@ -31,7 +31,7 @@ from diptych.protos.types import (
     TransferKey,
 )
 
-from .compose import BrainFactory, EngineParts, brain_of, model_brain
+from .compose import EngineParts, brain_of
 from .engine import STOP_TIMEOUT_S, build
 from .inbox import CancelRequest
 from .loop import StepLoop
@@ -117,11 +117,10 @@ class _Batch:
 class OfflineEngines:
     """`start` once, `generate` any number of times, `stop` once. One thread may call."""
 
-    def __init__(self, specs: Sequence[EngineSpec], *, random_seed: int | None = None) -> None:
-        """`specs`: a decode engine, or a prefill and a decode engine. With `random_seed` no weights are read."""
+    def __init__(self, specs: Sequence[EngineSpec]) -> None:
+        """`specs`: a decode engine, or a prefill and a decode engine."""
         assert sorted(role for spec in specs for role in spec.roles) in ([Role.DECODE], [Role.DECODE, Role.PREFILL])
         self._specs = specs
-        self._random_seed = random_seed
         self._parts: dict[Role, EngineParts] = {}
         self._loops: list[StepLoop] = []
         self._step_threads: list[StepThread] = []
@@ -137,7 +136,7 @@ class OfflineEngines:
             thread = StepThread()
             self._step_threads.append(thread)
             (role,) = spec.roles
-            self._parts[role] = thread.call(partial(build, spec, self._brain(spec), lambda stage: None))
+            self._parts[role] = thread.call(partial(build, spec, brain_of(spec), lambda stage: None))
         for thread, parts in zip(self._step_threads, self._parts.values(), strict=True):
             self._asyncio_thread.call(self._listen(parts), STOP_TIMEOUT_S)
             if parts.sender is not None:
@@ -179,9 +178,6 @@ class OfflineEngines:
             thread.end(STOP_TIMEOUT_S)
         self._asyncio_thread.end(STOP_TIMEOUT_S)
         self._parts.clear()
-
-    def _brain(self, spec: EngineSpec) -> BrainFactory:
-        return brain_of(spec) if self._random_seed is None else partial(model_brain, random_seed=self._random_seed)
 
     async def _answer(self, requests: Sequence[GenerateRequest]) -> list[Answered]:
         if self._lost is not None:

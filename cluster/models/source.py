@@ -69,9 +69,10 @@ def resolve(
     progress: Callable[[str], None] = _silent,
     *,
     echo: EchoSettings = _DEFAULT_ECHO,
+    has_weights: bool = True,
 ) -> ModelFolder:
     """The checked folder of the model that `source` means: `echo`, a catalogue name, a model folder, a .gguf file, or a
-    name on a hub. `echo` are the sizes of the first.
+    name on a hub. `echo` are the sizes of the first. Where nobody `has_weights` to read, a folder needs none.
 
     Converts a GGUF file into `cache` first when that was not done before; `progress` gets a sentence at each stage.
     Raises StartupError, with what to do, for everything that cannot be served. Only a hub name reaches for a network.
@@ -84,7 +85,7 @@ def resolve(
     path = Path(source).expanduser()
     if source and path.is_dir():
         path = path.resolve()
-        return ModelFolder(path, read_facts(path, path.name))
+        return ModelFolder(path, read_facts(path, path.name, has_weights=has_weights))
     if source and path.is_file() and path.suffix.lower() == ".gguf":
         return _converted(path.resolve(), path.stem, cache, progress)
     if HUB_NAME.fullmatch(source) and not path.exists() and path.suffix.lower() != ".gguf":

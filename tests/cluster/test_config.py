@@ -184,3 +184,11 @@ def test_true_is_no_number(key: str) -> None:
     quoted = key.replace("smollm2-135m-instruct", '"smollm2-135m-instruct"')
     with pytest.raises(StartupError, match=f"{key.rpartition('.')[2]} should be a number, not true"):
         load_config(None, [f"{quoted}=true"])
+
+
+def test_the_model_without_weights_has_none_that_could_be_random() -> None:
+    with pytest.raises(StartupError, match=r"models\.echo\.weights: the model echo has no weights"):
+        load_config(None, ["models.echo.weights=random"], "echo")
+    assert not load_config(None, ["models.smollm2-135m-instruct.weights=random"]).models[DEFAULT_MODEL].has_weights
+    with pytest.raises(StartupError, match="weights"):
+        load_config(None, ["models.smollm2-135m-instruct.weights=made-up"])

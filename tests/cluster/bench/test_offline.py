@@ -78,6 +78,15 @@ def test_a_shape_without_weights_or_tokenizer_is_enough_in_both_layouts(
     check_figures(result["80x33x9"], 80 * 33, 80 * 9)
 
 
+def test_the_configuration_asks_for_random_weights_as_the_option_does(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text((tiny / "config.json").read_text())
+    done = bench("--model", tmp_path / "tiny", "--set", "models.tiny.weights=random", "--workload", "2x3x2")
+    assert done.exit_code == 0, done.output
+    assert "tiny, random weights, float32" in done.stdout
+    assert "degraded: weights are random" in done.stdout
+
+
 @pytest.mark.parametrize("layout", ["colocated", "disaggregated"])
 def test_the_echo_model_measures_all_but_the_model(tiny: Path, layout: str) -> None:
     echo = ["--set", "models.tiny.source=echo", "--set", "models.tiny.echo={layers: 3, kv_heads: 1, head_dim: 64}"]

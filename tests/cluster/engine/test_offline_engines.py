@@ -6,44 +6,30 @@ import asyncio
 import dataclasses
 import gc
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from diptych.cluster.bench.shapes import shape_of
 from diptych.cluster.config import ModelSettings
 from diptych.cluster.engine import offline
-from diptych.cluster.engine.compose import Brain, echo_brain
+from diptych.cluster.engine.compose import Brain, model_brain
 from diptych.cluster.engine.offline import OfflineEngines
 from diptych.cluster.engine.spec import EngineSpec
 from diptych.cluster.engine.thread import AsyncioThread
-from diptych.cluster.models import ModelFacts
-from diptych.kvtransfer.arena import KvArena
+from diptych.cluster.models import ModelFolder
+from diptych.kernels.testing import make_tiny_checkpoint
 from diptych.protos.errors import EngineFault, Overloaded
 from diptych.protos.ports import Runner
 from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
-from diptych.protos.testing import EchoRunner
+from diptych.protos.step import StepPlan, StepResult
 from diptych.protos.types import EngineId, Role
 
 BAD = 777  # the id that a row's first token must not be
-FACTS = ModelFacts(
-    name="tiny",
-    architecture="LlamaForCausalLM",
-    layers=2,
-    kv_heads=2,
-    head_dim=8,
-    vocab_size=1000,
-    max_context_tokens=512,
-    weights_bytes=0,
-    num_parameters=0,
-    eos_token_ids=(),
-    bos_token_id=None,
-    dtype="float32",
-    chat_template=None,
-)
 SETTINGS = ModelSettings(
     source="tiny",
-    runner="echo",
+    weights="random",
     kv=KvSettings(memory_mib=1, block_tokens=16),
     prefill=PrefillSettings(step_tokens=32, threads=1),
     decode=DecodeSettings(step_tokens=32, threads=1, max_running=4),
@@ -51,35 +37,63 @@ SETTINGS = ModelSettings(
 LAYOUTS = {"colocated": (Role.DECODE,), "disaggregated": (Role.PREFILL, Role.DECODE)}
 
 
+class FaultyRunner:
+    """Another runner, whose every row that begins with BAD comes back among the faults."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._bad: list[frozenset[int]] = []
+        self.max_slots, self.max_step_tokens = runner.max_slots, runner.max_step_tokens
+        self.vocab_size = runner.vocab_size
+
+    def launch(self, plan: StepPlan) -> None:
+        bad = (at for at, row in enumerate(plan.rows) if row.tokens is not None and row.tokens[0] == BAD)
+        self._bad.append(frozenset(bad))
+        self._runner.launch(plan)
+
+    def collect(self) -> StepResult:
+        result, bad = self._runner.collect(), self._bad.pop(0)
+        tokens = tuple(None if at in bad else token for at, token in enumerate(result.tokens))
+        return dataclasses.replace(result, tokens=tokens, faults=result.faults | bad)
+
+
 def faulty_brain(spec: EngineSpec) -> Brain:
-    """The echo runner's, which fails every row that begins with BAD."""
-    brain = echo_brain(spec)
-
-    def runner(arena: KvArena, max_slots: int, max_step_tokens: int) -> Runner:
-        made = brain.runner(arena, max_slots, max_step_tokens)
-        assert isinstance(made, EchoRunner)
-        made.poison = lambda row: row.tokens is not None and row.tokens[0] == BAD
-        return made
-
-    return dataclasses.replace(brain, runner=runner)
+    brain = model_brain(spec)
+    return dataclasses.replace(brain, runner=lambda *sizes: FaultyRunner(brain.runner(*sizes)))
 
 
-def specs(folder: Path, layout: str, settings: ModelSettings = SETTINGS) -> list[EngineSpec]:
-    return [
-        EngineSpec(
-            engine_id=EngineId(f"{role}-0"),
-            epoch=1,
-            roles=frozenset({role}),
-            model="tiny",
-            settings=settings,
-            transfer=TransferSettings(),
-            folder=folder,
-            facts=FACTS,
-            dtype="float32",
-            run_dir=folder,
-        )
-        for role in LAYOUTS[layout]
-    ]
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """A shape without weights."""
+    folder = tmp_path_factory.mktemp("model")
+    config = make_tiny_checkpoint(folder / "whole", vocab_size=1000) / "config.json"
+    (folder / "config.json").write_bytes(config.read_bytes())
+    return shape_of(folder, "tiny")
+
+
+Specs = Callable[..., list[EngineSpec]]
+
+
+@pytest.fixture
+def specs(folder: Path, model: ModelFolder) -> Specs:
+    def make(layout: str, settings: ModelSettings = SETTINGS) -> list[EngineSpec]:
+        return [
+            EngineSpec(
+                engine_id=EngineId(f"{role}-0"),
+                epoch=1,
+                roles=frozenset({role}),
+                model="tiny",
+                settings=settings,
+                transfer=TransferSettings(),
+                folder=model.path,
+                facts=model.facts,
+                dtype="float32",
+                run_dir=folder,
+            )
+            for role in LAYOUTS[layout]
+        ]
+
+    return make
 
 
 @pytest.fixture
@@ -90,9 +104,9 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def faulty(folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[OfflineEngines]:
+def faulty(specs: Specs, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[OfflineEngines]:
     monkeypatch.setattr(offline, "brain_of", lambda spec: faulty_brain)
-    engines = OfflineEngines(specs(folder, request.param))
+    engines = OfflineEngines(specs(request.param))
     engines.start()
     yield engines
     engines.stop()
@@ -115,11 +129,11 @@ def test_after_a_failure_no_request_of_the_batch_is_left_and_the_next_batch_is_w
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_batch_that_does_not_fit_is_refused_and_its_part_that_did_is_cancelled(folder: Path, layout: str) -> None:
+def test_a_batch_that_does_not_fit_is_refused_and_its_part_that_did_is_cancelled(specs: Specs, layout: str) -> None:
     few = SETTINGS.model_copy(
         update={role.value: getattr(SETTINGS, role.value).model_copy(update={"max_waiting": 0}) for role in Role}
     )
-    engines = OfflineEngines(specs(folder, layout, few))
+    engines = OfflineEngines(specs(layout, few))
     engines.start()
     with pytest.raises(Overloaded):
         engines.generate([[1, 2, 3]] * 500, 400, salt=b"")
@@ -129,9 +143,9 @@ def test_a_batch_that_does_not_fit_is_refused_and_its_part_that_did_is_cancelled
 
 
 def test_an_engine_whose_thread_dies_ends_the_batch_with_its_error(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    specs: Specs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engines = OfflineEngines(specs(folder, "disaggregated"))
+    engines = OfflineEngines(specs("disaggregated"))
     engines.start()
 
     def defect() -> bool:

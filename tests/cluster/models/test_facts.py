@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from diptych.cluster.bench.shapes import SHAPES
 from diptych.cluster.models import resolve
 from diptych.cluster.models.facts import read_facts
 from diptych.protos.errors import StartupError
@@ -30,6 +31,28 @@ def test_facts_are_those_of_config_and_headers(folder: Path) -> None:
     assert (facts.eos_token_ids, facts.bos_token_id) == ((2,), 1)
     assert facts.dtype == "float16"
     assert facts.chat_template is None
+
+
+def test_without_weights_config_and_tokenizer_are_enough_and_each_is_missed_by_name(folder: Path) -> None:
+    whole = read_facts(folder, "tiny")
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    facts = resolve(str(folder), folder / "cache", has_weights=False).facts
+    assert (facts.layers, facts.kv_heads, facts.head_dim) == (whole.layers, whole.kv_heads, whole.head_dim)
+    assert (facts.vocab_size, facts.max_context_tokens) == (whole.vocab_size, whole.max_context_tokens)
+    assert (facts.dtype, facts.weights_bytes) == ("bfloat16", 0)
+    with pytest.raises(StartupError, match=r"holds no \*\.safetensors"):
+        resolve(str(folder), folder / "cache")
+    for name in ("tokenizer.json", "config.json"):
+        (folder / name).unlink()
+        with pytest.raises(StartupError, match=f"{name} is missing"):
+            resolve(str(folder), folder / "cache", has_weights=False)
+
+
+@pytest.mark.parametrize(("shape", "billions"), [("smollm2-135m", 0.1345), ("llama-8b", 8.03), ("qwen3-30b-a3b", 30.5)])
+def test_the_memory_plan_of_a_shape_knows_its_size(folder: Path, shape: str, billions: float) -> None:
+    (folder / "config.json").write_text(json.dumps(SHAPES[shape]))
+    assert read_facts(folder, shape, has_weights=False).num_parameters == pytest.approx(billions * 1e9, rel=0.01)
 
 
 def test_kv_heads_default_to_heads_and_head_dim_may_be_given(folder: Path) -> None:
