@@ -62,6 +62,11 @@ class FrontDoor:
         """Of the served model."""
         return self.served.renderer.tokenizer
 
+    async def decode_alone(self) -> None:
+        """Let the prefill engine leave: one engine tells token 0 and a failure after it in order, two may race."""
+        self.directory.set([self.decode.info])
+        await until(lambda: not self.router.view.has_pool(MODEL, Role.PREFILL))
+
     def end_token(self) -> int:
         """The one token that ends an answer."""
         (token,) = self.served.eos_token_ids

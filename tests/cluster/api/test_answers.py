@@ -192,6 +192,7 @@ async def test_a_failure_before_the_first_token_has_its_status(http: httpx2.Asyn
 async def test_a_failure_in_mid_stream_is_an_error_event_and_no_done(
     client: openai.AsyncOpenAI, http: httpx2.AsyncClient, door: FrontDoor
 ) -> None:
+    await door.decode_alone()
     door.decode.faults.error = EngineFault("the step failed")
     door.decode.faults.error_at = 5
     body = {"model": "echo", "prompt": "hello", "max_tokens": 9, "stream": True}
@@ -207,6 +208,7 @@ async def test_a_failure_in_mid_stream_is_an_error_event_and_no_done(
 
 
 async def test_an_engine_stream_that_drops_is_an_error_event(http: httpx2.AsyncClient, door: FrontDoor) -> None:
+    await door.decode_alone()
     door.decode.faults.drop_stream_at = 4
     body = {"model": "echo", "prompt": "hello", "max_tokens": 9, "stream": True}
     text = (await http.post("/v1/completions", json=body)).text
