@@ -20,8 +20,7 @@ from diptych.protos.errors import (
     Overloaded,
     TransferError,
 )
-from diptych.protos.fair_line import Place
-from diptych.protos.lifecycle import Deadlines, RowMaker, StageTimer, execute, finish_reason, refusal, row_fault
+from diptych.protos.lifecycle import Books, execute, finish_reason, refusal, row_fault
 from diptych.protos.ports import (
     Clock,
     Closed,
@@ -45,7 +44,6 @@ from diptych.protos.types import (
     GenerateRequest,
     PrefillOrder,
     Role,
-    StepOutput,
     TransferKey,
 )
 
@@ -76,7 +74,6 @@ class DecodeWorker:
         self._runner = runner
         self._pool = pool
         self._receiver = receiver
-        self._emit = emit
         self._clock = clock
         self._max_context_tokens = max_context_tokens
         self._max_sequences = settings.max_running + settings.max_waiting
@@ -88,14 +85,8 @@ class DecodeWorker:
             watermark=settings.watermark,
         )
         self._sequences: dict[TransferKey, Sequence] = {}  # every state but DONE
-        self._deadlines = Deadlines()
-        self._out = StepOutput()
-        self._num_live = 0  # sequences without a Finish
-        self._num_orders = 0
-        names = ("requests", "steps", "step_faults", "row_faults", "tokens", "generated_tokens", "cached_tokens")
-        more = ("preemptions", "local_prefills", "transfer_failures")
-        self._counters = dict.fromkeys(names + more, 0)
-        self._step_seconds = 0.0
+        totals = ("steps", "step_faults", "row_faults", "tokens", "generated_tokens", "preemptions", "local_prefills")
+        self._books = Books(self.role, emit, clock, (*totals, "transfer_failures"))
 
     def submit(self, order: PrefillOrder | DecodeOrder) -> None:
         """Take a decode order. A key that is in work already is ignored: its first order will end."""
@@ -105,35 +96,25 @@ class DecodeWorker:
         if earlier is not None and earlier.state is not State.DRAINING:
             log.warning("%s: a second decode order for a request in work is ignored", key)
             return
-        self._num_orders += 1
-        self._counters["requests"] += 1
-        self._num_live += 1
-        sequence = Sequence(
-            order,
-            Place.of(request, self._num_orders),
-            StageTimer(self._clock()),
-            RowMaker(request),
-            tokens=list(request.prompt),
-            state=State.WAITING,
-        )
+        sequence = Sequence(order, *self._books.begin(request), tokens=list(request.prompt), state=State.WAITING)
         error = self._refusal(request) if earlier is None else InvalidRequest(f"{key} was used before", "key")
         if error is not None:
             self._finish(sequence, FinishReason.ERROR, error)
         else:
             self._sequences[key] = sequence
-            self._deadlines.add(key, request.deadline)
+            self._books.deadlines.add(key, request.deadline)
             if order.prefill is None:
                 self._compute_here(sequence)
             else:
                 have_tokens = self._scheduler.expect(sequence)
                 self._receiver.expect(key, order.prefill, len(request.prompt), have_tokens)
-        self._flush()
+        self._books.flush()
 
     def cancel(self, key: TransferKey) -> None:
         """End a sequence in any state; its blocks follow when the receiver lets go of them."""
         if (sequence := self._sequences.get(key)) is not None:
             self._end(sequence, FinishReason.CANCELLED, Cancelled("the request was cancelled"))
-        self._flush()
+        self._books.flush()
 
     def on_transfer(self, event: SendEvent | ReceiveEvent) -> None:
         """The receiver asks for blocks, or a transfer ended."""
@@ -145,50 +126,49 @@ class DecodeWorker:
             self._forget(sequence)
         elif sequence.state in IN_TRANSFER:
             self._on_transfer(sequence, event)
-        self._flush()
+        self._books.flush()
 
     def step(self) -> bool:
         """See ports.Worker."""
-        for key in self._deadlines.pop_due(self._clock()):
+        for key in self._books.deadlines.pop_due(self._clock()):
             error = DeadlineExceeded("the request's deadline passed before its answer was complete")
             self._end(self._sequences[key], FinishReason.ERROR, error)
         plan, decision = self._scheduler.decide()
         self._announce(decision)
         if plan is not None:
             self._run(plan, decision.shares)
-        self._flush()
+        self._books.flush()
         return plan is not None
 
     def _run(self, plan: StepPlan, shares: list[Share]) -> None:
-        self._counters["steps"] += 1
-        self._counters["tokens"] += plan.num_tokens
+        self._books.totals["steps"] += 1
+        self._books.totals["tokens"] += plan.num_tokens
         begin = self._clock()
         try:
             result = execute(self._runner, plan)
         except EngineFault as fault:
-            self._counters["step_faults"] += 1
+            self._books.totals["step_faults"] += 1
             for share in shares:
                 self._end(share.sequence, FinishReason.ERROR, fault)
         else:
             for at, share in enumerate(shares):
                 self._computed(share, plan, result, at)
-        self._step_seconds += self._clock() - begin
+        self._books.step_seconds += self._clock() - begin
 
     def next_wake(self) -> float | None:
         """The earliest deadline."""
-        return self._deadlines.earliest()
+        return self._books.deadlines.earliest()
 
     def load(self) -> WorkerLoad:
         """Sequences with a seat, and all others that have not ended."""
         running = self._scheduler.num_running
-        return WorkerLoad(running=running, waiting=self._num_live - running)
+        return WorkerLoad(running=running, waiting=self._books.num_live - running)
 
     def counters(self) -> dict[str, float]:
         """Totals since the start, and as of now decode_running, decode_kv_tokens (held by those that run) and
         decode_queued_tokens (of prompts to be computed here). `tokens` are all computed ones, in `step_seconds`.
         """
-        counters = {f"decode_{name}_total": float(value) for name, value in self._counters.items()}
-        counters["decode_step_seconds_total"] = self._step_seconds
+        counters = self._books.counters()
         counters["decode_running"] = float(self._scheduler.num_running)
         counters["decode_kv_tokens"] = float(self._scheduler.num_kv_tokens)
         counters["decode_queued_tokens"] = float(self._scheduler.num_queued_tokens)
@@ -206,7 +186,7 @@ class DecodeWorker:
         return None
 
     def _compute_here(self, sequence: Sequence) -> None:
-        self._counters["local_prefills"] += 1
+        self._books.totals["local_prefills"] += 1
         sequence.timer.enter("queue", self._clock())
         self._scheduler.wait(sequence)
 
@@ -241,7 +221,7 @@ class DecodeWorker:
 
     def _failed(self, sequence: Sequence, error: DiptychError) -> None:
         """The transfer is over and brought nothing."""
-        self._counters["transfer_failures"] += 1
+        self._books.totals["transfer_failures"] += 1
         log.info("%s: no KV from the prefill engine: %s", sequence.key, error)
         if sequence.order.allow_local_prefill:
             self._compute_here(sequence)
@@ -257,7 +237,7 @@ class DecodeWorker:
             self._receiver.grant(sequence.key, tuple(sequence.blocks))
         for sequence in decision.unpinned:
             self._unpinned(sequence)
-        self._counters["preemptions"] += len(decision.preempted)
+        self._books.totals["preemptions"] += len(decision.preempted)
         for sequence in (*decision.started, *decision.unseated, *decision.preempted):
             if sequence.state is not State.RUNNING:
                 sequence.timer.enter("queue", now)
@@ -271,30 +251,30 @@ class DecodeWorker:
 
     def _unpinned(self, sequence: Sequence) -> None:
         error = NoBlocks("the cached prefix of the prompt had to make room")
-        self._counters["transfer_failures"] += 1
+        self._books.totals["transfer_failures"] += 1
         self._receiver.abort(sequence.key, error)
         if sequence.order.allow_local_prefill:
-            self._counters["local_prefills"] += 1
+            self._books.totals["local_prefills"] += 1
         else:
             self._end(sequence, FinishReason.ERROR, error)
 
     def _computed(self, share: Share, plan: StepPlan, result: StepResult, at: int) -> None:
         sequence, token = share.sequence, result.tokens[at]
         if at in result.faults:
-            self._counters["row_faults"] += at not in result.ruled_out
+            self._books.totals["row_faults"] += at not in result.ruled_out
             self._end(sequence, FinishReason.ERROR, row_fault(plan, result, at))
             return
         self._scheduler.advance(share, token)
         if at in result.prompt_logprobs:
             told = sequence.rows.tell_prompt(plan.rows[at], result.prompt_logprobs[at])
             if told is not None:
-                self._out.prompt_logprobs.append(told)
+                self._books.out.prompt_logprobs.append(told)
         if token is None:
             return
         if share.num_tokens > 1 or sequence.num_generated == 1:
             sequence.timer.enter("decode", self._clock())
-        self._counters["generated_tokens"] += 1
-        self._out.add(sequence.key, sequence.num_generated - 1, token, result.logprobs.get(at))
+        self._books.totals["generated_tokens"] += 1
+        self._books.out.add(sequence.key, sequence.num_generated - 1, token, result.logprobs.get(at))
         self._finish_if_complete(sequence, token)
 
     def _finish_if_complete(self, sequence: Sequence, token: int) -> None:
@@ -326,27 +306,17 @@ class DecodeWorker:
         del self._sequences[sequence.key]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: DiptychError | None = None) -> None:
-        self._deadlines.discard(sequence.key)
-        self._num_live -= 1
-        self._counters["cached_tokens"] += sequence.cached_tokens or 0
-        failed = error is not None and reason is FinishReason.ERROR
-        self._out.finishes.append(
+        self._books.end(
             Finish(
                 key=sequence.key,
                 role=self.role,
                 reason=reason,
                 num_tokens=sequence.num_generated,
                 cached_tokens=sequence.cached_tokens or 0,
-                error_code=error.code if error is not None and failed else "",
-                error_message=str(error) if failed else "",
-                times=sequence.timer.read(self._clock()),
                 transfer_bytes=sequence.transfer_bytes,
                 transport=sequence.transport,
                 preemptions=sequence.preemptions,
-            )
+            ),
+            sequence.timer,
+            error,
         )
-
-    def _flush(self) -> None:
-        if self._out:
-            out, self._out = self._out, StepOutput()
-            self._emit(out)

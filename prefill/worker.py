@@ -19,8 +19,7 @@ from diptych.protos.errors import (
     Overloaded,
     TransferError,
 )
-from diptych.protos.fair_line import Place
-from diptych.protos.lifecycle import Deadlines, RowMaker, StageTimer, execute, finish_reason, refusal, row_fault
+from diptych.protos.lifecycle import Books, execute, finish_reason, refusal, row_fault
 from diptych.protos.ports import Clock, Emit, ReceiveEvent, Released, Runner, SendEvent, SendPort, WorkerLoad
 from diptych.protos.settings import PrefillSettings
 from diptych.protos.step import SlotPool, StepPlan, StepResult
@@ -31,7 +30,6 @@ from diptych.protos.types import (
     GenerateRequest,
     PrefillOrder,
     Role,
-    StepOutput,
     TransferKey,
 )
 
@@ -60,7 +58,6 @@ class PrefillWorker:
         self._runner = runner
         self._pool = pool
         self._sender = sender
-        self._emit = emit
         self._clock = clock
         self._max_context_tokens = max_context_tokens
         self._max_jobs = settings.max_running + settings.max_waiting
@@ -71,12 +68,7 @@ class PrefillWorker:
             step_tokens=min(settings.step_tokens, runner.max_step_tokens),
         )
         self._jobs: dict[TransferKey, Job] = {}  # every state but DONE
-        self._deadlines = Deadlines()
-        self._out = StepOutput()
-        self._num_live = 0  # jobs without a Finish
-        self._num_orders = 0
-        self._counters = dict.fromkeys(("steps", "step_faults", "row_faults", "tokens", "cached_tokens", "requests"), 0)
-        self._step_seconds = 0.0
+        self._books = Books(self.role, emit, clock, ("steps", "step_faults", "row_faults", "tokens"))
 
     def submit(self, order: PrefillOrder | DecodeOrder) -> None:
         """Take a prefill order. A key that is in work already is ignored: its first order will end."""
@@ -86,15 +78,11 @@ class PrefillWorker:
         if earlier is not None and earlier.state is not State.DRAINING:
             log.warning("%s: a second prefill order for a request in work is ignored", key)
             return
-        self._counters["requests"] += 1
-        self._num_live += 1
-        self._num_orders += 1
-        place = Place.of(order.request, self._num_orders)
-        job = Job(order, place, StageTimer(self._clock()), RowMaker(order.request))
+        job = Job(order, *self._books.begin(order.request))
         error = self._refusal(order.request) if earlier is None else InvalidRequest(f"{key} was used before", "key")
         if error is None:
             self._jobs[key] = job
-            self._deadlines.add(key, order.request.deadline)
+            self._books.deadlines.add(key, order.request.deadline)
             self._scheduler.add(job)
             # At once, not when its turn comes: the decode engine's Expect must find it however long the queue is.
             self._sender.open(key, order.decode, len(order.request.prompt))
@@ -102,13 +90,13 @@ class PrefillWorker:
             self._finish(job, FinishReason.ERROR, error)
             if earlier is None:
                 self._sender.abort(key, error)  # never opened: tells the decode engine not to wait
-        self._flush()
+        self._books.flush()
 
     def cancel(self, key: TransferKey) -> None:
         """End a job in any state; its blocks follow when the sender lets go of them."""
         if (job := self._jobs.get(key)) is not None:
             self._end(job, FinishReason.CANCELLED, Cancelled("the request was cancelled"))
-        self._flush()
+        self._books.flush()
 
     def on_transfer(self, event: SendEvent | ReceiveEvent) -> None:
         """The sender released a job's blocks."""
@@ -123,11 +111,11 @@ class PrefillWorker:
             reason = FinishReason.CANCELLED if isinstance(error, Cancelled) else FinishReason.ERROR
             self._finish(job, reason, error, event)
         self._forget(job)
-        self._flush()
+        self._books.flush()
 
     def step(self) -> bool:
         """See ports.Worker."""
-        for key in self._deadlines.pop_due(self._clock()):
+        for key in self._books.deadlines.pop_due(self._clock()):
             error = DeadlineExceeded("the request's deadline passed before its prompt was handed over")
             self._end(self._jobs[key], FinishReason.ERROR, error)
         for job in self._scheduler.admit():
@@ -135,37 +123,36 @@ class PrefillWorker:
         planned = self._scheduler.plan()
         if planned is not None:
             self._run(*planned)
-        self._flush()
+        self._books.flush()
         return planned is not None
 
     def _run(self, plan: StepPlan, shares: list[Share]) -> None:
-        self._counters["steps"] += 1
-        self._counters["tokens"] += plan.num_tokens
+        self._books.totals["steps"] += 1
+        self._books.totals["tokens"] += plan.num_tokens
         begin = self._clock()
         try:
             result = execute(self._runner, plan)
         except EngineFault as fault:
-            self._counters["step_faults"] += 1
+            self._books.totals["step_faults"] += 1
             for share in shares:
                 self._end(share.job, FinishReason.ERROR, fault)
         else:
             for at, share in enumerate(shares):
                 self._computed(share, plan, result, at)
-        self._step_seconds += self._clock() - begin
+        self._books.step_seconds += self._clock() - begin
 
     def next_wake(self) -> float | None:
         """The earliest deadline."""
-        return self._deadlines.earliest()
+        return self._books.deadlines.earliest()
 
     def load(self) -> WorkerLoad:
         """Jobs that compute or send, and jobs that wait. Ended ones whose blocks are still read count as neither."""
         waiting = len(self._scheduler.waiting)
-        return WorkerLoad(running=self._num_live - waiting, waiting=waiting)
+        return WorkerLoad(running=self._books.num_live - waiting, waiting=waiting)
 
     def counters(self) -> dict[str, float]:
         """Totals since the start, and prefill_queued_tokens as of now. `tokens` were computed in `step_seconds`."""
-        counters = {f"prefill_{name}_total": float(value) for name, value in self._counters.items()}
-        counters["prefill_step_seconds_total"] = self._step_seconds
+        counters = self._books.counters()
         counters["prefill_queued_tokens"] = float(self._scheduler.num_queued_tokens)
         return counters
 
@@ -187,21 +174,21 @@ class PrefillWorker:
     def _computed(self, share: Share, plan: StepPlan, result: StepResult, at: int) -> None:
         job, token = share.job, result.tokens[at]
         if at in result.faults:
-            self._counters["row_faults"] += at not in result.ruled_out
+            self._books.totals["row_faults"] += at not in result.ruled_out
             self._end(job, FinishReason.ERROR, row_fault(plan, result, at))
             return
         self._scheduler.advance(share)
         if at in result.prompt_logprobs:
             told = job.rows.tell_prompt(plan.rows[at], result.prompt_logprobs[at])
             if told is not None:
-                self._out.prompt_logprobs.append(told)
+                self._books.out.prompt_logprobs.append(told)
         if token is None:
             self._sender.computed(job.key, job.computed, tuple(job.blocks))
             return
         job.num_generated = 1
         job.state = State.SENDING
         job.timer.enter("transfer", self._clock())
-        self._out.add(job.key, 0, token, result.logprobs.get(at))
+        self._books.out.add(job.key, 0, token, result.logprobs.get(at))
         reason = finish_reason(
             job.request.sampling,
             token,
@@ -236,26 +223,16 @@ class PrefillWorker:
     def _finish(
         self, job: Job, reason: FinishReason, error: DiptychError | None = None, released: Released | None = None
     ) -> None:
-        self._deadlines.discard(job.key)
-        self._num_live -= 1
-        self._counters["cached_tokens"] += job.cached_tokens
-        failed = error is not None and reason is FinishReason.ERROR
-        self._out.finishes.append(
+        self._books.end(
             Finish(
                 key=job.key,
                 role=self.role,
                 reason=reason,
                 num_tokens=job.num_generated,
                 cached_tokens=job.cached_tokens,
-                error_code=error.code if error is not None and failed else "",
-                error_message=str(error) if failed else "",
-                times=job.timer.read(self._clock()),
                 transfer_bytes=released.size_bytes if released else 0,
                 transport=released.transport if released else "",
-            )
+            ),
+            job.timer,
+            error,
         )
-
-    def _flush(self) -> None:
-        if self._out:
-            out, self._out = self._out, StepOutput()
-            self._emit(out)

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from .errors import ContextTooLong, DiptychError, EngineFault, InvalidRequest
-from .ports import Runner
+from .fair_line import Place
+from .ports import Clock, Emit, Runner
 from .step import LogitRules, SampleSpec, StepPlan, StepResult, StepRow
 from .types import (
+    Finish,
     FinishReason,
     GenerateRequest,
     PromptLogprobs,
+    Role,
     SamplingParams,
     StageTimes,
+    StepOutput,
     TokenLogprobs,
     TransferKey,
 )
@@ -179,7 +184,7 @@ def execute(runner: Runner, plan: StepPlan) -> StepResult:
 
 
 def row_fault(plan: StepPlan, result: StepResult, at: int) -> DiptychError:
-    """How the request of row `at` ends, which is among the step's faults: InvalidRequest where its rules are to blame."""
+    """How the request of row `at` ends, one of the step's faults: InvalidRequest where its rules are to blame."""
     sample = plan.rows[at].sample
     if at in result.ruled_out and sample is not None and sample.rules is not None:
         return _no_token_left(sample.rules, sample.position - sample.rules.num_prompt)
@@ -236,6 +241,50 @@ class StageTimer:
         """The sums, the present stage included."""
         self.enter(self._stage, now)
         return StageTimes(**self._seconds)
+
+
+class Books:
+    """Of one worker: how many of its requests have no end yet, their deadlines, its totals, and what it has to emit."""
+
+    def __init__(self, role: Role, emit: Emit, clock: Clock, totals: Iterable[str]) -> None:
+        """`totals`: names of what is counted beside requests and their cached tokens."""
+        self.num_live = 0
+        self.deadlines = Deadlines()
+        self.out = StepOutput()
+        self.totals = dict.fromkeys(("requests", "cached_tokens", *totals), 0)
+        self.step_seconds = 0.0
+        self._role = role
+        self._emit = emit
+        self._clock = clock
+
+    def begin(self, request: GenerateRequest) -> tuple[Place, StageTimer, RowMaker]:
+        """A request that `end` will end."""
+        self.totals["requests"] += 1
+        self.num_live += 1
+        return Place.of(request, self.totals["requests"]), StageTimer(self._clock()), RowMaker(request)
+
+    def end(self, finish: Finish, timer: StageTimer, error: DiptychError | None) -> None:
+        """The terminal event; its times are the timer's, and its words those of an error that it ends with."""
+        self.deadlines.discard(finish.key)
+        self.num_live -= 1
+        self.totals["cached_tokens"] += finish.cached_tokens
+        code, message = "", ""
+        if error is not None and finish.reason is FinishReason.ERROR:
+            code, message = error.code, str(error)
+        times = timer.read(self._clock())
+        self.out.finishes.append(replace(finish, error_code=code, error_message=message, times=times))
+
+    def flush(self) -> None:
+        """Emit what has gathered."""
+        if self.out:
+            out, self.out = self.out, StepOutput()
+            self._emit(out)
+
+    def counters(self) -> dict[str, float]:
+        """The totals and the seconds of all steps, under the role's names."""
+        counters = {f"{self._role}_{name}_total": float(value) for name, value in self.totals.items()}
+        counters[f"{self._role}_step_seconds_total"] = self.step_seconds
+        return counters
 
 
 class Deadlines:
