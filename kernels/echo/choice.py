@@ -2,7 +2,8 @@
 
 rank 0: the favourite; rank r: the r-th word after it, ids wrapping around; then bytes and marks. When END is due it
 has rank 0 and the others move up by one. A token of rank r has probability 2**-(r+1), and no less than 2**-64. Rules,
-filters and their order are those of ops/sampling/reference.py; at most RANKS tokens that no rule names are drawn from.
+filters and their order are those of ops/sampling/reference.py, but a draw goes down the list instead of up the ids, and
+at most RANKS tokens that no rule names are drawn from.
 """
 
 from __future__ import annotations

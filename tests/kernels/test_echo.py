@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -225,6 +227,27 @@ def test_a_stale_block_of_another_request_is_noticed_wherever_it_lies() -> None:
         assert (next_token(site, wrong, site.memory) == BAD) == (at > 0), at
 
 
+def test_every_byte_of_a_slot_depends_on_every_token_of_the_prefix() -> None:
+    """Over many prefixes that differ in one token each byte takes many values."""
+    seen: list[NDArray[np.uint8]] = []
+    for number in range(200):
+        site = Site(kv(3, 4))
+        site.generate((number, 7, 7, 7, 8), [2, 0], 1)
+        seen.append(site.memory[:, :, 0, :, 0].copy())
+    values = np.stack(seen).reshape(200, -1)
+    assert min(len(set(column)) for column in values.T.tolist()) > 60
+    assert len({row.tobytes() for row in values}) == 200
+
+
+def test_the_whole_kv_of_another_prompt_gives_the_answer_of_that_prompt() -> None:
+    """The one fault that cannot be told from the KV alone; it shows in the answer."""
+    site, blocks = filled()
+    other = tuple(range(40, 50))
+    site.generate(other, [5, 6, 7], 1)
+    assert next_token(site, [5, 6, 7], site.memory) == expected_tokens((*other, 77), 1)[0]
+    assert next_token(site, [5, 6, 7], site.memory) != next_token(site, blocks, site.memory)
+
+
 def test_equal_content_in_other_blocks_gives_the_same_token() -> None:
     site, blocks = filled()
     site.memory[:, :, [0, 10, 11]] = site.memory[:, :, blocks]
@@ -387,3 +410,11 @@ def test_a_third_outstanding_step_and_rows_beyond_their_blocks_are_refused() -> 
 def test_memory_that_is_no_words_is_refused() -> None:
     with pytest.raises(ValueError, match="words of 8 bytes"):
         Site(kv(dims=6, dtype="bfloat16"))
+
+
+def test_neither_runner_nor_oracle_loads_torch() -> None:
+    code = (
+        "import sys, diptych.kernels.echo.runner, diptych.kernels.echo.testing; "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
