@@ -315,3 +315,29 @@ def test_a_wrong_type_is_told_in_the_words_of_json(name: str, value: Any, words:
     with pytest.raises(InvalidRequest) as told:
         chat(**{name: value})
     assert str(told.value) == words
+
+
+ODD: list[Any] = [
+    *(None, True, False, 0, -1, 1, 1.0, 1.5, -0.0, 2**31, 2**63, 2**64, 10**40, -(10**40), 1e308, 5e-324),
+    *("", "5", "x" * 600, "\x00", "\u2028", "\U0001f600"),
+    *([], {}, [None], [[]], [[[]]], [True], [1.0], [""], ["x"] * 200, [1] * 200, [10**40]),
+    *({"a": 1}, {"": None}, {"1": 1}, {"1": True}, {"01": 1}, {"-1": 1}, {" 1": 1}, {"\u0661": 1}, {"1" * 300: 1}),
+]
+
+
+@pytest.mark.parametrize("name", sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, *FIXED, "zzz"}))
+def test_no_value_is_taken_for_another_type_or_ends_in_another_exception(name: str) -> None:
+    for parse, base in ((parse_chat, CHAT), (parse_completion, TEXT)):
+        for value in ODD:
+            try:
+                request = parse(json.dumps({**base, name: value}).encode())
+            except InvalidRequest as exc:
+                assert exc.param is not None, (value, str(exc))
+                assert exc.param.split(".")[0].split("[")[0] == name
+                assert len(str(exc)) < 400
+            else:
+                taken = getattr(request, name, None)
+                if isinstance(taken, bool) or isinstance(value, bool):
+                    assert taken is value or name in FIXED, value
+                if isinstance(taken, int | float):
+                    assert taken == value or (name, value) == ("top_k", -1)
