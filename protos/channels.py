@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from . import engine_pb2, kv_pb2
 from .errors import StartupError
@@ -36,6 +37,10 @@ _SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
+_CODES = {
+    Refusal.ROLE: grpc.StatusCode.PERMISSION_DENIED,
+    Refusal.NO_MESSAGE: grpc.StatusCode.INVALID_ARGUMENT,
+}
 
 Option = tuple[str, int | str]
 
@@ -128,7 +133,7 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         refusal = self._gate.judge(method, handler_call_details.invocation_metadata or ())
         if refusal is None:
             handler = await continuation(handler_call_details)
-            return self._with_role(handler, method) if handler is not None and self._has_certificates else handler
+            return self._guarded(handler, method) if handler is not None else None
 
         async def refuse(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
             await self._abort(method, refusal, context)
@@ -136,29 +141,33 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         # Taken for a stream whatever it is: so nothing of the body is read.
         return grpc.stream_stream_rpc_method_handler(refuse)
 
-    def _with_role(self, handler: Any, method: str) -> Any:
-        """The handler behind a look at the caller's certificate, which only the call's context has."""
-        if handler.request_streaming:
+    def _guarded(self, handler: Any, method: str) -> Any:
+        """The handler, a coroutine that writes to its context, behind a look at the caller's certificate, which is not
+        known before. Bytes that are no message end the call, without the traceback that gRPC would log.
+        """
 
-            async def checked_stream(requests: Any, context: grpc.aio.ServicerContext) -> None:
-                await self._check_role(method, context)
+        async def stream(requests: Any, context: grpc.aio.ServicerContext) -> None:
+            await self._check_role(method, context)
+            try:
                 await handler.stream_stream(requests, context)
+            except DecodeError:
+                await self._abort(method, Refusal.NO_MESSAGE, context)
 
-            return grpc.stream_stream_rpc_method_handler(
-                checked_stream, handler.request_deserializer, handler.response_serializer
-            )
-
-        async def checked_unary(body: bytes, context: grpc.aio.ServicerContext) -> None:
+        async def unary(body: bytes, context: grpc.aio.ServicerContext) -> None:
             await self._check_role(method, context)
             try:
                 request = handler.request_deserializer(body)
-            except Exception:  # protobuf's DecodeError, whose module differs between its implementations
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is no message of this call")
+            except DecodeError:
+                await self._abort(method, Refusal.NO_MESSAGE, context)
             await handler.unary_stream(request, context)
 
-        return grpc.unary_stream_rpc_method_handler(checked_unary, None, handler.response_serializer)
+        if not handler.request_streaming:
+            return grpc.unary_stream_rpc_method_handler(unary, None, handler.response_serializer)
+        return grpc.stream_stream_rpc_method_handler(stream, handler.request_deserializer, handler.response_serializer)
 
     async def _check_role(self, method: str, context: grpc.aio.ServicerContext) -> None:
+        if not self._has_certificates:
+            return
         shown = {name.decode() for name in context.auth_context().get("x509_subject_alternative_name", ())}
         if shown.isdisjoint(caller + CERTIFICATE_SUFFIX for caller in self._gate.callers(method)):
             await self._abort(method, Refusal.ROLE, context)
@@ -166,6 +175,4 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     async def _abort(self, method: str, refusal: Refusal, context: grpc.aio.ServicerContext) -> None:
         service = KV_SERVICE if method.startswith(f"/{KV_SERVICE}/") else ENGINE_SERVICE
         self._refused[service].note(context.peer(), refusal.value)
-        status = grpc.StatusCode
-        code = status.PERMISSION_DENIED if refusal is Refusal.ROLE else status.UNAUTHENTICATED
-        await context.abort(code, f"refused: {refusal.value}")
+        await context.abort(_CODES.get(refusal, grpc.StatusCode.UNAUTHENTICATED), f"refused: {refusal.value}")

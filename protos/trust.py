@@ -115,6 +115,7 @@ class Refusal(StrEnum):
     STALE = "a proof of another time: it was recorded, or the clocks of the two hosts differ"
     REPLAYED = "a proof that was used before"
     ROLE = "a caller whose role does not make this call"
+    NO_MESSAGE = "bytes that are no message of this call"
 
 
 class Gate:

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from diptych.cluster.observability.tracing import record_phase
 from diptych.protos import codec, engine_pb2_grpc
@@ -215,6 +216,8 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
                         raise SessionRefused(grpc.StatusCode.INVALID_ARGUMENT, f"unexpected frame {other}")
         except SessionRefused as refused:
             session.fail(refused.code, refused.message)
+        except DecodeError:
+            session.fail(grpc.StatusCode.INVALID_ARGUMENT, "bytes that are no frame")
         except grpc.aio.AioRpcError as lost:
             log.info("session of router %s broke: %s", session.router_id, lost.code())
         finally:
