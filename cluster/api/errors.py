@@ -66,7 +66,7 @@ def response_of(error: DiptychError) -> Response:
 async def on_error(request: Request, exc: Exception) -> Response:
     """Starlette's handler for everything that an endpoint raises."""
     if isinstance(exc, HTTPException):
-        path = printable(request.scope["path"])  # request.url takes //a/b for a host and a path
+        path = printable(request.url.path)
         if exc.status_code == 405:
             error: DiptychError = WrongMethod(f"{path} does not answer {request.method}")
         elif exc.status_code == 404:

@@ -161,7 +161,6 @@ async def test_a_body_that_a_web_page_could_send_unasked_is_refused(http: httpx2
 
 async def test_paths_and_methods_that_do_not_exist(http: httpx2.AsyncClient) -> None:
     assert error_of(await http.get("/v1/nothing"), 404)["code"] == "not_found"
-    assert error_of(await http.get("//v1/models"), 404)["message"] == "there is no //v1/models here"
     assert error_of(await http.get("/v1/models/none"), 404)["code"] == "model_not_found"
     assert error_of(await http.get(CHAT), 405)["code"] == "method_not_allowed"
     assert (await http.post(CHAT + "/", json=HELLO)).status_code == 404
