@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,16 +13,15 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
-from diptych.cluster.config import LimitSettings, PlacementSettings, RouterSettings, TenantSettings
+from diptych.cluster.config import PlacementSettings, RouterSettings
 from diptych.cluster.observability.tracing import json_lines
 from diptych.cluster.router import router as router_module
-from diptych.cluster.router.call import Explanation, GenerateCall, TokenDelta
+from diptych.cluster.router.rig import PAIR, PROMPT, D, P, call, rig, until, wanted
 from diptych.cluster.router.router import Router
 from diptych.cluster.router.session import EngineSession
-from diptych.cluster.router.testing import ECHO_ROOT, EchoEngine, StaticDirectory, echo_logprobs
+from diptych.cluster.router.testing import ECHO_ROOT, EchoEngine, StaticDirectory
 from diptych.kvtransfer.prefix import block_name, root_name, short_name
 from diptych.protos import engine_pb2 as pb
-from diptych.protos.codec import prompt_logprobs_to_pb
 from diptych.protos.errors import (
     DeadlineExceeded,
     EngineFault,
@@ -37,100 +35,8 @@ from diptych.protos.types import (
     EngineRef,
     FinishReason,
     PrefillOrder,
-    PromptLogprobs,
     Role,
-    SamplingParams,
 )
-
-PROMPT = tuple(range(10, 30))
-P, D = frozenset({Role.PREFILL}), frozenset({Role.DECODE})
-
-
-@dataclass
-class Rig:
-    router: Router
-    directory: StaticDirectory
-    engines: dict[str, EchoEngine]
-
-    async def ask(self, max_tokens: int = 8, **sampling: object) -> tuple[list[int], Explanation]:
-        tokens: list[int] = []
-        async for delta in self.router.generate(call(max_tokens)):
-            assert not tokens or delta.tokens or delta.finish
-            tokens += delta.tokens
-            if delta.finish is not None:
-                return tokens, delta.finish
-        raise AssertionError("the answer ended without a finish")
-
-    async def deltas(self, call: GenerateCall) -> list[TokenDelta]:
-        return [delta async for delta in self.router.generate(call)]
-
-    def ready(self) -> int:
-        return sum(session.is_ready for session in self.router.view.sessions())
-
-    def metric(self, name: str) -> float:
-        found = [s for f in self.router.metrics.registry.collect() for s in f.samples if s.name == name]
-        return sum(sample.value for sample in found)
-
-
-def call(max_tokens: int = 8, timeout_s: float | None = None, traceparent: str = "") -> GenerateCall:
-    return GenerateCall(
-        model="echo",
-        prompt=PROMPT,
-        sampling=SamplingParams(max_tokens=max_tokens),
-        timeout_s=timeout_s,
-        traceparent=traceparent,
-    )
-
-
-def wanted(count: int) -> list[int]:
-    return [PROMPT[i % len(PROMPT)] for i in range(count)]
-
-
-async def until(condition: object) -> None:
-    assert callable(condition)
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - conditions are plain functions over other tasks' state
-            await asyncio.sleep(0.002)
-
-
-@asynccontextmanager
-async def rig(
-    folder: Path,
-    roles: dict[str, frozenset[Role]],
-    *,
-    step_s: float = 0.0,
-    tokens_per_step: int = 1,
-    placement: PlacementSettings | None = None,
-    max_attempts: int = 3,
-) -> AsyncIterator[Rig]:
-    async with AsyncExitStack() as stack:
-        engines = {}
-        for name, role in roles.items():
-            engine = EchoEngine(
-                f"unix:{folder}/{name}", engine_id=name, roles=role, step_s=step_s, tokens_per_step=tokens_per_step
-            )
-            await engine.start()
-            stack.push_async_callback(engine.stop)
-            engines[name] = engine
-        directory = StaticDirectory([engine.info for engine in engines.values()])
-        settings = RouterSettings(
-            limits=LimitSettings(request_timeout_s=30),
-            connect_timeout_s=2,
-            placement=placement or PlacementSettings(),
-            max_attempts=max_attempts,
-            tenants={"gold": TenantSettings(weight=4)},
-        )
-        router = Router(directory=directory, settings=settings)
-        await router.start()
-        stack.push_async_callback(router.stop)
-        made = Rig(router, directory, engines)
-        await until(lambda: made.ready() == len(roles))
-        yield made
-        await until(lambda: router.in_flight == {} and router.admission.running == 0)
-        assert all(session.in_flight == 0 for session in router.view.sessions())
-
-
-PAIR = {"p": P, "d": D}
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 50])
@@ -200,22 +106,6 @@ async def test_an_order_lost_with_the_prefill_stream_does_not_hold_the_answer_up
         first, second = (order.request.key for order in r.engines["d"].orders)
         assert second == replace(first, attempt=1)
         await until(lambda: r.engines["d"].cancels == [first])
-
-
-async def test_a_prefill_engine_lost_amid_the_prompts_logprobs_is_replaced(tmp_path: Path) -> None:
-    """Its token 0 has come, but nothing has reached the client yet: the decode engine knows tokens only."""
-    async with rig(tmp_path, PAIR) as r:
-        engine = r.engines["p"]
-        engine.faults.silent = True
-        r.engines["d"].on_order = lambda: setattr(r.engines["d"].faults, "silent", len(r.engines["d"].orders) < 2)
-        task = asyncio.create_task(r.deltas(asking(prompt_logprobs=0)))
-        await until(lambda: bool(engine.orders))
-        [session] = engine._sessions
-        session.outbox.put_nowait(pb.EngineFrame(tokens=pb.StepTokens(handle=[1], index=[0], token=[PROMPT[0]])))
-        engine.drop_streams()
-        deltas = await task
-        assert [token for delta in deltas for token in delta.tokens] == wanted(8)
-        assert deltas[0].prompt_logprobs == [echo_logprobs(token, 0) for token in PROMPT[1:]]
 
 
 async def test_the_other_prefill_engine_is_tried_when_one_is_lost(tmp_path: Path) -> None:
@@ -512,72 +402,6 @@ async def test_without_a_tracer_the_callers_traceparent_still_reaches_the_engine
         async for _ in r.router.generate(call(traceparent=header)):
             pass
         assert r.engines["d"].orders[0].request.traceparent == header
-
-
-def asking(**sampling: int) -> GenerateCall:
-    return replace(call(), sampling=SamplingParams(max_tokens=8, **sampling))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("roles", [PAIR, {"d": D}])
-async def test_logprobs_reach_the_caller_beside_their_tokens(tmp_path: Path, roles: dict[str, frozenset[Role]]) -> None:
-    async with rig(tmp_path, roles, tokens_per_step=3) as r:
-        deltas = await r.deltas(asking(logprobs=2, prompt_logprobs=1))
-        told = [one for delta in deltas for one in delta.logprobs or []]
-        assert told == [echo_logprobs(token, 2) for token in wanted(8)]
-        assert deltas[0].prompt_logprobs == [echo_logprobs(token, 1) for token in PROMPT[1:]]
-        assert all(delta.prompt_logprobs is None for delta in deltas[1:])
-        assert r.engines["d"].orders[0].request.sampling.logprobs == 2
-
-
-@pytest.mark.parametrize("num_lost", [0, 1])
-@pytest.mark.parametrize("swap", [False, True])
-async def test_prompt_logprobs_of_two_tellers_and_of_a_retry_come_once_whole_and_in_order(
-    tmp_path: Path, num_lost: int, swap: bool
-) -> None:
-    """Both engines tell all of them; of a lost attempt half of them had come."""
-    async with rig(tmp_path, {"p0": P, "p1": P, "d": D}, tokens_per_step=3) as r:
-        r.engines["d"].faults.also_first_token = True
-        r.engines["d"].faults.swap_pairs = swap
-        if num_lost:
-            r.engines["d"].on_order = lambda: setattr(r.engines["d"].faults, "silent", len(r.engines["d"].orders) < 2)
-            for name in ("p0", "p1"):
-                r.engines[name].faults.silent = True
-        task = asyncio.create_task(r.deltas(asking(prompt_logprobs=1)))
-        if num_lost:
-            await until(lambda: any(r.engines[name].orders for name in ("p0", "p1")))
-            lost = next(r.engines[name] for name in ("p0", "p1") if r.engines[name].orders)
-            for name in ("p0", "p1"):
-                r.engines[name].faults.silent = False
-            [session] = lost._sessions
-            half = PromptLogprobs(lost.orders[0].request.key, 1, tuple(echo_logprobs(9, 1) for _ in range(9)))
-            step = pb.StepTokens(prompt_logprobs=[prompt_logprobs_to_pb(1, half)])
-            session.outbox.put_nowait(pb.EngineFrame(tokens=step))
-            lost.drop_streams()
-        deltas = await task
-        assert [token for delta in deltas for token in delta.tokens] == wanted(8)
-        assert deltas[0].prompt_logprobs == [echo_logprobs(token, 1) for token in PROMPT[1:]]
-        assert all(delta.prompt_logprobs is None for delta in deltas[1:])
-        assert deltas[-1].finish is not None
-        assert deltas[-1].finish.attempts == 1 + num_lost
-
-
-async def test_a_prompt_of_one_token_has_no_logprobs_and_waits_for_none(tmp_path: Path) -> None:
-    async with rig(tmp_path, PAIR) as r:
-        deltas = await r.deltas(replace(asking(prompt_logprobs=0), prompt=(5,)))
-        assert deltas[0].prompt_logprobs == []
-
-
-async def test_nobody_who_did_not_ask_gets_logprobs(tmp_path: Path) -> None:
-    async with rig(tmp_path, PAIR) as r:
-        deltas = await r.deltas(call())
-        assert all(delta.logprobs is None and delta.prompt_logprobs is None for delta in deltas)
-
-
-async def test_an_engine_that_keeps_the_prompts_logprobs_to_itself_fails_the_request(tmp_path: Path) -> None:
-    async with rig(tmp_path, {"d": D}, max_attempts=1) as r:
-        r.engines["d"].faults.no_prompt_logprobs = True
-        with pytest.raises(EngineLost, match="logprobs"):
-            await r.deltas(asking(prompt_logprobs=0))
 
 
 async def test_a_step_that_makes_no_sense_costs_the_connection_and_not_the_session(tmp_path: Path) -> None:
