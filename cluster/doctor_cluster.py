@@ -12,9 +12,10 @@ from pathlib import Path
 from diptych.cluster.config import DiptychConfig
 from diptych.cluster.control import host
 from diptych.cluster.control.memory import plan_memory
-from diptych.cluster.control.plan import plan_cluster
+from diptych.cluster.control.plan import PLAINTEXT, plan_cluster
 from diptych.cluster.control.state import dead_folders, find_cluster
 from diptych.cluster.models import ModelFolder, resolve
+from diptych.cluster.security import check_security, names_of
 from diptych.protos.errors import StartupError
 
 from .doctor_machine import Finding, State
@@ -28,6 +29,7 @@ def examine(config: DiptychConfig) -> list[Finding]:
     if len(folders) == len(config.models):
         findings += [memory(config, folders), engines(config)]
     findings += ports(config)
+    findings.append(security(config))
     findings += [run_dir(config.run_dir), leftovers(config.run_dir)]
     findings += [disk("cache_dir", config.cache_dir), disk("run_dir", config.run_dir)]
     if config.ray.address is not None:
@@ -52,6 +54,22 @@ def models(config: DiptychConfig) -> tuple[dict[str, ModelFolder], list[Finding]
         told = f"{name}: {facts.architecture}, {facts.num_parameters / 1e6:,.0f} M parameters, {folder.path}"
         findings.append(Finding("model", State.OK, told))
     return folders, findings
+
+
+def security(config: DiptychConfig) -> Finding:
+    """The files behind `security:`, and whether anything leaves this machine unprotected."""
+    try:
+        check_security(config.security, names_of(config))
+    except StartupError as error:
+        return Finding("security", State.STOP, str(error), "docs/concepts/security.md shows how to make these files")
+    if config.engines.leaves_host and config.security.tls is None:
+        return Finding("security", State.SLOW, f"{PLAINTEXT} (engines.host {config.engines.host})", "set security.tls")
+    told = (
+        "mutual TLS between engines and routers"
+        if config.security.tls is not None
+        else "engines and routers talk on this machine only"
+    )
+    return Finding("security", State.OK, told)
 
 
 def memory(config: DiptychConfig, folders: dict[str, ModelFolder]) -> Finding:

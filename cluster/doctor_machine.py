@@ -29,7 +29,7 @@ class State(StrEnum):
     """What a finding means for a start."""
 
     OK = "ok"
-    SLOW = "note"  # it starts, and is slower or smaller than it could be
+    SLOW = "note"  # it starts, and is slower, smaller or less safe than it could be
     STOP = "stop"
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from diptych.cluster.config import DiptychConfig, SecuritySettings, TlsSettings, load_config
+from diptych.cluster import doctor_cluster
+from diptych.cluster.config import DiptychConfig, EngineSettings, SecuritySettings, TlsSettings, load_config
 from diptych.cluster.control.keyring import deposit, fetch, withdraw
 from diptych.cluster.control.plan import PLAINTEXT
+from diptych.cluster.doctor_machine import State
 from diptych.cluster.security import check_security, engine_name, names_of, read_secret, trust_of, why_exposed
 from diptych.protos.errors import StartupError
 from diptych.protos.trust import secret_id
@@ -194,3 +196,20 @@ def test_another_s_key_and_one_that_others_can_read_are_refused(copy: Path) -> N
     os.chmod(copy / "router.key", 0o600)
     with pytest.raises(StartupError, match=r"router\.key is not the private key of"):
         check_security(settings(copy), NAMES)
+
+
+# ---- what the doctor says ----
+
+
+def test_the_doctor_tells_of_files_that_would_stop_a_start_and_of_plaintext(authority: Path, tmp_path: Path) -> None:
+    def finding(security: SecuritySettings, host: str | None = None) -> tuple[State, str]:
+        told = doctor_cluster.security(DiptychConfig(engines=EngineSettings(host=host), security=security))
+        assert told.remedy or told.state is State.OK
+        return told.state, told.told
+
+    assert finding(SecuritySettings()) == (State.OK, "engines and routers talk on this machine only")
+    assert finding(settings(authority), "10.0.0.1") == (State.OK, "mutual TLS between engines and routers")
+    state, words = finding(SecuritySettings(secret_file=secret_file(tmp_path, mode=0o644)))
+    assert (state, "chmod 600" in words) == (State.STOP, True)
+    state, words = finding(SecuritySettings(allow_plaintext=True), "10.0.0.1")
+    assert (state, "10.0.0.1" in words) == (State.SLOW, True)
