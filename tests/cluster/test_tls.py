@@ -145,9 +145,20 @@ async def test_strangers_expired_certificates_and_plaintext_are_refused_before_a
             code, words = await status_of(trust, ref, KV_SESSION, "prefill")
             assert code is grpc.StatusCode.UNAVAILABLE, (what, code, words)
             assert time.monotonic() - began < 5, what
-        reader = GrpcReader(ref, 5, callers["plaintext"])
-        reader.close()
+        believed = (authority / "ca.crt").read_bytes()
+        assert await asyncio.to_thread(_is_refused_without_certificate, ref, believed)
         assert await cluster.answer(PROMPT) == before
+
+
+def _is_refused_without_certificate(ref: EngineRef, ca: bytes) -> bool:
+    name = [("grpc.ssl_target_name_override", "prefill.diptych.internal")]
+    with grpc.secure_channel(ref.target, grpc.ssl_channel_credentials(ca), options=name) as channel:
+        proof = Trust(SECRET, "decode").proof(KV_SESSION, ref)
+        try:
+            next(channel.stream_stream(KV_SESSION)(iter([b""]), metadata=proof, timeout=10))
+        except grpc.RpcError as exc:
+            return bool(exc.code() is grpc.StatusCode.UNAVAILABLE)
+        return False
 
 
 async def test_no_channel_leaves_the_machine_in_plaintext() -> None:
