@@ -23,7 +23,9 @@ from . import attention
 from .attention import AttentionStep, Compute, LayerShape, run_module
 from .layers.fused_decoder import fuse, is_known
 from .layers.merged import MERGED_NAMES, merge_linears
-from .layers.packed import PackedLinear, pack_linears
+from .layers.packed import pack_linears, packed_memory
+from .native.build import why_missing
+from .native.pages import use_large_pages
 from .ops.linear.cpu import has_blocked_layout
 from .ops.ragged import RaggedBatch
 from .probe import Probe, compute_alone, compute_ragged, differs, find_layers
@@ -32,6 +34,7 @@ from .rope import context_tokens
 from .weights import load_weights, weights_digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_LARGE_WEIGHTS = 64 << 20  # bytes from which it matters how large the pages of memory are
 KvLayers = Mapping[int, tuple[Tensor, Tensor]]
 
 
@@ -146,7 +149,16 @@ def _swap_modules(module: nn.Module, dtype: torch.dtype, device: torch.device) -
         degraded.append(f"{len(unmerged)} groups of linears are not merged, the first is {unmerged[0]}")
     if dtype is torch.bfloat16 and device.type == "cpu" and not has_blocked_layout():
         degraded.append("bfloat16 weights are not prepacked: this torch or CPU has no oneDNN for them")
+    if device.type == "cpu" and (reason := why_missing()) is not None:
+        degraded.append(f"decoding is slower, without native code: {reason}")
     pack_linears(module)
+    if device.type == "cpu":
+        memory = packed_memory(module)
+        moved, size = use_large_pages(memory), sum(memory.values())
+        if size >= _LARGE_WEIGHTS and moved < size // 2:
+            degraded.append(
+                f"of {size >> 20} MiB of weights, {moved >> 20} lie in large pages (Linux 6.1 moves them there)"
+            )
     return degraded
 
 
@@ -221,12 +233,9 @@ def _one_geometry(shapes: Mapping[int, attention.LayerShape]) -> tuple[int, int]
 
 
 def _weights_bytes(module: nn.Module) -> int:
-    """Of parameters and buffers, each storage once, and of packed weights, which have no storage to look at."""
+    """Of parameters and buffers, each storage once, and of packed weights, which are no parameters."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*module.parameters(), *module.buffers())
     }
-    packed = [child.packed for child in module.modules() if isinstance(child, PackedLinear)]
-    opaque = sum(tensor.numel() * tensor.element_size() for tensor in packed if tensor.is_mkldnn)
-    plain = {tensor.data_ptr(): tensor.nbytes for tensor in packed if not tensor.is_mkldnn}
-    return sum((storages | plain).values()) + opaque
+    return sum((storages | packed_memory(module)).values())

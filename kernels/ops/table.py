@@ -18,6 +18,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "sampling": "cpu",
         "logprobs": "cpu",
         "linear": "cpu",
+        "rotate": "cpu",
         "rms_norm": "cpu",
     },
     "cuda": {
@@ -26,6 +27,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "sampling": "reference",
         "logprobs": "reference",
         "linear": "reference",
+        "rotate": "reference",
         "rms_norm": "reference",
     },
 }

@@ -11,7 +11,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [0, 1, 7, 64])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 7, 64])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_what_is_fused_into_a_linear_computes_what_it_would_beside_it(
     dtype: torch.dtype, rows: int, has_bias: bool
@@ -23,13 +23,13 @@ def test_what_is_fused_into_a_linear_computes_what_it_would_beside_it(
 
     x, weight, other = random(rows, 48), random(32, 48) / 7, random(rows, 32)
     bias = random(32) if has_bias else None
-    packed = launch.pack(weight)
+    packed, defined_by = launch.pack(weight, bias), reference.pack(weight, bias)
     given = x.clone(), other.clone()
     pairs = [
-        (launch.linear(x, packed, bias), reference.linear(x, weight, bias)),
-        (launch.linear_add(x, packed, bias, other), reference.linear_add(x, weight, bias, other)),
-        (launch.linear_silu(x, packed, bias), reference.linear_silu(x, weight, bias)),
-        (launch.linear_mul(x, packed, bias, other), reference.linear_mul(x, weight, bias, other)),
+        (packed(x), defined_by(x)),
+        (packed.add(x, other), defined_by.add(x, other)),
+        (packed.silu(x), defined_by.silu(x)),
+        (packed.mul(x, other), defined_by.mul(x, other)),
     ]
     for ours, defined in pairs:
         assert ours.shape == (rows, 32)

@@ -302,4 +302,4 @@ def test_packed_linears_compute_what_plain_ones_do(rows: int) -> None:
         out, wanted = packed(x), source(x)
     assert out.shape == wanted.shape == (1, rows, 80)
     torch.testing.assert_close(out.float(), wanted.float(), atol=2e-2, rtol=2e-2)
-    assert packed.packed.is_mkldnn == linear_cpu.has_blocked_layout()
+    assert packed.op.weight.is_mkldnn == linear_cpu.has_blocked_layout()

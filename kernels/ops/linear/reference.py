@@ -1,31 +1,44 @@
-"""Definition of linear: y = x @ weight.T + bias. `pack` may change a weight's form, never its values."""
+"""Definition of a linear layer, y = x @ weight.T + bias, and of what may be computed in the same call."""
 
 from __future__ import annotations
 
-import torch.nn.functional
+import torch
 from torch import Tensor
 
 
-def pack(weight: Tensor) -> Tensor:
-    """The form of `weight` [out, in] that `linear` takes."""
-    return weight
+class Linear:
+    """Holds a weight [out, in] and a bias [out] in the device's best form, which never changes their values."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    def add(self, x: Tensor, addend: Tensor) -> Tensor:
+        """addend + self(x): [..., in], [..., out] -> [..., out]."""
+        return addend + self(x)
+
+    def silu(self, x: Tensor) -> Tensor:
+        """silu(self(x)): [..., in] -> [..., out]."""
+        return torch.nn.functional.silu(self(x))
+
+    def mul(self, x: Tensor, factor: Tensor) -> Tensor:
+        """factor * self(x): [..., in], [..., out] -> [..., out]."""
+        return factor * self(x)
+
+    def rows(self, ids: Tensor) -> Tensor | None:
+        """Rows of the weight, [..., in]: what an embedding gives that shares it. None where the weight was not copied
+        into another form, so that sharing costs nothing.
+        """
+        return None
+
+    def memory(self) -> dict[int, int]:
+        """Where the weight lies: address -> bytes."""
+        return {self.weight.data_ptr(): self.weight.nbytes}
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """[..., in] -> [..., out]."""
-    return torch.nn.functional.linear(x, packed, bias)
-
-
-def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
-    """addend + linear(x): [..., in], [..., out] -> [..., out]."""
-    return addend + linear(x, packed, bias)
-
-
-def linear_silu(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """silu(linear(x)): [..., in] -> [..., out]."""
-    return torch.nn.functional.silu(linear(x, packed, bias))
-
-
-def linear_mul(x: Tensor, packed: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
-    """factor * linear(x): [..., in], [..., out] -> [..., out]."""
-    return factor * linear(x, packed, bias)
+def pack(weight: Tensor, bias: Tensor | None) -> Linear:
+    """See launch.py."""
+    return Linear(weight, bias)

@@ -1,4 +1,4 @@
-"""Paged attention on a CPU: sequences with equally many new tokens are gathered and batched.
+"""Paged attention on a CPU: prompts with equally many new tokens are gathered and batched; singles.py does the rest.
 
 T tokens of the row, H query heads, G KV heads, R = H / G, D head size, N blocks, B tokens a block; S sequences of a
 group, n new tokens, L padded context.
@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..ragged import RaggedBatch, Segment
 from .params import AttentionParams
+from .singles import Singles, can_attend
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +38,26 @@ def paged_attention(
 ) -> Tensor:
     """See reference.py."""
     kv_heads = k_NGBD.shape[1]
-    groups = batch.once(("groups", kv_heads), lambda: _plan(batch, kv_heads, q_THD.device))
-    if len(groups) == 1 and isinstance(groups[0].rows, slice):
+    singles = batch.once("singles", lambda: Singles.find(batch)) if can_attend(q_THD, k_NGBD) else None
+    groups = batch.once(
+        ("groups", kv_heads), lambda: _plan(batch, kv_heads, q_THD.device, without_singles=singles is not None)
+    )
+    if singles is None and len(groups) == 1 and isinstance(groups[0].rows, slice):
         return _attend(q_THD, k_NGBD, v_NGBD, batch, groups[0], params)
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+    if singles is not None:
+        singles.attend(q_THD, out_THD, k_NGBD, v_NGBD, params)
     for group in groups:
         out_THD[group.rows] = _attend(q_THD[group.rows], k_NGBD, v_NGBD, batch, group, params)
     return out_THD
 
 
-def _plan(batch: RaggedBatch, kv_heads: int, device: torch.device) -> list[_Group]:
+def _plan(batch: RaggedBatch, kv_heads: int, device: torch.device, *, without_singles: bool) -> list[_Group]:
     size = batch.block_tokens
     alike: dict[tuple[int, bool], list[Segment]] = {}
     for segment in batch.segments:
+        if without_singles and segment.num_tokens == 1:
+            continue
         alike.setdefault((segment.num_tokens, segment.start == 0), []).append(segment)
     groups: list[_Group] = []
     for members in alike.values():
