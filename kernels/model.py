@@ -153,6 +153,7 @@ def _swap_modules(module: nn.Module, dtype: torch.dtype, device: torch.device) -
         degraded.append(f"decoding is slower, without native code: {reason}")
     pack_linears(module)
     if device.type == "cpu":
+        _leave_files(module)
         memory = packed_memory(module)
         moved, size = use_large_pages(memory), sum(memory.values())
         if size >= _LARGE_WEIGHTS and moved < size // 2:
@@ -160,6 +161,17 @@ def _swap_modules(module: nn.Module, dtype: torch.dtype, device: torch.device) -
                 f"of {size >> 20} MiB of weights, {moved >> 20} lie in large pages (Linux 6.1 moves them there)"
             )
     return degraded
+
+
+def _leave_files(module: nn.Module) -> None:
+    """Copy what was not packed where packing made copies: a single norm's weight that lies in a mapped file keeps the
+    whole file in memory, 257 MiB for SmolLM2.
+    """
+    memory, kept = packed_memory(module), [*module.parameters(), *module.buffers()]
+    if sum(tensor.nbytes for tensor in kept) < sum(memory.values()):
+        for tensor in kept:
+            if tensor.data_ptr() not in memory:
+                tensor.data = tensor.data.clone()
 
 
 def _read_config(folder: Path) -> Any:
