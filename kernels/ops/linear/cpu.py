@@ -89,7 +89,7 @@ class BlockedLinear(reference.Linear):
                 raise IndexError(f"row {int(least if least < 0 else most)} of a weight with {self.outs}")
         blocks = _blocks(self.weight, self.outs, self._width)
         pairs: Tensor = blocks[ids // self._width, :, ids % self._width]
-        return pairs.reshape(*ids.shape, -1)[..., : self.ins]
+        return pairs.flatten(-2)[..., : self.ins]
 
     def memory(self) -> dict[int, int]:
         """See reference.py."""
