@@ -95,16 +95,22 @@ def test_a_weight_of_one_number_or_with_nan_is_read_as_it_is() -> None:
 
 
 @needs_blocks
-def test_what_does_not_fit_a_row_is_torchs_to_judge() -> None:
-    """Native code would read beyond the end of what is too short."""
+def test_what_does_not_fit_is_refused() -> None:
+    """Native code and oneDNN would read beyond the end of what is too short."""
     packed = launch.pack(random_weight(64, 32), None)
     x = torch.ones(1, 32).bfloat16()
     for wrong in (torch.ones(1, 33).bfloat16(), torch.ones(1, 32), torch.ones(32, 1).bfloat16()):
         with pytest.raises(RuntimeError):
             packed(wrong)
-    for wrong in (torch.ones(1, 63).bfloat16(), torch.ones(1, 64)):
-        with pytest.raises(RuntimeError):
-            packed.add(x, wrong)
+    for rows, wrong in (
+        (1, torch.ones(1, 63).bfloat16()),
+        (1, torch.ones(1, 64)),
+        (2, torch.ones(1, 64).bfloat16()),
+        (1, torch.ones(2, 64).bfloat16()),
+    ):
+        for operation in (packed.add, packed.mul):
+            with pytest.raises(RuntimeError):
+                operation(x.repeat(rows, 1), wrong)
 
 
 def test_a_bias_of_another_type_stays_torchs() -> None:

@@ -101,7 +101,9 @@ class BlockedLinear(reference.Linear):
             return x.new_empty((*x.shape[:-1], self.outs))
         fits = count == self.ins == x.shape[-1] and x.dtype is torch.bfloat16
         if other is not None:
-            fits = fits and other.numel() == self.outs and other.dtype is torch.bfloat16
+            if other.numel() * self.ins != count * self.outs:  # oneDNN would read beyond the end
+                raise RuntimeError(f"a linear gives {self.outs} numbers a row, {tuple(other.shape)} does not fit them")
+            fits = fits and other.dtype is torch.bfloat16
         if not self._native or not fits:
             return onednn()
         native = library()
