@@ -159,7 +159,8 @@ def _swap_modules(module: nn.Module, dtype: torch.dtype, device: torch.device) -
         moved, size = use_large_pages(memory), sum(memory.values())
         if size >= _LARGE_WEIGHTS and moved < size // 2:
             degraded.append(
-                f"of {size >> 20} MiB of weights, {moved >> 20} lie in large pages (Linux 6.1 moves them there)"
+                f"of {size >> 20} MiB of weights, {moved >> 20} lie in large pages "
+                "(Linux moves memory there from 6.1 on, mapped files not)"
             )
     return degraded
 
