@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diptych.kernels.model import load_model
 from diptych.kernels.native import build, pages
 from diptych.kernels.ops.kv_write import launch as kv_write
 from diptych.kernels.ops.kv_write import reference as kv_write_reference
+from diptych.kernels.ops.linear.cpu import has_blocked_layout
 from diptych.kernels.ops.ragged import Segment, build_batch
 from diptych.kernels.ops.rms_norm import launch as rms_norm
 from diptych.kernels.ops.rotate import launch as rotate
@@ -301,3 +303,17 @@ def test_memory_that_cannot_lie_in_large_pages_is_left_alone(monkeypatch: pytest
     assert pages.use_large_pages({1 << 46: 4096}) == 0  # nothing is mapped there
     monkeypatch.setattr("platform.system", lambda: "Darwin")
     assert pages.use_large_pages({1 << 46: 4096}) == 0
+
+
+@pytest.mark.skipif(not has_blocked_layout(), reason="no oneDNN for bfloat16 here")
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_whose_weights_were_packed_lets_go_of_its_file(tied: bool, tmp_path: Path) -> None:
+    """One bias or norm that stays a view of the mapped file keeps all of it in memory, a second copy of the weights."""
+    folder = make_tiny_checkpoint(
+        tmp_path / "model", attention_bias=True, mlp_bias=True, tie_word_embeddings=tied, vocab_size=128
+    )
+    path = folder / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    model = load_model(folder, dtype="bfloat16")
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert model.weights_bytes > 0
