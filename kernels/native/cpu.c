@@ -12,6 +12,7 @@ All arrays are contiguous unless a stride is given; strides count elements. Noth
 #endif
 
 #define CHUNK 32 /* tokens of a block that are widened at once: keys and values of 128 numbers stay in a core's cache */
+#define PARALLEL_FROM 262144 /* numbers: 40 us of one thread's work; waking the others costs up to 100 on busy cores */
 #define MOST_VECTORS 32 /* of 16 numbers, in a head */
 const int32_t most_head_dim = 16 * MOST_VECTORS;
 
