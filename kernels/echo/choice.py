@@ -84,9 +84,9 @@ def _ruled(guess: Guess, spec: SampleSpec, rules: LogitRules, known: Sequence[in
     forbidden = {word[-1] for word in rules.bad_words if word and _ends_in(known, word[:-1])}
     if spec.position - rules.num_prompt < rules.min_tokens:
         forbidden.update(rules.stop_token_ids)
-    bias = Counter[int]()
+    bias: dict[int, float] = {}
     for token, value in rules.logit_bias:
-        bias[token] += value  # type: ignore[assignment]
+        bias[token] = bias.get(token, 0.0) + value
     seen = set(known) if rules.needs_history else set()
     counts = Counter(known[rules.num_prompt :]) if rules.needs_history else Counter[int]()
     if rules.allowed_token_ids is not None:
@@ -98,7 +98,7 @@ def _ruled(guess: Guess, spec: SampleSpec, rules: LogitRules, known: Sequence[in
     for token in possible - forbidden:
         if not 0 <= token < VOCAB_SIZE:
             continue
-        logit = guess.logit(token) + bias[token]
+        logit = guess.logit(token) + bias.get(token, 0.0)
         if token in seen:
             logit = logit / rules.repetition_penalty if logit > 0 else logit * rules.repetition_penalty
         if counts[token]:
