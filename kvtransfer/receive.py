@@ -24,12 +24,11 @@ from .actions import Deliver, Dial, Fetch, HangUp, ReceiveAction, Scatter, Send
 from .arena import KvArena, copy_alone
 from .channel import Outboxes
 from .dial import Agreement, Dialer
-from .fetch import FetchThreads
+from .fetch import FetchThreads, read_chunk
 from .layout import KvLayout
 from .mailbox import Job, Mailbox
 from .messages import ChunkReady, Link
 from .receiver import FetchResult, ReceiverMachine
-from .ring import SlotRef, TornRead, checksum
 from .transports.base import RingReader
 from .wire import from_pb
 
@@ -169,11 +168,11 @@ class ReceiveDriver:
         if len(buffer) < ready.size_bytes:
             buffer = bytearray(ready.size_bytes)
         if reader.inline:
-            self._fetched(ready, buffer, _read(reader, ready, buffer))
+            self._fetched(ready, buffer, read_chunk(reader, ready, buffer))
             return
 
         def work() -> None:
-            result = _read(reader, ready, buffer)
+            result = read_chunk(reader, ready, buffer)
             self._post(lambda: self._fetched(ready, buffer, result))
 
         self._fetchers.post(work)
@@ -255,20 +254,3 @@ class ReceiveDriver:
             log.warning("a message of prefill engine %s makes no sense: %s", peer.engine_id, exc)
             return
         self._post(lambda: self._machine.on_message(link, message, self._clock()))
-
-
-def _read(reader: RingReader, ready: ChunkReady, buffer: bytearray) -> FetchResult:
-    """Copy and verify a chunk."""
-    ref = SlotRef(
-        ready.key, ready.chunk, ready.slot, ready.slot_gen, ready.size_bytes, ready.checksum, ready.capability
-    )
-    try:
-        with memoryview(buffer)[: ready.size_bytes] as data:
-            reader.read(ref, data)
-            return FetchResult.OK if checksum(data) == ready.checksum else FetchResult.CHECKSUM
-    except TornRead as exc:
-        log.warning("%s: %s", ready.key, exc)
-        return FetchResult.TORN
-    except TransferError as exc:
-        log.warning("%s: %s", ready.key, exc)
-        return FetchResult.ERROR
