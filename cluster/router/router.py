@@ -5,7 +5,7 @@ Called by cluster/api. Knows nothing of HTTP and text. Every call ends in one de
 
 from __future__ import annotations
 
-import os
+import random
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -19,7 +19,7 @@ from diptych.cluster.observability.metrics import EngineReading, RouterMetrics
 from diptych.cluster.observability.tracing import context_from, traceparent_of
 from diptych.protos.errors import CapacityError, DeadlineExceeded, DiptychError, EngineLost
 from diptych.protos.status import EngineDirectory
-from diptych.protos.trust import Trust
+from diptych.protos.trust import ROUTER, Trust
 from diptych.protos.types import GenerateRequest, Role, TransferKey
 
 from .admission import Admission
@@ -30,7 +30,8 @@ from .mirror import PromptNames
 from .placement import Ask, Decision, EngineLoad
 from .policies.configured import placer_of
 from .record import CallRecord
-from .view import ClusterView
+from .session import EngineSession, SessionTerms
+from .view import ClusterView, SessionFactory
 
 __all__ = ["Explanation", "GenerateCall", "Router", "TokenDelta"]
 
@@ -64,26 +65,33 @@ class Router:
         settings: RouterSettings,
         metrics: RouterMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
-        entropy: Callable[[int], bytes] = os.urandom,
+        rng: random.Random | None = None,
         trust: Trust | None = None,
+        connect: SessionFactory = EngineSession,
     ) -> None:
-        """Without `trust` it reaches engines of this process only, or servers that ask for no proof."""
+        """Without `trust` it reaches engines of this process only, or servers that ask for no proof. `rng` names the
+        router and its requests: the operating system's, unless a run is to be repeated. `connect` makes the sessions.
+        """
         self.settings = settings
         self.metrics = metrics or RouterMetrics()
-        self.router_id = f"router-{entropy(6).hex()}"
+        self._rng = rng or random.SystemRandom()
+        self.router_id = f"router-{self._rng.randbytes(6).hex()}"
         self._clock = clock
-        self._entropy = entropy
         self._pairs = PairMeter()
         self._placer = placer_of(settings.placement, pairs=self._pairs, clock=clock)
         limits = settings.limits
         self.admission = Admission(max_running=limits.max_running, max_waiting=limits.max_waiting, clock=clock)
-        self.view = ClusterView(
-            directory,
+        terms = SessionTerms(
             router_id=self.router_id,
             connect_timeout_s=settings.connect_timeout_s,
             clock=clock,
+            trust=trust or Trust.alone(ROUTER),
+        )
+        self.view = ClusterView(
+            directory,
+            terms,
             on_loss=lambda engine: self.metrics.counters["sessions_lost"].labels(engine).inc(),
-            trust=trust,
+            connect=connect,
         )
         self.metrics.add_engines(self._readings)
         self.metrics.gauges["running_limit"].set(limits.max_running)
@@ -155,7 +163,7 @@ class Router:
 
     def _work(self, call: GenerateCall, deadline: float, traceparent: str, record: CallRecord) -> _Work:
         request = GenerateRequest(
-            key=TransferKey(self._entropy(16)),
+            key=TransferKey(self._rng.randbytes(16)),
             prompt=call.prompt,
             sampling=call.sampling,
             salt=call.salt,

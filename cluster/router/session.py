@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
@@ -61,29 +62,29 @@ class Sink(Protocol):
         """The phase is over, or its engine is lost; nothing follows."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionTerms:
+    """What all sessions of one router share. Times in seconds."""
+
+    router_id: str
+    connect_timeout_s: float  # from the dial to the engine's welcome
+    clock: Callable[[], float]
+    trust: Trust = field(default_factory=lambda: Trust.alone(ROUTER))  # reaches only servers that ask for no proof
+
+
 class EngineSession:
     """One engine life. `start` once, `stop` once; owns its task."""
 
-    def __init__(
-        self,
-        info: EngineInfo,
-        *,
-        router_id: str,
-        connect_timeout_s: float,
-        clock: Callable[[], float],
-        on_change: Callable[[], None],
-        trust: Trust | None = None,
-    ) -> None:
-        """Without `trust` it reaches engines of this process only, or servers that ask for no proof."""
-        self._trust = trust or Trust.alone(ROUTER)
+    def __init__(self, info: EngineInfo, terms: SessionTerms, *, on_change: Callable[[], None]) -> None:
+        self._trust = terms.trust
         self.info = info
         self.status = EngineStatus()
         self.mirror = PrefixMirror()
         self.meter = EngineMeter()
         self.losses = 0
-        self._router_id = router_id
-        self._connect_timeout_s = connect_timeout_s
-        self._clock = clock
+        self._router_id = terms.router_id
+        self._connect_timeout_s = terms.connect_timeout_s
+        self._clock = terms.clock
         self._on_change = on_change  # after every change of `is_ready`
         self._sinks: dict[int, tuple[Sink, Role, TransferKey]] = {}
         self._per_role = dict.fromkeys(Role, 0)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from diptych.protos.status import EngineDirectory, EngineInfo
-from diptych.protos.trust import Trust
 from diptych.protos.types import EngineRef, Role
 
 from .placement import EngineLoad
-from .session import EngineSession
+from .session import EngineSession, SessionTerms
 
 log = logging.getLogger(__name__)
 
 _DIRECTORY_RETRY_S = 0.5
+
+
+class SessionFactory(Protocol):
+    """Makes the session to one engine life; it is started and stopped by the view."""
+
+    def __call__(self, info: EngineInfo, terms: SessionTerms, *, on_change: Callable[[], None]) -> EngineSession:
+        """`on_change` is to be called after every change of `is_ready`."""
 
 
 class ClusterView:
@@ -24,18 +31,15 @@ class ClusterView:
     def __init__(
         self,
         directory: EngineDirectory,
+        terms: SessionTerms,
         *,
-        router_id: str,
-        connect_timeout_s: float,
-        clock: Callable[[], float],
         on_loss: Callable[[str], None],
-        trust: Trust | None = None,
+        connect: SessionFactory = EngineSession,
     ) -> None:
-        self._trust = trust
         self._directory = directory
-        self._router_id = router_id
-        self._connect_timeout_s = connect_timeout_s
-        self._clock = clock
+        self._terms = terms
+        self._connect = connect
+        self._clock = terms.clock
         self._on_loss = on_loss
         self._sessions: dict[EngineRef, EngineSession] = {}
         self._losses: dict[EngineRef, int] = {}
@@ -128,7 +132,7 @@ class ClusterView:
                 log.warning("the engine directory does not answer; nobody knows which engines are starting")
                 await asyncio.sleep(_DIRECTORY_RETRY_S)
         missing = {info.ref for info in members}
-        give_up = self._clock() + 2 * self._connect_timeout_s
+        give_up = self._clock() + 2 * self._terms.connect_timeout_s
         while missing and (left := give_up - self._clock()) > 0:
             if self._version >= version:
                 missing = {ref for ref in missing if (s := self._sessions.get(ref)) is not None and not s.is_ready}
@@ -143,14 +147,7 @@ class ClusterView:
             if ref in self._sessions:
                 self._sessions[ref].info = info  # a draining engine keeps its session, and what runs on it
             else:
-                session = EngineSession(
-                    info,
-                    router_id=self._router_id,
-                    connect_timeout_s=self._connect_timeout_s,
-                    clock=self._clock,
-                    on_change=self._on_change,
-                    trust=self._trust,
-                )
+                session = self._connect(info, self._terms, on_change=self._on_change)
                 self._sessions[ref] = session
                 session.start()
         self._version = version

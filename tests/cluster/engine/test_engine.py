@@ -22,7 +22,7 @@ from diptych.cluster.engine.engine import Engine
 from diptych.cluster.engine.spec import EngineSpec
 from diptych.cluster.models import ModelFacts
 from diptych.cluster.router.mirror import PromptNames
-from diptych.cluster.router.session import EngineSession
+from diptych.cluster.router.session import EngineSession, SessionTerms
 from diptych.kernels.echo.testing import expected_tokens
 from diptych.protos.errors import DiptychError, StartupError
 from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
@@ -137,7 +137,8 @@ class Site:
         engine = Engine(spec, on_failure=self.failures.append)
         info = (await asyncio.to_thread(engine.start)).info
         ready = asyncio.Event()
-        session = EngineSession(info, router_id="test", connect_timeout_s=10, clock=time.monotonic, on_change=ready.set)
+        terms = SessionTerms(router_id="test", connect_timeout_s=10, clock=time.monotonic)
+        session = EngineSession(info, terms, on_change=ready.set)
         session.start()
         async with asyncio.timeout(WAIT_S):
             await ready.wait()
