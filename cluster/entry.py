@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from diptych.cluster.inprocess import post_json
 from diptych.cluster.models import ModelFolder
 from diptych.cluster.observability.tracing import configure_tracing, flush_tracing
 from diptych.protos.errors import EngineLost, InvalidRequest, StartupError, error_from_code
+from diptych.protos.faults import FaultSettings
 from diptych.protos.trust import ROUTER
 from diptych.protos.types import EngineRef
 
@@ -51,6 +52,7 @@ class RouterPlan:
     models: tuple[RoutedModel, ...]
     security: SecuritySettings
     trace_file: Path | None = None
+    faults: FaultSettings = field(default_factory=FaultSettings)
 
 
 @serve.deployment(
@@ -195,7 +197,11 @@ def router_plan(config: DiptychConfig, folders: Mapping[str, ModelFolder]) -> Ro
         for name, settings in config.models.items()
     )
     return RouterPlan(
-        settings=config.router, models=models, security=config.security, trace_file=config.telemetry.trace_file
+        settings=config.router,
+        models=models,
+        security=config.security,
+        trace_file=config.telemetry.trace_file,
+        faults=config.faults,
     )
 
 

@@ -21,6 +21,7 @@ from . import host
 NO_BFLOAT16 = "float32 instead of bfloat16: this CPU has no native bfloat16"
 NO_SHM_OFF_UNIX = "KV crosses over gRPC instead of shared memory: engines.host is set"
 PLAINTEXT = "prompts and KV leave this machine unencrypted: security.allow_plaintext is on"
+FAULTS = "faults are injected: faults has rules or names a file"
 NO_SHM = "KV crosses over gRPC instead of shared memory: transfer.transport is grpc"
 
 
@@ -112,6 +113,7 @@ def _template(config: DiptychConfig, name: str, folder: ModelFolder, run_dir: Pa
         degraded += [NO_SHM_OFF_UNIX] if config.engines.host and config.transfer.transport == "auto" else []
     if config.engines.leaves_host and config.security.tls is None:
         degraded.append(PLAINTEXT)
+    degraded += [FAULTS] if not config.faults.is_empty else []
     return EngineSpec(
         engine_id=EngineId(""),
         epoch=0,
@@ -127,4 +129,6 @@ def _template(config: DiptychConfig, name: str, folder: ModelFolder, run_dir: Pa
         security=config.security,
         trace_file=config.telemetry.trace_file,
         degraded=tuple(degraded),
+        faults=config.faults,
+        step_stall_s=config.engines.step_stall_s,
     )

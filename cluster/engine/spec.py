@@ -10,6 +10,7 @@ from diptych.cluster.config import ModelSettings, SecuritySettings
 from diptych.cluster.models import ModelFacts
 from diptych.kvtransfer.layout import KvLayout
 from diptych.protos.errors import StartupError
+from diptych.protos.faults import FaultSettings
 from diptych.protos.settings import KvSettings, TransferSettings
 from diptych.protos.status import EngineInfo
 from diptych.protos.types import EngineId, EngineRef, Role
@@ -36,6 +37,8 @@ class EngineSpec:
     cores: int = 0  # this engine's share of the machine; 0: all that the process may use
     trace_file: Path | None = None
     degraded: tuple[str, ...] = ()
+    faults: FaultSettings = field(default_factory=FaultSettings)
+    step_stall_s: float = 60.0  # a step that takes longer ends the engine
 
     @property
     def kv(self) -> KvSettings:
