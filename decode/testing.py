@@ -94,6 +94,7 @@ class DecodeBench:
         )
         request = GenerateRequest(key=key, prompt=tuple(prompt), sampling=sampling, **fields)
         self.requests[key] = request
+        self.ledger.resumed[key] = len(request.resume)
         peer = PEER if transfer else None
         self.worker.submit(DecodeOrder(request=request, prefill=peer, allow_local_prefill=allow_local_prefill))
         self.pool.check_integrity()
@@ -126,8 +127,8 @@ class DecodeBench:
 
     def commit(self, key: TransferKey, *, final: bool = False) -> None:
         """The transfer ends well, with the token that an undisturbed prefill engine samples."""
-        prompt = self.requests[key].prompt
-        self.deliver(self.receiver.commit(key, prompt, self.expected(key)[0], final=final))
+        request = self.requests[key]
+        self.deliver(self.receiver.commit(key, request.known, self.expected(key)[len(request.resume)], final=final))
 
     def fail(self, key: TransferKey, error: DiptychError | None = None) -> None:
         """The transfer ends badly."""
@@ -154,12 +155,16 @@ class DecodeBench:
                 self.fail(key)
 
     def expected(self, key: TransferKey) -> list[int]:
-        """All tokens that the request should get, token 0 first."""
+        """The whole answer: what the request came with, then all tokens that it should get."""
         request = self.requests[key]
-        sampling = request.sampling
+        sampling, resume = request.sampling, request.resume
         rules = logit_rules(sampling, len(request.prompt))
-        tokens = echo_reference(request.prompt, sampling.max_tokens, rules=rules)
-        ends = [at for at, token in enumerate(tokens) if token in sampling.stop_token_ids and at >= sampling.min_tokens]
+        tokens = [
+            *resume,
+            *echo_reference(request.prompt, sampling.max_tokens - len(resume), rules=rules, resume=resume),
+        ]
+        can_end = range(max(sampling.min_tokens, len(resume)), len(tokens))
+        ends = [at for at in can_end if tokens[at] in sampling.stop_token_ids]
         return tokens[: ends[0] + 1] if ends else tokens
 
     def assert_tokens(self, key: TransferKey) -> None:

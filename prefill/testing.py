@@ -71,6 +71,7 @@ class PrefillBench:
         )
         request = GenerateRequest(key=key, prompt=tuple(prompt), sampling=sampling, **fields)
         self.requests[key] = request
+        self.ledger.resumed[key] = len(request.resume)
         self.worker.submit(PrefillOrder(request=request, decode=PEER))
         self.pool.check_integrity()
         return key
