@@ -71,10 +71,19 @@ def manager(address: str | None = None, url: str | None = None, run_dir: Path | 
 
 def scale(handle: Any, model: str, role: Role, engines: int, *, timeout_s: float) -> Scaled:
     """Ask the manager of `handle` for another pool size and wait; see Pools.scale. Raises its errors, StartupError."""
+    return _done(handle.scale.remote(model, role, engines), timeout_s)
+
+
+def restart(handle: Any, model: str | None, role: Role | None, *, timeout_s: float) -> Scaled:
+    """Ask the manager of `handle` for other engines and wait; see Pools.restart. Raises its errors, StartupError."""
+    return _done(handle.restart.remote(model, role), timeout_s)
+
+
+def _done(reference: Any, timeout_s: float) -> Scaled:
     import ray
 
     try:
-        done: Scaled = ray.get(handle.scale.remote(model, role, engines), timeout=timeout_s)
+        done: Scaled = ray.get(reference, timeout=timeout_s)
     except ray.exceptions.RayTaskError as exc:
         if isinstance(exc.cause, DiptychError):
             raise exc.cause from exc

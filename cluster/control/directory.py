@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ class ManagerDirectory:
 
     def __init__(self) -> None:
         self._manager: Any = None
+        self._reader = uuid.uuid4().hex
 
     async def engines(self) -> tuple[int, list[EngineInfo]]:
         """The present membership and its version. Raises EngineLost when the manager does not answer."""
@@ -29,14 +31,20 @@ class ManagerDirectory:
 
     async def wait_change(self, version: int) -> tuple[int, list[EngineInfo]]:
         """Returns when the membership is newer than `version`, or after some seconds. Raises EngineLost likewise."""
-        version, engines = await self._call("wait_change", version, timeout_s=POLL_S + CALL_TIMEOUT_S)
+        version, engines = await self._call("wait_change", version, self._reader, timeout_s=POLL_S + CALL_TIMEOUT_S)
         return version, engines
 
     async def settled(self) -> None:
         """Returns when every engine of the plan is ready or has failed. Raises EngineLost likewise."""
-        await self._call("settled", timeout_s=None)
+        waiting = asyncio.ensure_future(self._call("settled", timeout_s=None))
+        try:
+            while not (await asyncio.wait({waiting}, timeout=POLL_S))[0]:
+                await self.engines()  # engines may take minutes to load; a manager that hangs raises here
+            await waiting
+        finally:
+            waiting.cancel()
 
-    async def _call(self, method: str, *args: int, timeout_s: float | None) -> Any:
+    async def _call(self, method: str, *args: int | str, timeout_s: float | None) -> Any:
         try:
             if self._manager is None:
                 self._manager = ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)

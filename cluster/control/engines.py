@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import psutil
 import ray
 
 from diptych.cluster.engine.actor import EngineActor
@@ -19,6 +21,12 @@ from .gcs import NAMESPACE
 
 _RETRY_S = 1.0
 _CALL_TIMEOUT_S = 15.0
+# A held call ends by itself, so that a manager that is no more holds no thread of the engine for ever.
+_HOLD_S = 20.0
+# Threads of their own in the engine: calls that take long there must not keep these waiting.
+_GROUPS = {"hold": 4, "ping": 2}
+
+_STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 _T = TypeVar("_T")
 
@@ -33,11 +41,15 @@ class RayEngine:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+        self._os_process: psutil.Process | None = None  # once it has said which it is
 
     async def start(self) -> EngineStarted:
         """See EngineActor.start."""
         try:
-            return await self._answer(self._actor.start.remote())
+            started: EngineStarted = await self._answer(self._actor.start.remote())
+            with contextlib.suppress(psutil.Error):
+                self._os_process = psutil.Process(started.info.pid)
+            return started
         except ray.exceptions.RayTaskError as exc:
             cause = str(exc.cause) if isinstance(exc.cause, DiptychError) else repr(exc.cause)
             raise StartupError(cause, detail=str(exc)) from exc
@@ -46,12 +58,29 @@ class RayEngine:
         """The cheapest death notice that Ray has: a call that returns after `stop` and fails when the process dies."""
         while True:
             try:
-                await self._actor.wait_ended.remote()
-                return "it was stopped"
+                if await self._actor.wait_ended.options(concurrency_group="hold").remote(_HOLD_S):
+                    return "it was stopped"
             except ray.exceptions.ActorUnavailableError:  # Ray lost sight of it for a moment: no death
                 await asyncio.sleep(_RETRY_S)
             except ray.exceptions.RayActorError as exc:
                 return _cause(str(exc))
+
+    async def ping(self) -> bool:
+        """See EngineActor.ping."""
+        while True:
+            try:
+                return bool(await self._actor.ping.options(concurrency_group="ping").remote())
+            except ray.exceptions.ActorUnavailableError:  # no answer, and no death
+                await asyncio.sleep(_RETRY_S)
+            except ray.exceptions.RayActorError as exc:
+                raise EngineLost(_cause(str(exc))) from exc
+
+    def is_stopped(self) -> bool:
+        """As the kernel says of this life's process."""
+        try:
+            return self._os_process is not None and self._os_process.status() in _STOPPED
+        except psutil.Error:
+            return False
 
     async def status(self) -> EngineStatus:
         """See EngineActor.status."""
@@ -73,9 +102,12 @@ class RayEngine:
             raise EngineLost("the engine does not end") from exc
 
     def kill(self) -> None:
-        """End the process."""
+        """End the process: by Ray, and by the kernel, since one that is stopped does not hear Ray."""
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(self._actor)
+        if self._os_process is not None:
+            with contextlib.suppress(psutil.Error):  # which tells a later process of the same number by its start
+                self._os_process.send_signal(signal.SIGKILL)
 
     async def _answer(self, reference: Awaitable[_T]) -> _T:
         try:
@@ -94,7 +126,7 @@ class RayEngines:
             ray.get_runtime_context().get_node_id(), soft=False
         )
         return RayEngine(
-            ray.remote(EngineActor)
+            cast("Any", ray.remote)(concurrency_groups=_GROUPS)(EngineActor)
             .options(
                 name=engine_actor_name(spec.engine_id, spec.epoch),
                 namespace=NAMESPACE,

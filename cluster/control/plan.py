@@ -17,6 +17,7 @@ from diptych.protos.errors import StartupError
 from diptych.protos.types import EngineId, Role
 
 from . import host
+from .restarts import RestartTerms
 
 NO_BFLOAT16 = "float32 instead of bfloat16: this CPU has no native bfloat16"
 NO_SHM_OFF_UNIX = "KV crosses over gRPC instead of shared memory: engines.host is set"
@@ -45,11 +46,13 @@ class Pool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
-    """All pools, and how long their engines may take to start and to end."""
+    """All pools, how long their engines may take to start, to answer and to end, and what follows a death."""
 
     pools: tuple[Pool, ...]
     start_timeout_s: float
     drain_grace_s: float
+    silence_s: float  # an engine that does not answer its manager this long is replaced
+    restarts: RestartTerms
 
     def with_secret(self, secret_id: str) -> ClusterPlan:
         """The same for engines that hold that secret."""
@@ -88,8 +91,13 @@ def plan_cluster(config: DiptychConfig, folders: Mapping[str, ModelFolder], run_
         for name, settings in config.models.items()
         for role, engines in settings.pools().items()
     )
+    engines = config.engines
     return ClusterPlan(
-        pools=pools, start_timeout_s=config.ray.engine_timeout_s, drain_grace_s=config.router.drain_grace_s
+        pools=pools,
+        start_timeout_s=config.ray.engine_timeout_s,
+        drain_grace_s=config.router.drain_grace_s,
+        silence_s=engines.silence_s,
+        restarts=RestartTerms(enabled=engines.restart, limit=engines.max_restarts, backoff_s=engines.restart_backoff_s),
     )
 
 

@@ -48,9 +48,15 @@ class EngineActor:
         started = self._engine.start()
         return EngineStarted(started.info, (imports, *started.timeline))
 
-    def wait_ended(self) -> None:
-        """Returns after `stop`; raises at the caller when the process dies. The cheapest death notice that Ray has."""
-        self._ended.wait()
+    def wait_ended(self, timeout_s: float) -> bool:
+        """True after `stop`, False after `timeout_s`; raises at the caller when the process dies: the cheapest death
+        notice that Ray has.
+        """
+        return self._ended.wait(timeout_s)
+
+    def ping(self) -> bool:
+        """Answers while the process gets time. Whether it was asked to end, by SIGTERM."""
+        return False
 
     def status(self) -> EngineStatus:
         """A reading of the engine."""
