@@ -24,7 +24,7 @@ rm -rf $(VENV); $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
   echo "$(PYTHON) can make no virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv python3-pip)" >&2; exit 1; }
 endef
 
-.PHONY: help serve test test-slow conformance docs check format setup protos clean
+.PHONY: help serve test test-slow conformance chaos chaos-short docs check format setup protos clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/'
@@ -40,6 +40,12 @@ test-slow: setup $(HELM) ## the long tests: whole clusters, the whole conformanc
 
 conformance: setup ## every architecture in every situation against transformers; writes docs/conformance.md
 	@PYTHONPATH=tests/e2e:tests/conformance $(BIN)/python tests/conformance/report.py
+
+chaos: setup     ## kill, stop and disturb everything in a running cluster for an hour; writes docs/reports/chaos-DATE.md
+	@$(BIN)/python tests/chaos
+
+chaos-short: setup ## the same in five minutes, without a report
+	@$(BIN)/python tests/chaos --short
 
 docs: setup      ## write docs/configuration.md and the chart's schema from the classes behind diptych.yaml
 	@$(BIN)/python tools/configuration_page.py

@@ -135,7 +135,7 @@ class Rig:
 
     @property
     def faults_file(self) -> Path:
-        """The rules in force, a JSON list; the processes read it when it changes."""
+        """`{"rules": [...], "seed": N}`, the rules in force; the processes read it when it changes."""
         return self.folder / "faults.json"
 
     def headers(self, who: str = "a") -> dict[str, str]:
@@ -195,15 +195,19 @@ class Rig:
         except OSError as exc:
             raise RigError(f"{path}: {exc}") from exc
 
-    def processes(self) -> list[Process]:
-        """Those that a router knows, and those of Ray that carry the cluster."""
-        info = self.get("/info")
-        found = [
+    def engines(self) -> list[Process]:
+        """Those that a router knows and that are not on their way out."""
+        return [
             Process(engine["engine"], "+".join(engine["roles"]), engine["pid"], engine["epoch"])
-            for engine in info["engines"]
+            for engine in self.get("/info")["engines"]
             if not engine["draining"]
         ]
-        found += [Process(f"router-{i}", "router", router["pid"]) for i, router in enumerate(info["routers"])]
+
+    def processes(self) -> list[Process]:
+        """Engines, routers, and those of Ray that carry the cluster."""
+        found = self.engines()
+        routers = self.get("/info")["routers"]
+        found += [Process(f"router-{i}", "router", router["pid"]) for i, router in enumerate(routers)]
         titles = {pid: title_of(pid) for pid in descendants(self.pid)}
         for name, part in TITLES.items():
             found += [Process(name, name, pid) for pid, title in titles.items() if part in title][:1]
@@ -298,11 +302,13 @@ class Rig:
         timer.start()
         return done
 
-    def faults(self, rules: Sequence[Mapping[str, Any]], wait: bool = True) -> None:
-        """Put these rules in force, and no others; `wait` until the processes have had time to read them."""
-        put_json(self.faults_file, list(rules))
-        if wait:
-            time.sleep(FAULTS_SEEN_S)
+    def faults(self, rules: Sequence[Mapping[str, Any]], seed: int = 0) -> None:
+        """Put these rules in force, and no others, and wait until the processes have had time to read them.
+
+        A rule is what stands in `faults.rules` of a configuration; its count of occasions begins anew.
+        """
+        put_json(self.faults_file, {"rules": list(rules), "seed": seed})
+        time.sleep(FAULTS_SEEN_S)
 
     def command(self, verb: str, *arguments: str, timeout_s: float = 300.0) -> str:
         """Another verb of `diptych` on this cluster, such as scale; what it printed. Raises RigError."""
@@ -376,7 +382,7 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     settings = merged(configuration(kind, folder, prefill=prefill, decode=decode, port=port), changes or {})
-    put_json(folder / "faults.json", [])
+    put_json(folder / "faults.json", {"rules": []})
     put_json(folder / "rig.yaml", settings)
     command = [*diptych(), "serve", "--config", str(folder / "rig.yaml")]
     with (folder / "serve.log").open("wb") as out:
