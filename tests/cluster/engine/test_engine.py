@@ -1,5 +1,5 @@
-"""Whole engines in this process: real threads, gRPC, workers and drivers. The model is `echo`, whose every token depends
-on all KV before it.
+"""Whole engines in this process: real threads, gRPC, workers and drivers. The model is `echo`, whose every token
+depends on all KV before it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from diptych.cluster.models import ModelFacts
 from diptych.cluster.router.mirror import PromptNames
 from diptych.cluster.router.session import EngineSession, SessionTerms
 from diptych.kernels.echo.testing import expected_tokens
-from diptych.protos.errors import DiptychError, StartupError
+from diptych.protos.errors import DiptychError, EngineFault, StartupError
+from diptych.protos.faults import FaultRule, FaultSettings
 from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
 from diptych.protos.types import (
     DecodeOrder,
@@ -131,13 +133,18 @@ class Site:
         self.failures: list[BaseException] = []
 
     async def add(
-        self, name: str, *roles: Role, transport: str = "auto", settings: ModelSettings = SETTINGS
+        self,
+        name: str,
+        *roles: Role,
+        transport: str = "auto",
+        settings: ModelSettings = SETTINGS,
+        **more: Any,
     ) -> EngineRef:
-        spec = spec_of(self._run_dir, name, *roles, transport=transport, settings=settings)
+        spec = dataclasses.replace(spec_of(self._run_dir, name, *roles, transport=transport, settings=settings), **more)
         engine = Engine(spec, on_failure=self.failures.append)
         info = (await asyncio.to_thread(engine.start)).info
         ready = asyncio.Event()
-        terms = SessionTerms(router_id="test", connect_timeout_s=10, clock=time.monotonic)
+        terms = SessionTerms(router_id="test", connect_timeout_s=10, silence_s=10, clock=time.monotonic)
         session = EngineSession(info, terms, on_change=ready.set)
         session.start()
         async with asyncio.timeout(WAIT_S):
@@ -166,6 +173,10 @@ async def site(run_dir: Path) -> AsyncIterator[Site]:
     for name in list(made.engines):
         await made.stop(name)
     assert not made.failures
+
+
+def faulty(*rules: dict[str, object]) -> FaultSettings:
+    return FaultSettings(rules=tuple(FaultRule.model_validate(rule) for rule in rules))
 
 
 def request(n: int, prompt: list[int], max_tokens: int = 12) -> GenerateRequest:
@@ -364,7 +375,7 @@ async def test_draining_waits_for_running_requests_and_refuses_new_ones(site: Si
         await asyncio.sleep(0.001)
     late = Sink()
     site.sessions["d"].submit(DecodeOrder(request=request(2, prompt), prefill=None), late)
-    assert (await late.finish()).error_code == "overloaded"
+    assert (await late.finish()).error_code == "shutting_down"
     assert await draining
     assert (await decode.finish()).num_tokens == 100
     assert prefill.end.done()
@@ -421,3 +432,62 @@ async def test_an_arena_smaller_than_the_context_is_told_as_degraded(site: Site,
     await asyncio.to_thread(engine.stop)
     assert info.max_context_tokens == info.num_blocks * 16
     assert any("kv.memory_mib is the bound" in choice for choice in info.degraded)
+
+
+async def test_a_step_that_fails_on_purpose_ends_its_requests_and_no_others(site: Site) -> None:
+    """The occasions are counted from the first request on: the warm-up is none."""
+    rules = faulty({"point": "engine.step", "action": "raise", "nth": [1]})
+    d = await site.add("d", Role.DECODE, faults=rules)
+    prompt = prompt_of(random.Random(1), 20)
+    first, second = Sink(), Sink()
+    session = site.sessions[d.engine_id]
+    session.submit(DecodeOrder(request=request(1, prompt), prefill=None), first)
+    assert (await first.finish()).error_code == "engine_fault"
+    session.submit(DecodeOrder(request=request(2, prompt), prefill=None), second)
+    assert (await second.finish()).num_tokens == 12
+    assert list(second.tokens.values()) == expected_tokens(prompt, 12)
+    assert (await site.counts("d")).used == 0
+    assert site.engines["d"].status().counters["fault_engine_step_total"] == 1.0
+
+
+async def test_late_news_from_the_hinge_change_no_answer(site: Site) -> None:
+    rules = faulty({"point": "hinge.deliver", "action": "delay", "probability": 1.0, "delay_s": 0.03})
+    p = await site.add("p", Role.PREFILL, faults=rules)
+    d = await site.add("d", Role.DECODE, faults=rules)
+    rng = random.Random(2)
+    prompts = [prompt_of(rng, length) for length in (5, 40, 200)]
+    sinks = [ask(site, p, d, request(n, prompt))[1] for n, prompt in enumerate(prompts)]
+    for prompt, sink in zip(prompts, sinks, strict=True):
+        assert (await sink.finish()).transfer_bytes > 0
+        assert list(sink.tokens.values()) == expected_tokens(prompt, 12)[1:]
+    for name in ("p", "d"):
+        assert (await site.counts(name)).used == 0
+
+
+async def test_a_step_that_does_not_come_back_ends_the_engine(run_dir: Path) -> None:
+    failed = threading.Event()
+    errors: list[BaseException] = []
+
+    def fail(error: BaseException) -> None:
+        errors.append(error)
+        failed.set()
+
+    rules = faulty({"point": "engine.step", "action": "delay", "nth": [1], "delay_s": 1.0})
+    spec = dataclasses.replace(spec_of(run_dir, "d", Role.DECODE), faults=rules, step_stall_s=0.2)
+    engine = Engine(spec, on_failure=fail)
+    info = (await asyncio.to_thread(engine.start)).info
+    ready = asyncio.Event()
+    session = EngineSession(
+        info,
+        SessionTerms(router_id="test", connect_timeout_s=10, silence_s=10, clock=time.monotonic),
+        on_change=ready.set,
+    )
+    session.start()
+    async with asyncio.timeout(WAIT_S):
+        await ready.wait()
+    session.submit(DecodeOrder(request=request(1, [1, 2, 3]), prefill=None), Sink())
+    assert await asyncio.to_thread(failed.wait, WAIT_S)
+    await session.stop()
+    await asyncio.to_thread(engine.stop)
+    assert isinstance(errors[0], EngineFault)
+    assert len(errors) == 1
