@@ -39,6 +39,7 @@ class Cell:
     leave: bool = False  # clients go away at random
     short: bool = False  # part of the short form
     over_s: float = 1.0  # the requests come within so long
+    keep_on: bool = False  # more requests come until the acts are over
 
 
 def rule(point: str, action: str, **more: Any) -> dict[str, Any]:
@@ -283,7 +284,7 @@ CONTROL = (
         "both pools from 2 to 1 and back",
         (Act("scale", "--prefill 1 --decode 1", 4), Act("scale", "--prefill 2 --decode 2", 4)),
         deaths=None,
-        over_s=4.0,
+        keep_on=True,
     ),
     Cell(
         "rolling-restart",
@@ -292,7 +293,7 @@ CONTROL = (
         "every engine is replaced, one by one",
         signal("restart", "", 4),
         deaths=None,
-        over_s=8.0,
+        keep_on=True,
     ),
 )
 

@@ -6,9 +6,10 @@ import asyncio
 import random
 import shlex
 import signal
-import threading
+import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from cells import Act, Cell
@@ -19,6 +20,7 @@ from watch import Watch
 
 BACK_S = 90.0  # a dead engine is replaced within so long, or the cell says so
 QUIET_S = 35.0  # the leak law: the lease of 30 s and 5 more
+ACTING_S = 240.0  # a command such as a rolling restart may take so long
 PROBES = 5  # normal requests after every cell
 TOLD = ("kv_fenced_messages_total", "kv_checksum_failures_total", "kv_torn_reads_total", "kv_lease_expired_total",
         "kv_thread_faults_total", "kv_transfer_failures_total", "decode_local_prefills_total")  # fmt: skip
@@ -57,47 +59,60 @@ class Stage:
 
 
 class Trigger:
-    """Does each act of a cell once, when a stream has as many tokens as the act waits for."""
+    """Does each act of a cell once, in their order, when a stream has as many tokens as the act waits for."""
 
     def __init__(self, rig: Rig, acts: tuple[Act, ...]) -> None:
         self.problems: list[str] = []
         self._rig = rig
         self._left = list(acts)
-        self._order = threading.Lock()  # acts happen one after the other
-        self._threads: list[threading.Thread] = []
+        self._doing: list[Future[None]] = []
+        self._thread = ThreadPoolExecutor(1)
 
     def __call__(self, answer: Answer | None) -> None:
         """After tokens came; None: the first request was sent."""
         number = len(answer.tokens) if answer else 0
         for act in [act for act in self._left if act.after_tokens <= number]:
             self._left.remove(act)
-            thread = threading.Thread(target=self._do, args=(act,), daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            self._doing.append(self._thread.submit(self._do, act))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every act came and is over."""
+        return not self._left and all(doing.done() for doing in self._doing)
 
     def join(self) -> None:
         """Wait for the acts; those that never came are problems."""
-        for thread in self._threads:
-            thread.join()
+        self._thread.shutdown()
         self.problems += [f"never came to {act.verb} {act.target}" for act in self._left]
 
     def _do(self, act: Act) -> None:
         try:
-            with self._order:
-                if act.verb == "stop":
-                    self._rig.stop_continue(act.target, act.for_s)
-                elif act.verb in _SIGNALS:
-                    self._rig.kill(act.target, _SIGNALS[act.verb])
-                else:
-                    self._rig.command(act.verb, self._rig.model, *shlex.split(act.target))
-        except (RigError, OSError) as exc:
+            if act.verb == "stop":
+                self._rig.stop_continue(act.target, act.for_s)
+            elif act.verb in _SIGNALS:
+                self._rig.kill(act.target, _SIGNALS[act.verb])
+            else:
+                self._rig.command(act.verb, self._rig.model, *shlex.split(act.target))
+        except (RigError, OSError, subprocess.SubprocessError) as exc:
             self.problems.append(f"{act.verb} {act.target}: {exc}")
+
+
+def aimed(cell: Cell, rig: Rig) -> Cell:
+    """The cell with the names of engines that are there now: those of a pool's first ones may have changed."""
+    names = {}
+    for role in ("prefill", "decode"):
+        present = sorted(engine.name for engine in rig.engines() if role in engine.role)
+        names[f"{role}-0"] = present[0] if present else f"{role}-0"
+    rules = tuple({**rule, "engine": names.get(rule["engine"], rule["engine"])} if "engine" in rule else rule
+                  for rule in cell.rules)  # fmt: skip
+    return replace(cell, rules=rules, acts=tuple(replace(a, target=names.get(a.target, a.target)) for a in cell.acts))
 
 
 def run_cell(stage: Stage, cell: Cell, *, requests: int, seed: int) -> Tally:
     """The cell's requests under its fault, then the leak law and a few normal requests."""
     tally = Tally(cell.id, cell.covers, cell.phase, cell.what, may_break=cell.may_break, wanted_deaths=cell.deaths)
     rig = stage.rig
+    cell = aimed(cell, rig)
     counted = rig.counters()
     watch = Watch(rig)
     trigger = Trigger(rig, cell.acts)
@@ -156,7 +171,11 @@ async def _requests(stage: Stage, cell: Cell, trigger: Trigger, *, requests: int
     if cell.leave:
         asks = leaving(asks, seed)
     trigger(None)
-    return await burst(stage.target, asks, over_s=cell.over_s, on_token=trigger)
+    answers = await burst(stage.target, asks, over_s=cell.over_s, on_token=trigger)
+    deadline = time.monotonic() + ACTING_S
+    while cell.keep_on and not trigger.is_done and time.monotonic() < deadline:
+        answers += await burst(stage.target, stage.asks.take(requests), over_s=2.0, on_token=trigger)
+    return answers
 
 
 def leaving(asks: list[Ask], seed: int) -> list[Ask]:

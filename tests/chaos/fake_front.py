@@ -60,7 +60,8 @@ class FakeFront:
             await reader.read()  # until the client leaves
             self.num_left += 1
         if self.end == "done":
-            self._event(writer, {"choices": [], "diptych": {"migrations": 1, "decode_engine": "decode-0"}})
+            told = {"migrations": 1, "decode_engine": "decode-0"}
+            self._event(writer, {"choices": [], "diptych": {"choices": [told]}})
             self._chunk(writer, b"data: [DONE]\n\n")
             self._chunk(writer, b"")
         return None

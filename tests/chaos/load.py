@@ -223,7 +223,7 @@ def _event(target: Target, answer: Answer, data: bytes, now: float) -> None:
         answer.failure = str(event["error"].get("code") or "error_event")
         return
     if told := event.get("diptych"):
-        answer.told = told
+        answer.told = told["choices"][0]
     for choice in event["choices"]:
         if target.is_echo:
             tokens: list[Any] = [int(word) if word else other for word, other in _WORD.findall(choice["text"])]

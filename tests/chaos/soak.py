@@ -26,14 +26,16 @@ def run_soak(stage: Stage, *, role: str, for_s: float, every_s: float, rate: flo
 
     async def kill() -> None:
         nonlocal killed
-        began = time.monotonic()
-        while (due := began + (killed + 0.5) * every_s) < began + for_s:
+        began, turn = time.monotonic(), 0
+        while (due := began + (turn + 0.5) * every_s) < began + for_s:
             await asyncio.sleep(due - time.monotonic())
             try:
-                await asyncio.to_thread(stage.rig.kill, f"{role}-{killed % 2}")
-            except RigError as exc:  # it is not back yet: the other one is killed at the next turn
-                tally.notes.append(str(exc))
-            killed += 1
+                present = sorted(e.name for e in await asyncio.to_thread(stage.rig.engines) if role in e.role)
+                await asyncio.to_thread(stage.rig.kill, present[turn % len(present)])
+                killed += 1
+            except (RigError, ZeroDivisionError, ProcessLookupError) as exc:
+                tally.notes.append(f"nothing to kill at turn {turn}: {exc}")
+            turn += 1
 
     async def both() -> list[Answer]:
         async with asyncio.TaskGroup() as group:
