@@ -358,6 +358,7 @@ def configuration(kind: str, folder: Path, *, prefill: int, decode: int, port: i
     return {
         "models": {name: model},
         "router": {"port": port, "tenants": {"a": {"weight": 1}, "b": {"weight": 1}}},
+        "engines": {"max_restarts": 1000},  # an exam kills one engine more often than five times in ten minutes
         "faults": {"file": str(folder / "faults.json")},
     }
 
