@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 
 import grpc
@@ -73,20 +73,22 @@ class Dialer:
         self._settings = settings
         self._pair_epoch = 0
 
-    async def connect(self, peer: EngineRef) -> Agreement:
-        """Reach that life of a prefill engine within dial_timeout_s.
+    async def connect(self, peer: EngineRef, without: Collection[str] = ()) -> Agreement:
+        """Reach that life of a prefill engine within dial_timeout_s, `without` some transports where there are others.
 
-        Raises PeerLost when it cannot be reached in time, lives another life or does not take our proof,
-        LayoutMismatch when it refuses: neither is tried again. StartupError when the way there is not allowed.
+        Raises PeerLost when it cannot be reached in time, takes the call and says nothing for silence_s, lives another
+        life or does not take our proof, LayoutMismatch when it refuses: none of these is tried again. StartupError when
+        the way there is not allowed.
         """
-        transports = pairing.offers(self._settings.transport, peer, in_process=local.is_here(peer))
+        offered = pairing.offers(self._settings.transport, peer, in_process=local.is_here(peer))
+        transports = [name for name in offered if name not in without] or offered
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.dial_timeout_s
         backoff_s = _FIRST_BACKOFF_S
         reason = "no answer"
         while (left := deadline - loop.time()) > 0:
             try:
-                return await asyncio.wait_for(self._try(peer, transports), left)
+                return await asyncio.wait_for(self._try(peer, transports), min(left, self._settings.silence_s))
             except _NoRing as exc:
                 failed = str(exc.args[0])
                 transports = [name for name in transports if name != failed]
@@ -98,6 +100,8 @@ class Dialer:
             except grpc.RpcError as exc:
                 reason = str(exc.details() if isinstance(exc, grpc.aio.AioRpcError) else exc)
             except TimeoutError:
+                # A port that nobody listens on says so at once. Who is silent hangs: a stopped process takes calls.
+                reason = "it does not answer"
                 break
             await asyncio.sleep(min(backoff_s * random.uniform(0.8, 1.2), max(deadline - loop.time(), 0.0)))
             backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
@@ -147,6 +151,6 @@ class Dialer:
                 return LocalReader(peer)
             if ack.transport == pairing.SHM:
                 return await asyncio.to_thread(ShmReader, ack.blob, ack.slots, ack.slot_bytes)
-            return GrpcReader(peer, self._settings.stall_s, self._trust)
+            return GrpcReader(peer, self._settings.fetch_timeout_s, self._trust)
         except PeerLost as exc:
             raise _NoRing(ack.transport) from exc

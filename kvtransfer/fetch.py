@@ -1,5 +1,5 @@
-"""One fetch: copy a chunk to private memory and verify it. And a few daemon threads for those that wait for the network;
-none is started before the first one is needed. No torch.
+"""One fetch: copy a chunk to private memory and verify it. And a few daemon threads for fetches that wait for the
+network; none is started before the first one is needed. No torch.
 """
 
 from __future__ import annotations

@@ -28,13 +28,13 @@ from .fetch import FetchThreads, read_chunk
 from .layout import KvLayout
 from .mailbox import Job, Mailbox
 from .messages import ChunkReady, Link
+from .pulse import TICK_S
 from .receiver import FetchResult, ReceiverMachine
 from .transports.base import RingReader
 from .wire import from_pb
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.1
 _SPARE_BUFFERS = 4
 
 
@@ -67,6 +67,7 @@ class ReceiveDriver:
         self._arrived: dict[ChunkReady, bytearray] = {}  # transfer thread: verified, until scattered
         self._spare: list[bytearray] = []  # private copies to use again
         self._pairs: dict[str, int] = {}  # transport -> channels agreed on so far
+        self._heard: dict[Link, float] = {}  # asyncio thread: when each channel brought its last message
         self._fetchers = FetchThreads(num_threads=4)
         self._mailbox = Mailbox("kv-receive", tick=self._tick, is_idle=lambda: self._machine.is_idle, tick_s=TICK_S)
         self._stopped = False
@@ -131,6 +132,8 @@ class ReceiveDriver:
         self._mailbox.post(lambda: self._input(job))
 
     def _tick(self) -> None:
+        for link, at in list(self._heard.items()):
+            self._machine.heard(link, at)
         self._input(lambda: self._machine.tick(self._clock()))
 
     def _input(self, job: Job) -> None:
@@ -150,10 +153,11 @@ class ReceiveDriver:
             case Deliver(event):
                 assert isinstance(event, WantBlocks | Committed | Failed | Closed)
                 self._deliver(event)
-            case Dial(peer):
-                self._outboxes.call(lambda: self._spawn(peer))
+            case Dial():
+                self._outboxes.call(lambda: self._spawn(action))
             case HangUp(link):
                 self._outboxes.close(link)
+                self._close_reader(link)
             case Fetch(link, ready):
                 self._fetch(link, ready)
             case Scatter():
@@ -210,22 +214,26 @@ class ReceiveDriver:
 
     def _pair_down(self, link: Link) -> None:
         self._machine.pair_down(link, self._clock())
+        self._close_reader(link)
+
+    def _close_reader(self, link: Link) -> None:
+        """Ends its fetches too: those on the way are cancelled, those that wait find it closed."""
         reader = self._readers.pop(link, None)
         if reader is not None:
             reader.close()
 
     # ---- asyncio thread -----------------------------------------------------------------------
 
-    def _spawn(self, peer: EngineRef) -> None:
+    def _spawn(self, dial: Dial) -> None:
         if not self._stopped:
-            task = asyncio.get_running_loop().create_task(self._pair(peer))
+            task = asyncio.get_running_loop().create_task(self._pair(dial.peer, dial.without))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _pair(self, peer: EngineRef) -> None:
+    async def _pair(self, peer: EngineRef, without: tuple[str, ...]) -> None:
         """The life of one channel: dial, agree, run until it breaks. The next transfer dials anew."""
         try:
-            agreement = await self._dialer.connect(peer)
+            agreement = await self._dialer.connect(peer, without)
         except DiptychError as exc:
             error = exc
             self._post(lambda: self._machine.pair_failed(peer, error, self._clock()))
@@ -237,20 +245,22 @@ class ReceiveDriver:
             await agreement.channel.run(
                 read=agreement.read,
                 write=agreement.write,
-                on_message=lambda msg: self._received(peer, msg),
+                on_message=lambda msg: self._received(link, msg),
             )
         except (grpc.RpcError, asyncio.InvalidStateError) as exc:  # the latter from a write after the end
             log.info("the channel to prefill engine %s broke: %s", peer.engine_id, exc)
         finally:
             self._outboxes.remove(link)
+            self._heard.pop(link, None)
             self._post(lambda: self._pair_down(link))
             await agreement.close()
 
-    def _received(self, peer: EngineRef, msg: pb.KvMsg) -> None:
-        link = Link(peer.engine_id, msg.src_epoch, msg.pair_epoch)
+    def _received(self, channel: Link, msg: pb.KvMsg) -> None:
+        self._heard[channel] = self._clock()
+        link = Link(channel.engine_id, msg.src_epoch, msg.pair_epoch)
         try:
             message = from_pb(msg)
         except TransferError as exc:
-            log.warning("a message of prefill engine %s makes no sense: %s", peer.engine_id, exc)
+            log.warning("a message of prefill engine %s makes no sense: %s", link.engine_id, exc)
             return
         self._post(lambda: self._machine.on_message(link, message, self._clock()))

@@ -30,6 +30,7 @@ from .channel import Channel, Outboxes
 from .layout import KvLayout
 from .mailbox import Job, Mailbox
 from .messages import ChunkReady, Link
+from .pulse import TICK_S
 from .ring import RingMemory, SlotRef, checksum
 from .sender import SenderMachine
 from .transports.base import RingOwner
@@ -39,8 +40,6 @@ from .transports.shm import ShmOwner
 from .wire import from_pb
 
 log = logging.getLogger(__name__)
-
-TICK_S = 0.1
 
 
 class SendDriver:
@@ -85,6 +84,7 @@ class SendDriver:
             del self._owners[pairing.GRPC]
         self._outboxes = Outboxes()
         self._links: dict[EngineId, Link] = {}  # asyncio thread: the newest channel of each decode engine
+        self._heard: dict[Link, float] = {}  # asyncio thread: when each channel brought its last message
         self._mailbox = Mailbox("kv-send", tick=self._tick, is_idle=lambda: self._machine.is_idle, tick_s=TICK_S)
         self._stopped = False
 
@@ -158,6 +158,8 @@ class SendDriver:
         self._mailbox.post(lambda: self._input(job))
 
     def _tick(self) -> None:
+        for link, at in list(self._heard.items()):
+            self._machine.heard(link, at)
         self._input(lambda: self._machine.tick(self._clock()))
 
     def _input(self, job: Job) -> None:
@@ -238,20 +240,22 @@ class SendDriver:
             await channel.run(
                 read=lambda: anext(aiter(requests), None),
                 write=context.write,
-                on_message=lambda msg: self._received(link.engine_id, msg),
+                on_message=lambda msg: self._received(link, msg),
             )
         finally:
             self._outboxes.remove(link)
+            self._heard.pop(link, None)
             if self._links.get(link.engine_id) == link:
                 del self._links[link.engine_id]
             self._post(lambda: self._machine.pair_down(link, self._clock()))
 
-    def _received(self, engine_id: EngineId, msg: pb.KvMsg) -> None:
-        link = Link(engine_id, msg.src_epoch, msg.pair_epoch)
+    def _received(self, channel: Link, msg: pb.KvMsg) -> None:
+        self._heard[channel] = self._clock()
+        link = Link(channel.engine_id, msg.src_epoch, msg.pair_epoch)
         try:
             message = from_pb(msg)
         except TransferError as exc:
-            log.warning("a message of decode engine %s makes no sense: %s", engine_id, exc)
+            log.warning("a message of decode engine %s makes no sense: %s", link.engine_id, exc)
             return
         self._post(lambda: self._machine.on_message(link, message, self._clock()))
 

@@ -1,4 +1,5 @@
-"""Both workers, joined by the real state machines of the hinge: a thousand requests, a fifth of them cancelled.
+"""Both workers, joined by the real state machines of the hinge: a thousand requests, some cancelled, some given up in the
+middle of their answer and taken up again.
 
 Only memory and network are made up: KV lies in two echo runners whose next token depends on every cell of it, and
 messages and copies take random time, come twice, get lost with their stream or arrive corrupted.
@@ -118,6 +119,18 @@ class MachinePair:
         self.submitted.append(key)
         return key
 
+    def move(self, key: TransferKey) -> TransferKey | None:
+        """Give an attempt up and go on with what a client has of its answer. None: that is all of it."""
+        self.cancel(key)
+        resume = self.so_far(key)
+        if len(resume) == len(self.decode.expected(key)):
+            return None
+        for bench in self.rng.sample(self.engines, 2):
+            again = bench.again(key, resume)
+            self._settle()
+        self.submitted.append(again)
+        return again
+
     def turn(self) -> bool:
         """Both engines do a step and read their mail. False: nobody had anything to do."""
         busy = [self.prefill.step(), self.decode.step()]
@@ -147,13 +160,17 @@ class MachinePair:
 
     def answer(self, key: TransferKey) -> tuple[list[int], FinishReason]:
         """What a router makes of both streams: tokens by index, decode's end unless token 0 was the end."""
-        merged: dict[int, int] = {}
+        prefill, decode = self.prefill.ledger.finishes[key].reason, self.decode.ledger.finishes[key].reason
+        return self.so_far(key), prefill if prefill in FINAL else decode
+
+    def so_far(self, key: TransferKey) -> list[int]:
+        """What a client has of an answer, with what the request came with."""
+        merged = dict(enumerate(self.decode.requests[key].resume))
         for ledger in (self.prefill.ledger, self.decode.ledger):
             for index, token in enumerate(ledger.tokens.get(key, []), ledger.first_index.get(key, 0)):
                 assert merged.setdefault(index, token) == token, "two engines disagree on a token"
         assert sorted(merged) == list(range(len(merged))), "a gap in the answer"
-        prefill, decode = self.prefill.ledger.finishes[key].reason, self.decode.ledger.finishes[key].reason
-        return [merged[index] for index in sorted(merged)], prefill if prefill in FINAL else decode
+        return [merged[index] for index in range(len(merged))]
 
     # ---- the world ----------------------------------------------------------------------------
 
@@ -259,47 +276,72 @@ class MachinePair:
         self.receiver.scattered(ready, None, self.now)
 
 
+class Storm:
+    """Random requests; some are given up at a random moment, and most of those are taken up again, maybe often."""
+
+    def __init__(self, pair: MachinePair) -> None:
+        self.pair, self.rng = pair, pair.rng
+        self.doomed: list[TransferKey] = []
+        self.given_up: set[TransferKey] = set()
+        self.asked: dict[TransferKey, TransferKey] = {}  # by attempt: the first attempt at the same request
+        self.moves: list[int] = []  # after how many tokens
+
+    def blow(self, num_requests: int) -> None:
+        rng, pair = self.rng, self.pair
+        for _ in range(num_requests):
+            head, tail = rng.choice([0, 4, 12]), rng.choice([1, 2, 9])
+            prompt = [rng.randrange(2)] * head + [rng.randrange(9) for _ in range(tail)]
+            sampling = SamplingParams(
+                max_tokens=rng.choice([1, 2, 9, 20]),
+                repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+                logprobs=rng.choice([None, None, 2]),
+            )
+            key = pair.submit(prompt, sampling, tenant=rng.choice("ab"), priority=rng.choice([0, 0, 0, 1, -1]))
+            self.asked[key] = key
+            if rng.random() < 0.3:
+                self.doomed.append(key)
+            for _ in range(rng.randrange(5)):
+                pair.turn()
+                if self.doomed and rng.random() < 0.3:
+                    self.give_up(self.doomed.pop(rng.randrange(len(self.doomed))))
+        while self.doomed:
+            self.give_up(self.doomed.pop())
+        turns = 0
+        while pair.turn():
+            turns += 1
+            assert turns < 20_000, "the pair does not come to rest"
+
+    def give_up(self, key: TransferKey) -> None:
+        self.given_up.add(key)
+        if self.rng.random() < 0.4:
+            self.pair.cancel(key)
+        elif (again := self.pair.move(key)) is not None:
+            self.asked[again] = self.asked[key]
+            self.moves.append(len(self.pair.decode.requests[again].resume))
+            if self.rng.random() < 0.3:
+                self.doomed.append(again)
+
+
 @pytest.mark.parametrize(("blocks", "rough"), [((24, 28), False), ((14, 20), True)])
-def test_a_thousand_requests_of_which_a_fifth_is_cancelled_leave_both_pools_as_they_were(
+def test_a_thousand_requests_some_cancelled_and_some_moved_leave_both_pools_as_they_were(
     blocks: tuple[int, int], rough: bool
 ) -> None:
-    rng = random.Random(11)
-    pair = MachinePair(rng, blocks=blocks, rough=rough)
-    doomed: list[TransferKey] = []
-    cancelled: set[TransferKey] = set()
-    for _ in range(1000):
-        prompt = [rng.randrange(2)] * rng.choice([0, 4, 12]) + [rng.randrange(9) for _ in range(rng.choice([1, 2, 9]))]
-        sampling = SamplingParams(
-            max_tokens=rng.choice([1, 2, 9, 20]),
-            repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
-            logprobs=rng.choice([None, None, 2]),
-        )
-        key = pair.submit(prompt, sampling, tenant=rng.choice("ab"), priority=rng.choice([0, 0, 0, 1, -1]))
-        if rng.random() < 0.2:
-            doomed.append(key)
-        for _ in range(rng.randrange(5)):
-            pair.turn()
-            if doomed and rng.random() < 0.3:
-                cancelled.add(victim := doomed.pop(rng.randrange(len(doomed))))
-                pair.cancel(victim)
-    cancelled |= set(doomed)
-    for victim in doomed:
-        pair.cancel(victim)
-    turns = 0
-    while pair.turn():
-        turns += 1
-        assert turns < 20_000, "the pair does not come to rest"
+    pair = MachinePair(random.Random(11), blocks=blocks, rough=rough)
+    storm = Storm(pair)
+    storm.blow(1000)
     for key in pair.submitted:
         pair.decode.assert_tokens(key)
         tokens, reason = pair.answer(key)
-        if key not in cancelled:
-            assert tokens == pair.decode.expected(key)
+        if key not in storm.given_up:
+            assert tokens == pair.decode.expected(storm.asked[key])
             assert reason is FinishReason.LENGTH
     for bench in pair.engines:
         assert set(bench.ledger.finishes) == set(pair.submitted)
     pair.assert_idle()
     counters = {**pair.prefill.worker.counters(), **pair.decode.worker.counters()}
-    assert 150 < len(cancelled) < 250
+    assert 250 < len(storm.given_up) < 450
+    assert sum(cut > 0 for cut in storm.moves) > 50
+    assert max(key.attempt for key in pair.submitted) > 2
     assert sum(finish.transfer_bytes > 0 for finish in pair.decode.ledger.finishes.values()) > 300
     assert counters["decode_preemptions_total"] > (20 if rough else 0)
     assert counters["prefill_cached_tokens_total"] > 500
