@@ -23,6 +23,7 @@ from diptych.cluster.config import DiptychConfig, RouterSettings, SecuritySettin
 from diptych.cluster.inprocess import post_json
 from diptych.cluster.models import ModelFolder
 from diptych.cluster.observability.tracing import configure_tracing, flush_tracing
+from diptych.cluster.sigterm import work_before_sigterm_ends
 from diptych.protos.errors import EngineLost, InvalidRequest, StartupError, error_from_code
 from diptych.protos.faults import FaultSettings
 from diptych.protos.trust import ROUTER
@@ -92,6 +93,8 @@ class RouterDeployment:
         await self._router.start()
         self._app = create_app(self._router, models)
         self._is_draining = False
+        loop = asyncio.get_running_loop()
+        work_before_sigterm_ends(lambda: self._end_in_order(loop))
         self._settings = settings = plan.settings
         self._listener = await start_listener(
             self._app,
@@ -139,6 +142,11 @@ class RouterDeployment:
         await self._listener.stop(grace_s)
         await self._router.stop()
         flush_tracing()
+
+    def _end_in_order(self, loop: asyncio.AbstractEventLoop) -> None:
+        """At SIGTERM, in a thread: running requests end; Serve makes another replica when the process is gone."""
+        grace_s = self._settings.drain_grace_s
+        asyncio.run_coroutine_threadsafe(self.drain(grace_s), loop).result(grace_s + SHUTDOWN_MARGIN_S)
 
     async def __del__(self) -> None:
         """Serve awaits it before it ends a replica."""

@@ -102,10 +102,10 @@ class RayEngine:
             raise EngineLost("the engine does not end") from exc
 
     def kill(self) -> None:
-        """End the process: by Ray, and by the kernel, since one that is stopped does not hear Ray."""
+        """End the process: by Ray, or by the kernel where it is stopped and does not hear Ray."""
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(self._actor)
-        if self._os_process is not None:
+        if self._os_process is not None and self.is_stopped():
             with contextlib.suppress(psutil.Error):  # which tells a later process of the same number by its start
                 self._os_process.send_signal(signal.SIGKILL)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from dataclasses import replace
 
+from diptych.cluster.sigterm import on_first_sigterm
 from diptych.protos.status import EngineStatus
 
 from .spec import EngineSpec, EngineStarted
+
+UNHEARD_S = 5.0  # a manager pings more often
 
 
 class EngineActor:
@@ -22,6 +26,9 @@ class EngineActor:
         self._ended = threading.Event()
         self._starting = threading.Lock()
         self._started: EngineStarted | None = None
+        self._is_asked = False
+        self._pinged_at = time.monotonic()
+        on_first_sigterm(self._ask)
 
     def start(self) -> EngineStarted:
         """Load and listen; see Engine.start. Asked again, also by a restarted manager, it gives the same answer."""
@@ -55,8 +62,11 @@ class EngineActor:
         return self._ended.wait(timeout_s)
 
     def ping(self) -> bool:
-        """Answers while the process gets time. Whether it was asked to end, by SIGTERM."""
-        return False
+        """Answers while the process gets time. Whether it was asked to end, by SIGTERM: the manager then takes it away
+        as it does at a restart, with another engine in its place first.
+        """
+        self._pinged_at = time.monotonic()
+        return self._is_asked
 
     def status(self) -> EngineStatus:
         """A reading of the engine."""
@@ -77,6 +87,16 @@ class EngineActor:
         self._engine.stop()
         flush_tracing()
         self._ended.set()
+
+    def _ask(self) -> None:
+        self._is_asked = True
+        threading.Thread(target=self._end_unheard, name="sigterm", daemon=True).start()
+
+    def _end_unheard(self) -> None:
+        """Without a manager nobody takes the engine away."""
+        while not self._ended.wait(1.0):
+            if time.monotonic() - self._pinged_at > UNHEARD_S:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _fail(self, error: BaseException) -> None:
         # An engine without its step thread is dead; the process must be, too, so that everyone learns of it at once.
