@@ -10,7 +10,8 @@ import time
 from dataclasses import replace
 
 from diptych.cluster.sigterm import on_first_sigterm
-from diptych.protos.status import EngineStatus
+from diptych.protos.status import EngineInfo, EngineStatus
+from diptych.protos.types import Role
 
 from .spec import EngineSpec, EngineStarted
 
@@ -49,7 +50,7 @@ class EngineActor:
         from .engine import Engine
 
         configure_tracing(self._spec.trace_file, self._spec.engine_id)
-        trust = trust_of(self._spec.security, fetch(GcsStore()), engine_name(self._spec.roles))
+        trust = trust_of(self._spec.security, fetch(GcsStore()), engine_name(self._spec.possible_roles))
         self._engine = Engine(self._spec, on_failure=self._fail, trust=trust)
         imports = ("imports", time.monotonic() - began)
         started = self._engine.start()
@@ -75,6 +76,10 @@ class EngineActor:
     def set_cores(self, cores: int) -> None:
         """The engine's share of the machine has changed; threads that the configuration names stay."""
         self._engine.set_threads(replace(self._spec, cores=cores).threads)
+
+    def set_roles(self, roles: frozenset[Role], grace_s: float) -> EngineInfo:
+        """See Engine.set_roles."""
+        return self._engine.set_roles(roles, grace_s)
 
     def drain(self, grace_s: float) -> bool:
         """See Engine.drain."""

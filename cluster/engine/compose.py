@@ -143,9 +143,10 @@ def compose(
     Without `trust` the engine talks to this process alone.
     """
     settings = spec.settings
-    slots = SlotPool(sum(_max_running(spec, role) for role in spec.roles))
+    slots = SlotPool(sum(_max_running(spec, role) for role in spec.possible_roles))
     step_tokens = max(
-        settings.prefill.step_tokens if role is Role.PREFILL else settings.decode.step_tokens for role in spec.roles
+        settings.prefill.step_tokens if role is Role.PREFILL else settings.decode.step_tokens
+        for role in spec.possible_roles
     )
     loaded = brain(spec)
     mark("weights")
@@ -170,13 +171,13 @@ def compose(
         inbox=Inbox(settings.prefill.max_waiting + settings.decode.max_waiting + slots.max_slots),
         outbox=Outbox(MAX_OUTPUTS_BEHIND),
         clock=clock,
-        trust=trust or Trust.alone(engine_name(spec.roles)),
+        trust=trust or Trust.alone(engine_name(spec.possible_roles)),
         refused={name: Refusals(f"engine {spec.engine_id} ({name})") for name in (ENGINE_SERVICE, KV_SERVICE)},
         faults=faults,
     )
-    if Role.PREFILL in spec.roles:
+    if Role.PREFILL in spec.possible_roles:
         _add_prefill(parts, spec, arena, compat)
-    if Role.DECODE in spec.roles:
+    if Role.DECODE in spec.possible_roles:
         _add_decode(parts, spec, arena, compat)
     return parts
 

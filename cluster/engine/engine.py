@@ -9,8 +9,9 @@ import asyncio
 import dataclasses
 import logging
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import grpc
@@ -18,7 +19,7 @@ import torch
 
 from diptych.cluster.control.host import free_ports
 from diptych.protos.channels import ENGINE_SERVICE, KV_SERVICE, listen, make_server
-from diptych.protos.errors import EngineFault
+from diptych.protos.errors import EngineFault, InvalidRequest
 from diptych.protos.faults import FaultPlan, Point, plan_of
 from diptych.protos.ports import Runner, Worker
 from diptych.protos.status import EngineInfo, EngineStatus
@@ -38,6 +39,7 @@ from .thread import AsyncioThread, StepThread
 SWITCH_INTERVAL_S = 0.0005
 STOP_TIMEOUT_S = 10.0
 WARM_UP_TOKENS = 64
+BUSY_POLL_S = 0.02
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class Engine:
         self._asyncio_thread: AsyncioThread
         self._step_thread = StepThread()
         self._stall_watch: StallWatch
+        self._role_change = threading.Lock()
         self._faults = plan_of(spec.faults, spec.engine_id)
 
     def start(self) -> EngineStarted:
@@ -96,6 +99,7 @@ class Engine:
             inbox=parts.inbox,
             outbox=parts.outbox,
             reading=self.status,
+            possible_roles=self._spec.possible_roles,
             prefix_root=parts.pool.prefix_root,
             abandon=parts.sender.abort if parts.sender is not None else None,
             faults=self._faults,
@@ -158,8 +162,36 @@ class Engine:
         self._sessions.draining = True
         deadline = time.monotonic() + grace_s
         while (busy := self._is_busy()) and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(BUSY_POLL_S)
         return not busy
+
+    def set_roles(self, roles: Collection[Role], grace_s: float) -> EngineInfo:
+        """Be a prefill engine, a decode engine or both from now on; model, KV and sessions stay. Gives the new info.
+
+        Requests of a role that goes may take `grace_s` to end; what is left ends with EngineLost, for other engines to
+        go on with. Raises InvalidRequest for a role that it cannot have. Not from the asyncio or step thread.
+        """
+        wanted, possible = frozenset(roles), self._spec.possible_roles
+        if not wanted or not wanted <= possible:
+            able = " and ".join(sorted(possible))
+            raise InvalidRequest(
+                f"engine {self._spec.engine_id} can be {able}, not {' and '.join(sorted(wanted)) or 'nothing'}"
+            )
+        with self._role_change:
+            leaving = self._sessions.info.roles - wanted
+            self._asyncio_thread.call(self._sessions.leave_roles(leaving), STOP_TIMEOUT_S)
+            deadline = time.monotonic() + grace_s
+            while any(map(self._is_busy_as, leaving)) and time.monotonic() < deadline:
+                time.sleep(BUSY_POLL_S)
+            for role in leaving:
+                self._asyncio_thread.call(self._sessions.give_away(role), STOP_TIMEOUT_S)
+            info = dataclasses.replace(self._sessions.info, roles=wanted)
+            self._asyncio_thread.call(self._sessions.take_roles(info), STOP_TIMEOUT_S)
+        return info
+
+    def _is_busy_as(self, role: Role) -> bool:
+        end = self._parts.sender if role is Role.PREFILL else self._parts.receiver
+        return bool(self._sessions.num_requests_of(role) or (end is not None and end.open_transfers))
 
     def _is_busy(self) -> bool:
         ends = (self._parts.sender, self._parts.receiver)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
 
 import grpc
@@ -19,7 +19,15 @@ from google.protobuf.message import DecodeError
 from diptych.cluster.observability.tracing import record_phase
 from diptych.protos import codec, engine_pb2_grpc
 from diptych.protos import engine_pb2 as pb
-from diptych.protos.errors import CapacityError, DiptychError, EngineError, InvalidRequest, Overloaded, ShuttingDown
+from diptych.protos.errors import (
+    CapacityError,
+    DiptychError,
+    EngineError,
+    EngineLost,
+    InvalidRequest,
+    Overloaded,
+    ShuttingDown,
+)
 from diptych.protos.faults import FaultPlan
 from diptych.protos.ports import Clock
 from diptych.protos.status import EngineInfo, EngineStatus
@@ -136,6 +144,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         inbox: Inbox,
         outbox: Outbox,
         reading: Callable[[], EngineStatus],
+        possible_roles: Collection[Role] = (),  # that it may have later; empty: the present ones
         prefix_root: bytes = b"",
         abandon: Callable[[TransferKey, DiptychError], None] | None = None,
         faults: FaultPlan | None = None,
@@ -143,6 +152,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
     ) -> None:
         self._abandon = abandon  # SendPort.abort, where there is one
         self._info = info
+        self._open_roles = info.roles  # those that take orders
         self._inbox = inbox
         self._outbox = outbox
         self._reading = reading
@@ -150,7 +160,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         self._names: set[int] = set()  # of the blocks that can be found by their prefix, as told by the step thread
         self._clock = clock
         self._sessions: set[_Session] = set()
-        self._routes: dict[Role, dict[TransferKey, _Route]] = {role: {} for role in info.roles}
+        self._routes: dict[Role, dict[TransferKey, _Route]] = {role: {} for role in possible_roles or info.roles}
         self._ticker: asyncio.Task[None] | None = None
         self._faults = faults
         self.draining = False
@@ -170,6 +180,34 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             await asyncio.gather(self._ticker, return_exceptions=True)
         for session in self._sessions:
             session.fail(grpc.StatusCode.UNAVAILABLE, f"engine {self._info.ref.engine_id} is shutting down")
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine is, with its present roles."""
+        return self._info
+
+    def num_requests_of(self, role: Role) -> int:
+        """Those of one role."""
+        return len(self._routes.get(role, ()))
+
+    # Coroutines, so that they run in the asyncio thread, between two frames.
+
+    async def leave_roles(self, roles: Collection[Role]) -> None:
+        """Refuse new orders of these roles."""
+        self._open_roles = self._open_roles - frozenset(roles)
+
+    async def give_away(self, role: Role) -> None:
+        """End what is left of a role with EngineLost, so that other engines go on with it."""
+        lost = EngineLost(f"engine {self._info.ref.engine_id} is {role} no more")
+        for key, route in self._routes[role].items():
+            if route.session in self._sessions:  # what the worker still says of it reaches a handle that nobody holds
+                route.session.give_up(route.handle, key)
+                route.session.send(self._refusal(route.handle, role, lost))
+            self._inbox.put(CancelRequest(role, key))
+
+    async def take_roles(self, info: EngineInfo) -> None:
+        """The engine is what `info` says from now on."""
+        self._info, self._open_roles = info, info.roles
 
     @property
     def num_sessions(self) -> int:
@@ -268,6 +306,8 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
                 raise EngineError(f"engine {self._info.ref.engine_id} has no {role} worker")
             if key in self._routes[role]:
                 raise InvalidRequest(f"{key} is in work already", "transfer_id")
+            if role not in self._open_roles:
+                raise ShuttingDown(f"engine {self._info.ref.engine_id} takes no new {role} requests")
             if self.draining:
                 raise ShuttingDown(f"engine {self._info.ref.engine_id} takes no new requests: it is shutting down")
             if not self._inbox.try_put(order):

@@ -18,11 +18,15 @@ from diptych.protos.types import EngineId, EngineRef, Role
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """Everything that `compose` needs. `dtype` is decided (never auto); paths are absolute."""
+    """Everything that `compose` needs. `dtype` is decided (never auto); paths are absolute.
+
+    The arena's size and all else that a pool sets are those of the roles at birth, whatever roles come later.
+    """
 
     engine_id: EngineId
     epoch: int
     roles: frozenset[Role]
+    more_roles: frozenset[Role] = frozenset()  # that it can take later, without loading the model again
     model: str
     settings: ModelSettings
     transfer: TransferSettings
@@ -39,6 +43,11 @@ class EngineSpec:
     degraded: tuple[str, ...] = ()
     faults: FaultSettings = field(default_factory=FaultSettings)
     step_stall_s: float = 60.0  # a step that takes longer ends the engine
+
+    @property
+    def possible_roles(self) -> frozenset[Role]:
+        """What `Engine.set_roles` may ask for."""
+        return self.roles | self.more_roles
 
     @property
     def kv(self) -> KvSettings:

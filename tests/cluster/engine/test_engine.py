@@ -25,9 +25,9 @@ from diptych.cluster.models import ModelFacts
 from diptych.cluster.router.mirror import PromptNames
 from diptych.cluster.router.session import EngineSession, SessionTerms
 from diptych.kernels.echo.testing import expected_tokens
-from diptych.protos.errors import DiptychError, EngineFault, StartupError
+from diptych.protos.errors import DiptychError, EngineFault, InvalidRequest, StartupError
 from diptych.protos.faults import FaultRule, FaultSettings
-from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
+from diptych.protos.settings import DecodeSettings, EchoSettings, KvSettings, PrefillSettings, TransferSettings
 from diptych.protos.types import (
     DecodeOrder,
     EngineId,
@@ -491,3 +491,53 @@ async def test_a_step_that_does_not_come_back_ends_the_engine(run_dir: Path) -> 
     await asyncio.to_thread(engine.stop)
     assert isinstance(errors[0], EngineFault)
     assert len(errors) == 1
+
+
+async def test_an_engine_changes_its_role_and_keeps_model_and_sessions(site: Site) -> None:
+    """P and D change places; before and after every answer is right."""
+    p = await site.add("p", Role.PREFILL, more_roles=frozenset({Role.DECODE}))
+    d = await site.add("d", Role.DECODE, more_roles=frozenset({Role.PREFILL}))
+    rng = random.Random(3)
+    prompt, other = prompt_of(rng, 100), prompt_of(rng, 50)
+    decode = ask(site, p, d, request(1, prompt))[1]
+    assert (await decode.finish()).transfer_bytes > 0
+    wrong = Sink()
+    site.sessions["p"].submit(DecodeOrder(request=request(2, other), prefill=None), wrong)
+    assert (await wrong.finish()).error_code == "shutting_down", "a role that it does not have now"
+    for name, role in (("p", Role.DECODE), ("d", Role.PREFILL)):
+        info = await asyncio.to_thread(site.engines[name].set_roles, [role], float(WAIT_S))
+        assert (info.roles, info.ref) == (frozenset({role}), (p if name == "p" else d))
+    for n, text in enumerate((prompt, other), 3):
+        prefill, decode = ask(site, d, p, request(n, text))
+        assert (await prefill.finish()).reason is FinishReason.HANDOFF
+        assert (await decode.finish()).reason is FinishReason.LENGTH
+        assert [prefill.tokens[0], *decode.tokens.values()] == expected_tokens(text, 12)
+    for name in ("p", "d"):
+        assert (await site.counts(name)).used == 0
+        assert not site.engines[name].is_draining
+
+
+async def test_what_a_leaving_role_cannot_finish_is_given_to_others_and_leaves_nothing_behind(site: Site) -> None:
+    slowly = SETTINGS.model_copy(update={"echo": EchoSettings(step_s=0.02)})
+    await site.add("d", Role.DECODE, settings=slowly, more_roles=frozenset({Role.PREFILL}))
+    slow = request(1, prompt_of(random.Random(4), 30), max_tokens=400)
+    running = Sink()
+    site.sessions["d"].submit(DecodeOrder(request=slow, prefill=None), running)
+    async with asyncio.timeout(WAIT_S):
+        await running.got_token.wait()
+    await asyncio.to_thread(site.engines["d"].set_roles, [Role.PREFILL], 0.0)
+    assert (await running.finish()).error_code == "engine_lost"
+    assert (await site.counts("d")).used == 0
+    await asyncio.to_thread(site.engines["d"].set_roles, list(Role), 0.0)
+    again = Sink()
+    site.sessions["d"].submit(DecodeOrder(request=request(2, [1, 2, 3]), prefill=None), again)
+    assert (await again.finish()).reason is FinishReason.LENGTH
+    assert list(again.tokens.values()) == expected_tokens([1, 2, 3], 12)
+
+
+async def test_a_role_that_an_engine_was_not_made_for_is_refused_by_name(site: Site) -> None:
+    await site.add("d", Role.DECODE)
+    for roles in ([Role.PREFILL], []):
+        with pytest.raises(InvalidRequest, match="engine d can be decode, not"):
+            await asyncio.to_thread(site.engines["d"].set_roles, roles, 0.0)
+    assert await site.counts("d")
