@@ -69,7 +69,8 @@ class Action(StrEnum):
     KILL = "kill"  # this process ends at once
 
 
-_ALWAYS = frozenset({Action.RAISE, Action.STOP, Action.KILL})
+_ENDINGS = frozenset({Action.STOP, Action.KILL})
+_ALWAYS = _ENDINGS | {Action.RAISE}
 _TIMED = _ALWAYS | {Action.DELAY}
 _MESSAGE = _TIMED | {Action.DROP, Action.DUPLICATE, Action.REORDER}
 _BYTES = frozenset({Action.CORRUPT, Action.TRUNCATE})
@@ -127,7 +128,9 @@ class FaultSettings(Settings):
     rules: tuple[FaultRule, ...] = Field((), description="what fails, where and when; see concepts/recovery.md")
     seed: int = Field(0, ge=0, description="of the probabilities; one seed gives one run")
     file: Path | None = Field(
-        None, description="JSON with rules and seed that replace these, read again whenever it changes"
+        None,
+        description="JSON with rules and seed that replace these, read again whenever it changes; stop and kill in it "
+        "are for processes that live when it is written, not for those that take their place",
     )
 
     @field_validator("file")
@@ -197,7 +200,7 @@ class FaultPlan:
         self._closed = threading.Event()
         self._arm(settings)
         if self._file is not None:
-            self.reload()
+            self.reload(is_birth=True)
             threading.Thread(target=self._watch, name="fault-plan", daemon=True).start()
 
     def at(self, point: Point, peer: str = "", message: str = "") -> Fault | None:
@@ -210,7 +213,7 @@ class FaultPlan:
             fault = next((fault for fault in fired if fault is not None), None)
             if fault is not None:
                 self.counts[f"{point}/{fault.action}"] += 1
-        if fault is None or fault.action not in (Action.STOP, Action.KILL):
+        if fault is None or fault.action not in _ENDINGS:
             return fault
         log.warning("fault plan: %s of %s at %s", fault.action, self._me, point)
         self._act(fault)
@@ -224,8 +227,11 @@ class FaultPlan:
                 totals[f"fault_{name.partition('/')[0].replace('.', '_')}_total"] += count
         return {name: float(count) for name, count in totals.items()}
 
-    def reload(self) -> None:
-        """Take the file's rules if it changed. One that cannot be read is named in the log, and the rules stay."""
+    def reload(self, *, is_birth: bool = False) -> None:
+        """Take the file's rules if it changed. One that cannot be read is named in the log, and the rules stay.
+
+        At a process's birth it is taken without what ends processes: whoever replaces a dead one would die of the same.
+        """
         if self._file is None:
             return
         try:
@@ -239,6 +245,9 @@ class FaultPlan:
         except (OSError, ValueError, ValidationError) as exc:
             log.warning("fault plan %s is not taken: %s", self._file, " ".join(str(exc).split()))
             return
+        if is_birth:
+            rules = tuple(rule for rule in settings.rules if rule.action not in _ENDINGS)
+            settings = settings.model_copy(update={"rules": rules})
         self._arm(settings)
         log.warning("fault plan of %s: %d rules from %s", self._me, len(settings.rules), self._file)
 

@@ -167,6 +167,24 @@ def test_a_file_replaces_the_rules_whenever_it_changes(tmp_path: Path, caplog: p
         made.close()
 
 
+def test_whoever_replaces_a_dead_process_does_not_die_of_the_same_file(tmp_path: Path) -> None:
+    file = tmp_path / "faults.json"
+    step = {"point": "engine.step", "nth": [1]}
+    file.write_text(json.dumps({"rules": [step | {"action": "kill"}, step | {"action": "delay"}]}))
+    acts: list[Fault] = []
+    made = FaultPlan(FaultSettings(file=file), me="decode-0", act=acts.append)
+    try:
+        fault = made.at(Point.ENGINE_STEP)
+        assert fault is not None
+        assert fault.action is Action.DELAY
+        os.utime(file, ns=(1, 1))
+        made.reload()
+        made.at(Point.ENGINE_STEP)
+        assert [fault.action for fault in acts] == [Action.KILL], "written anew it is meant for who lives"
+    finally:
+        made.close()
+
+
 @given(st.binary(min_size=1), st.floats(0, 1, exclude_max=True), st.sampled_from([Action.CORRUPT, Action.TRUNCATE]))
 def test_altered_bytes_always_differ(data: bytes, draw: float, action: Action) -> None:
     fault = Fault(action, draw=draw)
