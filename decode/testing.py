@@ -93,12 +93,22 @@ class DecodeBench:
             sampling or SamplingParams(max_tokens=1), max_tokens=max_tokens, stop_token_ids=frozenset(stop)
         )
         request = GenerateRequest(key=key, prompt=tuple(prompt), sampling=sampling, **fields)
-        self.requests[key] = request
-        self.ledger.resumed[key] = len(request.resume)
         peer = PEER if transfer else None
-        self.worker.submit(DecodeOrder(request=request, prefill=peer, allow_local_prefill=allow_local_prefill))
+        return self._order(DecodeOrder(request=request, prefill=peer, allow_local_prefill=allow_local_prefill))
+
+    def again(self, key: TransferKey, resume: Sequence[int]) -> TransferKey:
+        """The next attempt at a request, by transfer, of whose answer `resume` exists."""
+        again = TransferKey(key.transfer_id, key.attempt + 1)
+        request = replace(self.requests[key], key=again, resume=tuple(resume))
+        return self._order(DecodeOrder(request=request, prefill=PEER))
+
+    def _order(self, order: DecodeOrder) -> TransferKey:
+        request = order.request
+        self.requests[request.key] = request
+        self.ledger.resumed[request.key] = len(request.resume)
+        self.worker.submit(order)
         self.pool.check_integrity()
-        return key
+        return request.key
 
     def step(self) -> bool:
         """One step of the worker, while transfers that are under way write into their blocks."""

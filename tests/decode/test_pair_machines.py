@@ -1,5 +1,5 @@
-"""Both workers, joined by the real state machines of the hinge: a thousand requests, some cancelled, some given up in the
-middle of their answer and taken up again.
+"""Both workers, joined by the real state machines of the hinge: a thousand requests, some cancelled, some given up in
+the middle of their answer and taken up again.
 
 Only memory and network are made up: KV lies in two echo runners whose next token depends on every cell of it, and
 messages and copies take random time, come twice, get lost with their stream or arrive corrupted.
@@ -32,6 +32,7 @@ from diptych.protos.types import EngineId, EngineRef, FinishReason, SamplingPara
 
 PREFILL_REF = EngineRef(EngineId("p0"), 1, "unix:/nowhere/p0.sock")
 TICK_S = 0.1
+MAX_OPEN = 60  # a broken stream ends all transfers that are open
 FINAL = {FinishReason.STOP, FinishReason.LENGTH}
 
 
@@ -131,6 +132,11 @@ class MachinePair:
         self.submitted.append(again)
         return again
 
+    @property
+    def num_open(self) -> int:
+        """Attempts that have not ended on the decode engine."""
+        return len(self.submitted) - len(self.decode.ledger.finishes)
+
     def turn(self) -> bool:
         """Both engines do a step and read their mail. False: nobody had anything to do."""
         busy = [self.prefill.step(), self.decode.step()]
@@ -145,7 +151,7 @@ class MachinePair:
         self.prefill.pool.check_integrity()
         self._settle()
         if self.rough and self.rng.random() < 0.002:
-            self._break_stream()
+            self._break_stream(self._pair_epoch)
         return any(busy) or bool(sent or received) or bool(self.sender.num_open or self.receiver.num_open)
 
     def cancel(self, key: TransferKey) -> None:
@@ -212,8 +218,7 @@ class MachinePair:
             machine = self.receiver if by is PREFILL_REF else self.sender
             machine.on_message(self._link(by, pair_epoch), message, self.now)
 
-    def _break_stream(self) -> None:
-        epoch = self._pair_epoch
+    def _break_stream(self, epoch: int) -> None:
         if epoch in self._up:
             self._up.discard(epoch)
             self._after(0.2, lambda: self.sender.pair_down(self._link(DECODE_REF, epoch), self.now))
@@ -230,7 +235,7 @@ class MachinePair:
             case Retire(slot, slot_gen):
                 self._slots[slot] = Slot(slot_gen)
             case HangUp(link):
-                self._up.discard(link.pair_epoch)
+                self._break_stream(link.pair_epoch)
 
     def _do_decode(self, action: ReceiveAction) -> None:
         match action:
@@ -241,7 +246,7 @@ class MachinePair:
             case Dial():
                 self._after(0.05, self._dial)
             case HangUp(link):
-                self._up.discard(link.pair_epoch)
+                self._break_stream(link.pair_epoch)
             case Fetch(_, ready):
                 before = self._slots[ready.slot]
                 self._after(0.05, lambda: self._fetch(ready, before))
@@ -301,15 +306,23 @@ class Storm:
             if rng.random() < 0.3:
                 self.doomed.append(key)
             for _ in range(rng.randrange(5)):
-                pair.turn()
-                if self.doomed and rng.random() < 0.3:
-                    self.give_up(self.doomed.pop(rng.randrange(len(self.doomed))))
-        while self.doomed:
-            self.give_up(self.doomed.pop())
+                self.turn()
+            while pair.num_open > MAX_OPEN:
+                self.turn()
         turns = 0
-        while pair.turn():
+        while self.turn():
             turns += 1
             assert turns < 20_000, "the pair does not come to rest"
+
+    def turn(self) -> bool:
+        """Whether anything was done; maybe one of the doomed meets its fate, mostly in the middle of its answer."""
+        if self.doomed and self.rng.random() < 0.3:
+            begun = [key for key in self.doomed if self.pair.so_far(key)]
+            if begun or self.rng.random() < 0.2:
+                victim = self.rng.choice(begun or self.doomed)
+                self.doomed.remove(victim)
+                self.give_up(victim)
+        return self.pair.turn() or bool(self.doomed)
 
     def give_up(self, key: TransferKey) -> None:
         self.given_up.add(key)
@@ -341,8 +354,8 @@ def test_a_thousand_requests_some_cancelled_and_some_moved_leave_both_pools_as_t
     counters = {**pair.prefill.worker.counters(), **pair.decode.worker.counters()}
     assert 250 < len(storm.given_up) < 450
     assert sum(cut > 0 for cut in storm.moves) > 50
-    assert max(key.attempt for key in pair.submitted) > 2
-    assert sum(finish.transfer_bytes > 0 for finish in pair.decode.ledger.finishes.values()) > 300
+    assert max(key.attempt for key in pair.submitted) > 1
+    assert sum(finish.transfer_bytes > 0 for finish in pair.decode.ledger.finishes.values()) > 200
     assert counters["decode_preemptions_total"] > (20 if rough else 0)
     assert counters["prefill_cached_tokens_total"] > 500
     if rough:
