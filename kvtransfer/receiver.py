@@ -73,6 +73,7 @@ class FetchResult(StrEnum):
 class _Chunk:
     ready: ChunkReady
     fetches: int = 0
+    arrived: bool = False  # verified in private memory: the slot was given back
     done: bool = False
 
 
@@ -237,6 +238,7 @@ class ReceiverMachine:
         assert transfer.blocks is not None
         if result is FetchResult.OK:
             transfer.progress_at = now
+            transfer.chunks[ready.chunk].arrived = True
             transfer.num_scattering += 1
             self._send(transfer.link, self._ack(ready, ChunkStatus.OK))
             self._actions.append(Scatter(ready, transfer.blocks, ready.tok_to == transfer.num_tokens))
@@ -293,7 +295,7 @@ class ReceiverMachine:
         match message:
             case ChunkReady() | PrefillFinished():
                 if transfer is not None and transfer.outcome is None:
-                    self._on_progress(transfer, message, now)
+                    self._on_progress(transfer, link, message, now)
                 elif transfer is None and self._history.find(message.key) is None:
                     self._send(link, Abort(message.key, TransferError.code, "nobody expects this transfer"))
             case Abort():
@@ -325,11 +327,17 @@ class ReceiverMachine:
             alive = tuple(t.key for t in self._open.values() if t.link == link and t.outcome is None)
             self._send(link, Heartbeat(alive))  # an empty one too: the pair itself must be alive
 
-    def _on_progress(self, transfer: _Transfer, message: ChunkReady | PrefillFinished, now: float) -> None:
+    def _on_progress(self, transfer: _Transfer, link: Link, message: ChunkReady | PrefillFinished, now: float) -> None:
         wrong = self._why_wrong(transfer, message)
         if wrong is not None:
             self._fail(transfer, TransferError(wrong), now, tell=True)
             return
+        if isinstance(message, ChunkReady) and (known := transfer.chunks.get(message.chunk)) is not None:
+            if known.arrived:
+                self._send(link, self._ack(message, ChunkStatus.OK))  # the first one is lost
+            return
+        if message == transfer.finished:
+            return  # a repetition is no progress
         transfer.progress_at = now
         if isinstance(message, PrefillFinished):
             transfer.finished = message
@@ -338,7 +346,7 @@ class ReceiverMachine:
                 self._end(transfer, committed, now, notify=FinalAck(transfer.key))
             else:
                 self._commit_if_whole(transfer, now)
-        elif message.chunk not in transfer.chunks:
+        else:
             chunk = transfer.chunks[message.chunk] = _Chunk(message)
             if transfer.blocks is not None:
                 self._fetch(transfer, chunk)

@@ -63,7 +63,11 @@ class _Chunk:
     slot_gen: int
     tok_from: int
     tok_to: int
-    staged: bool = False
+    ready: ChunkReady | None = None  # as announced: the peer may read the slot
+
+    @property
+    def staged(self) -> bool:
+        return self.ready is not None
 
 
 @dataclass(slots=True)
@@ -239,13 +243,10 @@ class SenderMachine:
             self._feed_starved()
             return
         assert transfer.link is not None
-        done.staged = True
+        done.ready = ChunkReady(key, chunk, done.tok_from, done.tok_to, done.slot, done.slot_gen, size_bytes, checksum)
         self.ledger.staged(done.slot)
         transfer.size_bytes += size_bytes
-        self._send(
-            transfer.link,
-            ChunkReady(key, chunk, done.tok_from, done.tok_to, done.slot, done.slot_gen, size_bytes, checksum),
-        )
+        self._send(transfer.link, done.ready)
         self._tell_finished(transfer)
 
     def gather_failed(self, key: TransferKey, chunk: int, error: DiptychError, now: float) -> None:
@@ -399,6 +400,7 @@ class SenderMachine:
             if transfer is not None and transfer.link == link:
                 transfer.renewed_at = now
                 alive.append(key)
+                self._repeat(transfer, link)
             elif key in self._early:
                 alive.append(key)
             elif transfer is None:
@@ -474,10 +476,22 @@ class SenderMachine:
         if transfer.link is None or transfer.first_token is None or transfer.told_finished or not all_out:
             return
         transfer.told_finished = True
-        self._send(
-            transfer.link,
-            PrefillFinished(transfer.key, transfer.num_chunks, transfer.num_tokens, transfer.first_token, final=False),
+        self._send(transfer.link, self._finished_message(transfer))
+
+    def _finished_message(self, transfer: _Transfer) -> PrefillFinished:
+        assert transfer.first_token is not None
+        return PrefillFinished(
+            transfer.key, transfer.num_chunks, transfer.num_tokens, transfer.first_token, final=False
         )
+
+    def _repeat(self, transfer: _Transfer, link: Link) -> None:
+        """Whatever the peer has not acknowledged, once more: it, or the acknowledgement, may be lost."""
+        if transfer.ended is None:
+            for chunk in transfer.chunks.values():
+                if chunk.ready is not None:
+                    self._send(link, chunk.ready)
+            if transfer.told_finished:
+                self._send(link, self._finished_message(transfer))
 
     def _final_message(self, key: TransferKey, ended: Ended) -> PrefillFinished:
         assert ended.final_token is not None
