@@ -31,11 +31,10 @@ log = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S = 0.05
 _LAST_BACKOFF_S = 1.0
-# Dialing again is ours: gRPC's own first pause of a second would outlast the whole of a quick restart.
+# Dialing again is ours, on a channel of its own each time. gRPC's pauses between connections are left as they are: a
+# short one also cuts the wait for a process that is stopped, and its silence would look like nobody listening.
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_KV_MESSAGE_BYTES),
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.use_local_subchannel_pool", 1),
 ]
 # Answers that no further try would change.

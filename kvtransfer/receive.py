@@ -68,7 +68,7 @@ class ReceiveDriver:
         self._spare: list[bytearray] = []  # private copies to use again
         self._pairs: dict[str, int] = {}  # transport -> channels agreed on so far
         self._heard: dict[Link, float] = {}  # asyncio thread: when each channel brought its last message
-        self._fetchers = FetchThreads(num_threads=4)
+        self._fetchers = FetchThreads(num_threads=4, per_peer=2)
         self._mailbox = Mailbox("kv-receive", tick=self._tick, is_idle=lambda: self._machine.is_idle, tick_s=TICK_S)
         self._stopped = False
 
@@ -179,7 +179,7 @@ class ReceiveDriver:
             result = read_chunk(reader, ready, buffer)
             self._post(lambda: self._fetched(ready, buffer, result))
 
-        self._fetchers.post(work)
+        self._fetchers.post(link.engine_id, work)
 
     def _fetched(self, ready: ChunkReady, buffer: bytearray, result: FetchResult) -> None:
         self._arrived[ready] = buffer
