@@ -28,6 +28,7 @@ class EngineActor:
         self._starting = threading.Lock()
         self._started: EngineStarted | None = None
         self._is_asked = False
+        self._is_taken = threading.Event()  # away, by a manager that drains it
         self._pinged_at = time.monotonic()
         on_first_sigterm(self._ask)
 
@@ -79,10 +80,14 @@ class EngineActor:
 
     def set_roles(self, roles: frozenset[Role], grace_s: float) -> EngineInfo:
         """See Engine.set_roles."""
-        return self._engine.set_roles(roles, grace_s)
+        info = self._engine.set_roles(roles, grace_s)
+        if self._started is not None:
+            self._started = replace(self._started, info=info)
+        return info
 
     def drain(self, grace_s: float) -> bool:
         """See Engine.drain."""
+        self._is_taken.set()
         return self._engine.drain(grace_s)
 
     def stop(self) -> None:
@@ -99,7 +104,7 @@ class EngineActor:
 
     def _end_unheard(self) -> None:
         """Without a manager nobody takes the engine away."""
-        while not self._ended.wait(1.0):
+        while not self._is_taken.wait(1.0):
             if time.monotonic() - self._pinged_at > UNHEARD_S:
                 os.kill(os.getpid(), signal.SIGTERM)
 
