@@ -3,7 +3,8 @@
     submit/cancel -> outbox -> writer --gRPC--> engine
     sinks <- one call per token, one wake-up per step <- reader <--gRPC-- engine
 
-A broken stream fails its open requests at once and is dialled again until the view stops the session.
+A broken stream fails its open requests at once and is dialled again until the view stops the session. So does one
+that is silent: a stopped process keeps its connections, and nothing but its frames shows that it lives.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import grpc
 
@@ -39,6 +41,9 @@ from .mirror import PrefixMirror
 log = logging.getLogger(__name__)
 
 MAX_OUTBOX = 4096  # frames waiting for the stream; an engine that reads none for so long is as good as lost
+PING_PERIOD_S = 0.5
+_OWN_WORDS = re.compile(r"is shutting down|fell silent")  # of engines that end a stream; else its connection broke
+LossCause = Literal["broken", "silent", "removed", "ended"]  # ended: by the engine itself, with a word of its own
 _BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # a new dial after a loss must not wait for the old channel's back-off
@@ -68,6 +73,7 @@ class SessionTerms:
 
     router_id: str
     connect_timeout_s: float  # from the dial to the engine's welcome
+    silence_s: float  # without a frame for so long the engine is lost; it sends its status several times a second
     clock: Callable[[], float]
     trust: Trust = field(default_factory=lambda: Trust.alone(ROUTER))  # reaches only servers that ask for no proof
 
@@ -82,8 +88,10 @@ class EngineSession:
         self.mirror = PrefixMirror()
         self.meter = EngineMeter()
         self.losses = 0
+        self.loss_cause: LossCause = "broken"  # of the last one
         self._router_id = terms.router_id
         self._connect_timeout_s = terms.connect_timeout_s
+        self._silence_s = terms.silence_s
         self._clock = terms.clock
         self._on_change = on_change  # after every change of `is_ready`
         self._sinks: dict[int, tuple[Sink, Role, TransferKey]] = {}
@@ -92,7 +100,13 @@ class EngineSession:
         self._has_mail = asyncio.Event()
         self._next_handle = 1
         self._task: asyncio.Task[None] | None = None
+        self._heard_at = 0.0
         self.is_ready = False
+
+    @property
+    def is_loss_a_death(self) -> bool:
+        """Whether the last loss was none that the engine, or whoever drains it, wanted."""
+        return self.loss_cause != "ended" and not self.info.draining
 
     @property
     def in_flight(self) -> int:
@@ -151,6 +165,7 @@ class EngineSession:
         failures = 0
         try:
             while True:
+                self.loss_cause = "broken"
                 try:
                     await self._live()
                 except (grpc.RpcError, DiptychError, OSError, TimeoutError) as exc:
@@ -164,6 +179,8 @@ class EngineSession:
             log.exception("the session to engine %s ends", self.info.ref.engine_id)
             raise
         finally:
+            if self.is_ready:
+                self.loss_cause = "removed"
             self._fail_open(EngineLost(f"engine {self.info.ref.engine_id} was removed"))
 
     async def _live(self) -> None:
@@ -187,16 +204,33 @@ class EngineSession:
                 call.cancel()
 
     async def _pump(self, call: Any) -> None:
-        writer = asyncio.create_task(self._write_all(call))
-        reader = asyncio.create_task(self._read_all(call))
+        parts = (self._write_all(call), self._read_all(call), self._watch(), self._ping())
+        tasks = [asyncio.create_task(part) for part in parts]
         try:
-            done, _ = await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            writer.cancel()
-            reader.cancel()
-            await asyncio.gather(writer, reader, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        """Raises EngineLost when the engine was silent too long. Time in which this loop stood does not count."""
+        self._heard_at, pause = self._clock(), self._silence_s / 8
+        while True:
+            began = self._clock()
+            await asyncio.sleep(pause)
+            now = self._clock()
+            self._heard_at = min(self._heard_at + max(now - began - pause, 0), now)
+            if now - self._heard_at > self._silence_s:
+                self.loss_cause = "silent"
+                raise EngineLost(f"no word for {now - self._heard_at:.2f} s")
+
+    async def _ping(self) -> None:
+        while True:
+            await asyncio.sleep(PING_PERIOD_S)
+            self._post(pb.RouterFrame(ping=pb.Ping()))
 
     def _check(self, frame: pb.EngineFrame) -> pb.Welcome:
         me, ref = frame.welcome.me, self.info.ref
@@ -205,10 +239,17 @@ class EngineSession:
         return frame.welcome
 
     async def _read(self, call: Any) -> pb.EngineFrame:
-        frame = await call.read()
+        try:
+            frame = await call.read()
+        except grpc.aio.AioRpcError as exc:
+            if exc.code() is not grpc.StatusCode.UNAVAILABLE or _OWN_WORDS.search(exc.details() or ""):
+                self.loss_cause = "ended"
+            raise
         if frame is grpc.aio.EOF:
+            self.loss_cause = "ended"
             raise EngineLost(f"the engine ended the stream: {await call.details()}")
         assert isinstance(frame, pb.EngineFrame)
+        self._heard_at = self._clock()
         return frame
 
     async def _write_all(self, call: Any) -> None:
@@ -229,6 +270,7 @@ class EngineSession:
                 try:
                     self._deliver(frame.tokens)
                 except ValueError as exc:
+                    self.loss_cause = "ended"
                     raise EngineLost(f"the engine sent a step that makes no sense: {exc}") from exc
             elif kind == "status":
                 self.status = status_from_pb(frame.status)
