@@ -14,12 +14,14 @@ from diptych.protos import kv_pb2 as pb
 from diptych.protos import kv_pb2_grpc
 from diptych.protos.channels import KV_SESSION, MAX_KV_MESSAGE_BYTES, open_channel
 from diptych.protos.errors import LayoutMismatch, PeerLost
+from diptych.protos.faults import FaultPlan
 from diptych.protos.settings import TransferSettings
 from diptych.protos.trust import Trust
 from diptych.protos.types import EngineRef, Role
 
 from . import pairing
 from .channel import Channel
+from .faults import FaultyReader, dialing, make_channel
 from .layout import KvLayout
 from .transports import local
 from .transports.base import RingReader
@@ -62,7 +64,14 @@ class Dialer:
     """Asyncio thread only. `num_downgrades` counts transports that were agreed on and could not be attached."""
 
     def __init__(
-        self, *, me: EngineRef, layout: KvLayout, compat: bytes, settings: TransferSettings, trust: Trust
+        self,
+        *,
+        me: EngineRef,
+        layout: KvLayout,
+        compat: bytes,
+        settings: TransferSettings,
+        trust: Trust,
+        faults: FaultPlan | None = None,
     ) -> None:
         self.num_downgrades = 0
         self._trust = trust
@@ -70,6 +79,7 @@ class Dialer:
         self._layout = layout
         self._compat = compat
         self._settings = settings
+        self._faults = faults
         self._pair_epoch = 0
 
     async def connect(self, peer: EngineRef, without: Collection[str] = ()) -> Agreement:
@@ -81,6 +91,8 @@ class Dialer:
         """
         offered = pairing.offers(self._settings.transport, peer, in_process=local.is_here(peer))
         transports = [name for name in offered if name not in without] or offered
+        if self._faults is not None:
+            await dialing(self._faults, peer.engine_id)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.dial_timeout_s
         backoff_s = _FIRST_BACKOFF_S
@@ -130,6 +142,8 @@ class Dialer:
             if ack.refusal:
                 raise LayoutMismatch(f"prefill engine {peer.engine_id} refuses the pair: {ack.refusal}")
             reader = await self._attach(peer, ack)
+            if self._faults is not None:
+                reader = FaultyReader(reader, self._faults, peer.engine_id)
         except BaseException:
             await conn.close()
             raise
@@ -141,7 +155,7 @@ class Dialer:
         async def close() -> None:
             await conn.close()
 
-        channel = Channel(src_epoch=self._me.epoch, pair_epoch=pair_epoch)
+        channel = make_channel(self._faults, peer.engine_id, src_epoch=self._me.epoch, pair_epoch=pair_epoch)
         return Agreement(pair_epoch, ack.transport, reader, channel, read, call.write, close)
 
     async def _attach(self, peer: EngineRef, ack: pb.HelloAck) -> RingReader:

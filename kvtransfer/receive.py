@@ -15,6 +15,7 @@ import grpc
 
 from diptych.protos import kv_pb2 as pb
 from diptych.protos.errors import DiptychError, EngineFault, TransferError
+from diptych.protos.faults import FaultPlan, Point
 from diptych.protos.ports import Closed, Committed, Failed, ReceiveEvent, WantBlocks
 from diptych.protos.settings import TransferSettings
 from diptych.protos.trust import Trust
@@ -24,6 +25,7 @@ from .actions import Deliver, Dial, Fetch, HangUp, ReceiveAction, Scatter, Send
 from .arena import KvArena, copy_alone
 from .channel import Outboxes
 from .dial import Agreement, Dialer
+from .faults import copying
 from .fetch import FetchThreads, read_chunk
 from .layout import KvLayout
 from .mailbox import Job, Mailbox
@@ -52,15 +54,17 @@ class ReceiveDriver:
         deliver: Callable[[ReceiveEvent], None],
         clock: Callable[[], float] = time.monotonic,
         trust: Trust | None = None,
+        faults: FaultPlan | None = None,
     ) -> None:
         """Without `trust` it reaches engines of this process only, or servers that ask for no proof."""
         self.me = me
         self._arena = arena
+        self._unpack = arena.unpack if faults is None else copying(arena.unpack, faults, Point.HINGE_SCATTER)
         self._deliver = deliver
         self._clock = clock
         self._machine = ReceiverMachine(settings=settings, layout=layout)
         trust = trust or Trust.alone(Role.DECODE.value)
-        self._dialer = Dialer(me=me, layout=layout, compat=compat, settings=settings, trust=trust)
+        self._dialer = Dialer(me=me, layout=layout, compat=compat, settings=settings, trust=trust, faults=faults)
         self._outboxes = Outboxes()
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio thread
         self._readers: dict[Link, RingReader] = {}  # transfer thread
@@ -193,7 +197,7 @@ class ReceiveDriver:
         error: DiptychError | None = None
         try:
             with memoryview(self._arrived[ready])[: ready.size_bytes] as data:
-                self._arena.unpack(blocks, ready.tok_from, ready.tok_to, data)
+                self._unpack(blocks, ready.tok_from, ready.tok_to, data)
             if action.is_last:
                 self._arena.clear_tail(blocks, ready.tok_to)
         except Exception as exc:  # a bad block list or a device error ends this transfer, not the engine
@@ -239,6 +243,7 @@ class ReceiveDriver:
             self._post(lambda: self._machine.pair_failed(peer, error, self._clock()))
             return
         link = Link(peer.engine_id, peer.epoch, agreement.pair_epoch)
+        self._heard[link] = self._clock()
         self._outboxes.add(link, agreement.channel)
         self._post(lambda: self._pair_up(link, agreement))
         try:
@@ -256,7 +261,8 @@ class ReceiveDriver:
             await agreement.close()
 
     def _received(self, channel: Link, msg: pb.KvMsg) -> None:
-        self._heard[channel] = self._clock()
+        if channel in self._heard:
+            self._heard[channel] = self._clock()
         link = Link(channel.engine_id, msg.src_epoch, msg.pair_epoch)
         try:
             message = from_pb(msg)

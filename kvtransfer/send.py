@@ -19,6 +19,7 @@ import grpc
 from diptych.protos import kv_pb2 as pb
 from diptych.protos import kv_pb2_grpc
 from diptych.protos.errors import DiptychError, EngineFault, StartupError, TransferError
+from diptych.protos.faults import FaultPlan, Point
 from diptych.protos.ports import Released, SendEvent
 from diptych.protos.settings import TransferSettings
 from diptych.protos.types import EngineId, EngineRef, TransferKey
@@ -26,7 +27,8 @@ from diptych.protos.types import EngineId, EngineRef, TransferKey
 from . import pairing
 from .actions import Deliver, Gather, HangUp, Retire, Send, SendAction
 from .arena import KvArena, copy_alone
-from .channel import Channel, Outboxes
+from .channel import Outboxes
+from .faults import copying, make_channel, publishing
 from .layout import KvLayout
 from .mailbox import Job, Mailbox
 from .messages import ChunkReady, Link
@@ -56,6 +58,7 @@ class SendDriver:
         run_dir: Path,
         deliver: Callable[[SendEvent], None],
         clock: Callable[[], float] = time.monotonic,
+        faults: FaultPlan | None = None,
     ) -> None:
         slot_bytes = settings.slot_kib * 1024
         if slot_bytes < layout.bytes_per_token:
@@ -67,12 +70,14 @@ class SendDriver:
         self.ring_slots = settings.slots
         self._layout = layout
         self._compat = compat
-        self._arena = arena
+        self._faults = faults
+        self._pack = arena.pack if faults is None else copying(arena.pack, faults, Point.HINGE_GATHER)
         self._settings = settings
         self._deliver = deliver
         self._clock = clock
         self._machine = SenderMachine(settings=settings, chunk_tokens=slot_bytes // layout.bytes_per_token)
         self._ring = RingMemory(settings.slots, slot_bytes)
+        self._publish = self._ring.publish if faults is None else publishing(self._ring, faults)
         self._grpc_owner = GrpcOwner(self._ring, me)
         served = pairing.supported(settings.transport)
         self._owners: dict[str, RingOwner] = {pairing.GRPC: self._grpc_owner}
@@ -191,10 +196,10 @@ class SendDriver:
         size_bytes = (action.tok_to - action.tok_from) * self._layout.bytes_per_token
         try:
             with self._ring.data(action.slot, size_bytes) as data:
-                self._arena.pack(action.blocks, action.tok_from, action.tok_to, data)
+                self._pack(action.blocks, action.tok_from, action.tok_to, data)
                 digest = checksum(data)
             ref = SlotRef(action.key, action.chunk, action.slot, action.slot_gen, size_bytes, digest)
-            self._ring.publish(ref)
+            self._publish(ref)
         except Exception as exc:  # a bad block list or a device error ends this transfer, not the engine
             log.exception("%s: chunk %d could not be staged", action.key, action.chunk)
             error = EngineFault("the KV could not be staged", detail=repr(exc))
@@ -231,8 +236,9 @@ class SendDriver:
         if ack.refusal:
             await context.write(envelope)
             return
-        channel = Channel(src_epoch=self.me.epoch, pair_epoch=link.pair_epoch)
+        channel = make_channel(self._faults, link.engine_id, src_epoch=self.me.epoch, pair_epoch=link.pair_epoch)
         self._links[link.engine_id] = link
+        self._heard[link] = self._clock()
         self._outboxes.add(link, channel)
         self._post(lambda: self._machine.pair_up(link, ack.transport, self._clock()))
         try:
@@ -250,7 +256,8 @@ class SendDriver:
             self._post(lambda: self._machine.pair_down(link, self._clock()))
 
     def _received(self, channel: Link, msg: pb.KvMsg) -> None:
-        self._heard[channel] = self._clock()
+        if channel in self._heard:
+            self._heard[channel] = self._clock()
         link = Link(channel.engine_id, msg.src_epoch, msg.pair_epoch)
         try:
             message = from_pb(msg)

@@ -205,6 +205,7 @@ def _add_prefill(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: b
         run_dir=spec.run_dir,
         deliver=_delivery(parts, Role.PREFILL),
         clock=parts.clock,
+        faults=parts.faults,
     )
     parts.workers[Role.PREFILL] = PrefillWorker(
         settings=spec.settings.prefill,
@@ -229,6 +230,7 @@ def _add_decode(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: by
         deliver=_delivery(parts, Role.DECODE),
         clock=parts.clock,
         trust=parts.trust,
+        faults=parts.faults,
     )
     parts.workers[Role.DECODE] = DecodeWorker(
         settings=spec.settings.decode,
