@@ -113,6 +113,22 @@ def restart(
     raise typer.Exit(run_restart(model, which, config=config, overrides=overrides or (), url=url, address=address))
 
 
+@app.command("role")
+def change_role(
+    engine: Annotated[str, typer.Argument(help="An engine that serves, such as prefill-0.")],
+    role: Annotated[str, typer.Argument(help="prefill or decode.", callback=_role)],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    url: Url = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster it runs on (host:port).")] = None,
+) -> None:
+    """Move an engine to the other pool of its model; its requests finish first, and nothing is loaded again."""
+    from diptych.cluster.scale import run_role
+    from diptych.protos.types import Role
+
+    raise typer.Exit(run_role(engine, Role(role), config=config, overrides=overrides or (), url=url, address=address))
+
+
 @app.command()
 def models(config: ConfigFile = None, overrides: Overrides = None, url: Url = None) -> None:
     """List models: built in, configured, converted, served."""

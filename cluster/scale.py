@@ -1,5 +1,5 @@
-"""The verbs `diptych scale` and `diptych restart`: ask the pool manager for other sizes or other engines and tell what
-came of it.
+"""The verbs `diptych scale`, `diptych restart` and `diptych role`: ask the pool manager for other sizes, other engines
+or another role of one, and tell what came of it.
 """
 
 from __future__ import annotations
@@ -67,6 +67,29 @@ def run_restart(
     _print_done(done)
     print(f"{len(done.started)} engines started, {len(done.ended)} ended: {time.monotonic() - began:.1f} s")
     return 1 if done.failed else 0
+
+
+def run_role(
+    engine: str,
+    role: Role,
+    *,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    url: str | None = None,
+    address: str | None = None,
+) -> int:
+    """Give an engine another role without loading its model again; the exit code."""
+    try:
+        from diptych.cluster.control.connect import manager, set_role
+
+        handle = manager(address, url, load_config(config, overrides).run_dir)
+        began = time.monotonic()
+        info = set_role(handle, engine, role, timeout_s=CALL_TIMEOUT_S)
+    except DiptychError as exc:
+        print(f"diptych: {exc}", file=sys.stderr)
+        return 1
+    print(f"{engine} is a {'-'.join(sorted(info.roles))} engine now: {time.monotonic() - began:.1f} s")
+    return 0
 
 
 def _scale(handle: Any, model: str, role: Role, engines: int) -> int:

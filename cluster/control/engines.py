@@ -14,8 +14,8 @@ import ray
 from diptych.cluster.engine.actor import EngineActor
 from diptych.cluster.engine.spec import EngineSpec, EngineStarted
 from diptych.protos.errors import DiptychError, EngineLost, StartupError
-from diptych.protos.status import EngineStatus
-from diptych.protos.types import EngineId
+from diptych.protos.status import EngineInfo, EngineStatus
+from diptych.protos.types import EngineId, Role
 
 from .gcs import NAMESPACE
 
@@ -89,6 +89,15 @@ class RayEngine:
     async def set_cores(self, cores: int) -> None:
         """See EngineActor.set_cores."""
         await self._answer(self._actor.set_cores.remote(cores))
+
+    async def set_roles(self, roles: frozenset[Role], grace_s: float) -> EngineInfo:
+        """See EngineActor.set_roles."""
+        try:
+            return await self._answer(self._actor.set_roles.remote(roles, grace_s))
+        except ray.exceptions.RayTaskError as exc:
+            if isinstance(exc.cause, DiptychError):
+                raise exc.cause from exc
+            raise
 
     async def drain(self, grace_s: float) -> bool:
         """See Engine.drain."""

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from diptych.cluster.engine.spec import EngineSpec, EngineStarted
 from diptych.protos.errors import EngineLost, Fenced, StartupError
-from diptych.protos.status import EngineStatus
+from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.types import EngineId, Role
 
 from .manager import PoolManager
@@ -40,6 +40,12 @@ class EngineProcess(Watched, Protocol):
 
     async def set_cores(self, cores: int) -> None:
         """Its share of the machine's cores has changed."""
+
+    async def set_roles(self, roles: frozenset[Role], grace_s: float) -> EngineInfo:
+        """Other roles with the same model in memory; what a leaving role has not ended by then ends with EngineLost.
+
+        Raises InvalidRequest for roles that the engine was not made for.
+        """
 
     async def drain(self, grace_s: float) -> bool:
         """Refuse new requests, wait for the running ones and their transfers. False: some were left."""
@@ -79,6 +85,15 @@ class Life:
     started: EngineStarted | None = None
     failure: str = ""
     task: asyncio.Task[None] | None = None
+
+    async def set_roles(self, roles: frozenset[Role], grace_s: float) -> EngineInfo:
+        """See EngineProcess.set_roles. Raises EngineLost, too, when the process hangs; it is killed then."""
+        try:
+            async with asyncio.timeout(grace_s + ANSWER_MARGIN_S):
+                return await self.process.set_roles(roles, grace_s)
+        except TimeoutError as exc:
+            self.process.kill()
+            raise EngineLost(f"engine {self.engine_id} hung while its role changed") from exc
 
     def send_away(self, grace_s: float) -> asyncio.Task[None]:
         """Let it finish its requests within `grace_s` and end; the task that is over when it has ended."""

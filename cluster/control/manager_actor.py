@@ -63,6 +63,10 @@ class PoolManagerActor:
         """See Pools.restart."""
         return await self._pools.restart(model, role)
 
+    async def set_role(self, engine: str, role: Role) -> EngineInfo:
+        """See Pools.set_role."""
+        return await self._pools.set_role(engine, role)
+
     async def release(self, owner: str, grace_s: float) -> bool:
         """See Pools.release."""
         return await self._pools.release(owner, grace_s)

@@ -126,6 +126,8 @@ def _template(config: DiptychConfig, name: str, folder: ModelFolder, run_dir: Pa
         engine_id=EngineId(""),
         epoch=0,
         roles=frozenset({role}),
+        # A certificate names one role, and an engine shows one certificate.
+        more_roles=frozenset(settings.pools()) - {role} if config.security.tls is None else frozenset(),
         model=name,
         settings=settings,
         transfer=config.transfer,

@@ -12,14 +12,15 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from diptych.cluster.engine.spec import EngineSpec, EngineStarted
-from diptych.protos.errors import EngineLost, InvalidRequest, StartupError, UnknownModel
+from diptych.protos.errors import EngineLost, Fenced, InvalidRequest, StartupError, UnknownModel
+from diptych.protos.status import EngineInfo
 from diptych.protos.types import EngineId, Role
 
 from .life import Course, EngineProcesses, Life
@@ -33,6 +34,8 @@ CALL_TIMEOUT_S = 5.0
 _NEWS_KEPT = 64
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class Pools:
         self._lives: dict[EngineId, Life] = {}
         self._latest: list[Life] = []  # what the last `apply` launched or found
         self._exchange: asyncio.Task[None] | None = None  # the part of it that goes on
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._lock = asyncio.Lock()  # for moments
         self._turn = asyncio.Lock()  # one engine after the other is replaced
         self._adopted = False
@@ -103,7 +106,7 @@ class Pools:
             if process is None:
                 self._manager.report_dead(member.engine_id, member.epoch, "it ended while nobody watched")
                 continue
-            life = self._watch(Life(member.engine_id, member.epoch, self._key_of(member), process))
+            life = self._watch(Life(member.engine_id, member.epoch, self._key_of(member.model, member.roles), process))
             life.is_serving = member.state is not EngineState.STARTING
             if member.state is EngineState.DRAINING and self._plan is not None:
                 life.send_away(self._plan.drain_grace_s)
@@ -196,6 +199,62 @@ class Pools:
                     break
         self._fill_gaps()
         return done
+
+    async def set_role(self, name: str, role: Role) -> EngineInfo:
+        """Move an engine that serves to the other pool of its model; the model is not loaded again.
+
+        It takes no new requests meanwhile; running ones get the time that a drain has, and routers go on elsewhere with
+        what is left. Raises InvalidRequest for an engine that does not serve, that cannot have the role, or without
+        which no decode engine is left, EngineLost when it ends meanwhile.
+        """
+        self.adopt()
+        # A caller that goes away must not leave the engine between two roles.
+        return await asyncio.shield(self._go_on(self._set_role(name, role)))
+
+    async def _set_role(self, name: str, role: Role) -> EngineInfo:
+        async with self._turn:
+            async with self._lock:
+                life, info = self._serving(name)
+                pool, target = self._pools[life.pool], self._pool(info.model, role)
+                if pool is target:
+                    return info
+                if pool.role is Role.DECODE and len(self._present(*life.pool)) == 1:
+                    raise InvalidRequest(f"{name} is the last decode engine of {info.model}", "engine")
+                self._pools[life.pool] = replace(pool, engines=pool.engines - 1)
+                self._manager.report_draining(life.engine_id, life.epoch)
+                self._changed()
+            try:
+                await self._known(self._manager.version)
+                info = await life.set_roles(
+                    frozenset({role}), self._plan.drain_grace_s if self._plan is not None else 0.0
+                )
+            finally:
+                # Whatever came of it: it takes orders of the roles that it has now, if it lives and stays.
+                async with self._lock:
+                    self._settle_role(life, info)
+        return info
+
+    def _serving(self, name: str) -> tuple[Life, EngineInfo]:
+        life = self._lives.get(EngineId(name))
+        member = next((m for m in self._manager.members() if m.engine_id == name), None)
+        is_ready = member is not None and member.state is EngineState.READY
+        if life is None or life.leave.is_set() or life.is_stale or not is_ready:
+            ready = sorted(m.engine_id for m in self._manager.members() if m.state is EngineState.READY)
+            raise InvalidRequest(f"no engine {name} is ready; ready here: {', '.join(ready) or 'none'}", "engine")
+        assert member is not None
+        assert member.info is not None
+        return life, member.info
+
+    def _settle_role(self, life: Life, info: EngineInfo) -> None:
+        key = self._key_of(info.model, info.roles)
+        if key in self._pools and not life.leave.is_set():
+            life.pool = key
+            self._pools[key] = replace(self._pools[key], engines=self._pools[key].engines + 1)
+            self._keep()
+            with contextlib.suppress(Fenced):  # it died meanwhile: its pool lacks one
+                self._manager.report_roles(replace(info, draining=False))
+        self._changed()
+        self._fill_gaps()
 
     async def release(self, owner: str, grace_s: float) -> bool:
         """End all engines, if the pools still belong to `owner`. False: somebody else applied a plan since."""
@@ -386,7 +445,7 @@ class Pools:
 
     # ---- what there is ----
 
-    def _go_on(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _go_on(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)  # the event loop keeps no strong reference
         task.add_done_callback(self._tasks.discard)
@@ -419,9 +478,9 @@ class Pools:
             self._pool(model, role or Role.DECODE)  # raises where there is none
         return [key for key in self._pools if model in (None, key[0]) and role in (None, key[1])]
 
-    def _key_of(self, member: Member) -> tuple[str, Role]:
+    def _key_of(self, model: str, roles: Collection[Role]) -> tuple[str, Role]:
         """An engine of both roles belongs to the pool that there is."""
-        keys = [(member.model, role) for role in sorted(member.roles)]
+        keys = [(model, role) for role in sorted(roles)]
         return next((key for key in keys if key in self._pools), keys[0])
 
     def _present(self, model: str, role: Role) -> list[Member]:
