@@ -61,7 +61,7 @@ P, D = "prefill-0", "decode-0"
 OFTEN = 0.2  # of all occasions
 
 DEATHS = (
-    Cell("kill-prefill-queued", ("F1", "R02"), "queued", "kill -9 prefill", signal("kill", P), deaths=1),
+    Cell("kill-prefill-queued", ("F1", "R02"), "queued", "kill -9 prefill", signal("kill", P), deaths=1, over_s=0.2),
     Cell(
         "kill-prefill-step",
         ("F2", "R02"),
@@ -89,7 +89,7 @@ DEATHS = (
         short=True,
     ),
     Cell("kill-prefill-decode", ("R02", "F13"), "decode", "kill -9 prefill", signal("kill", P, 8), deaths=1),
-    Cell("kill-decode-queued", ("F8",), "queued", "kill -9 decode", signal("kill", D), deaths=1),
+    Cell("kill-decode-queued", ("F8",), "queued", "kill -9 decode", signal("kill", D), deaths=1, over_s=0.2),
     Cell(
         "kill-decode-fetch",
         ("F8",),
