@@ -56,13 +56,13 @@ class Faults:
     error: DiptychError | None = None  # end each order with it ...
     error_at: int = 0  # ... before this token index
     error_count: int = 1 << 30  # ... for so many orders
-    drop_stream_at: int | None = None  # break the session before this index
+    drop_stream_at: int | None = None  # end the session before this index, or the end, with all tokens before it sent
     no_first_token: bool = False  # prefill: hand over without having sent token 0
     also_first_token: bool = False  # decode: send token 0 although prefill did
     swap_pairs: bool = False  # decode: tokens 2,1, 4,3, ...
     no_prompt_logprobs: bool = False  # although they were asked for
     wrong_first_token: bool = False  # decode: with also_first_token, another one than prefill's
-    dies_at: int | None = None  # the whole engine ends before this index, without a word
+    dies_at: int | None = None  # the whole engine ends before this index, and takes with it what is not sent yet
     poison: int | None = None  # it ends when it gets an order whose prompt holds this token
     is_stopped: bool = False  # it keeps its connections, and neither reads nor writes
 
@@ -315,12 +315,7 @@ class EchoEngine(EngineServicer):
             self._tell_prompt(session, handle, order)
         for index in range(begin, end, self._tokens_per_step):
             await asyncio.sleep(self._step_s)
-            if self.faults.drop_stream_at is not None and index >= self.faults.drop_stream_at:
-                self._end(session)
-                return
-            if self.faults.dies_at is not None and index >= self.faults.dies_at:
-                self.die()
-            if session.is_dead:
+            if self._breaks(session, index):
                 return
             if self.faults.error is not None and index >= self.faults.error_at and self.faults.error_count > 0:
                 self.faults.error_count -= 1
@@ -331,10 +326,18 @@ class EchoEngine(EngineServicer):
             session.outbox.put_nowait(self._tokens(handle, order, indexes, end))
         if is_prefill and total > end:
             reason = FinishReason.HANDOFF
-        if self.faults.dies_at is not None and end >= self.faults.dies_at:
+        if not self._breaks(session, end):
+            self._finish(session, handle, order, reason, end)
+
+    def _breaks(self, session: _Session, index: int) -> bool:
+        """Whether nothing is sent any more, from token `index` on."""
+        faults = self.faults
+        if faults.drop_stream_at is not None and index >= faults.drop_stream_at:
+            self._end(session)
+            return True
+        if faults.dies_at is not None and index >= faults.dies_at:
             self.die()
-            return
-        self._finish(session, handle, order, reason, end)
+        return session.is_dead
 
     def _tokens(self, handle: int, order: PrefillOrder | DecodeOrder, indexes: list[int], end: int) -> _Tokens:
         prompt = order.request.prompt
