@@ -82,7 +82,7 @@ async def test_info_names_engines_choices_versions_and_the_last_requests(
     assert (last["prefill_engine"], last["decode_engine"], last["transport"]) == ("prefill-0", "decode-0", "echo")
     assert last["transfer_bytes"] > 0
     assert info["losses"] == []
-    door.router.losses.append(Loss("decode-7", 3, 1.5, "silent"))
+    door.router.losses.append(Loss(engine="decode-7", epoch=3, at_unix=1.5, cause="silent"))
     told = {"engine": "decode-7", "epoch": 3, "at_unix": 1.5, "cause": "silent"}
     assert (await http.get("/info")).json()["losses"] == [told]
     door.directory.set([door.decode.info])
