@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -109,6 +109,7 @@ class Course:
 
     manager: PoolManager
     changed: Callable[[], None]
+    known: Callable[[int], Awaitable[None]]  # returns when the routers have read that version of the membership
     died: Callable[[Life, str], None]  # unasked, with the reason; after the manager knows
     asked: Callable[[Life], None]  # the process was asked to end
 
@@ -186,6 +187,8 @@ class Course:
         self.changed()
         try:
             if life.is_serving:
+                if life.grace_s:  # or routers would go on sending, and have to ask elsewhere
+                    await self.known(self.manager.version)
                 async with asyncio.timeout(life.grace_s + ANSWER_MARGIN_S):
                     is_empty = await life.process.drain(life.grace_s)
                 if not is_empty:

@@ -75,7 +75,7 @@ class Pools:
         self._available = available
         self._changed = changed
         self._known = known
-        self._course = Course(manager=manager, changed=changed, died=self._died, asked=self._asked)
+        self._course = Course(manager=manager, changed=changed, known=known, died=self._died, asked=self._asked)
         self._restarts = Restarts()
         self._lives: dict[EngineId, Life] = {}
         self._latest: list[Life] = []  # what the last `apply` launched or found

@@ -618,3 +618,24 @@ async def test_without_memory_for_both_another_plan_replaces_engines_one_by_one(
     assert [p.spec.engine_id for p in world.made[3:]] == ["prefill-0", "decode-0", "decode-1"]
     assert all(p.spec.settings.decode.kv is not None for p in world.made[3:])
     assert world.states() == {"prefill-0": "ready", "decode-0": "ready", "decode-1": "ready"}
+
+
+async def test_a_dismissed_engine_refuses_nothing_until_the_routers_know_that_it_goes() -> None:
+    known = asyncio.Event()
+    world = World()
+    world.pools = Pools(
+        world.manager,
+        world.store,
+        world,
+        available=lambda pids: (world.memory, "free memory of the machine"),
+        changed=world.changed,
+        known=lambda version: known.wait(),  # type: ignore[arg-type,return-value]
+    )
+    await world.pools.apply(plan("models.m.decode.engines=2"))
+    await world.pools.settled()
+    going = asyncio.create_task(world.pools.scale("m", Role.DECODE, 1))
+    await world.until(lambda: world.states()["decode-1"] == "draining")
+    assert world.process("decode-1").calls == ["start"]
+    known.set()
+    await going
+    assert world.made[2].calls == ["start", "drain", "stop", "kill"]
