@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import invariants
 from invariants import SimPool, Violation
 from network import HingeEnd, stream
-from routes import Routes
+from routes import TWICE, Routes
 from runner import SimRunner, pack, unpack
 
 from diptych.decode.worker import DecodeWorker
@@ -199,10 +199,17 @@ class SimEngine:
 
     def kill(self) -> None:
         """SIGKILL: the kernel closes its streams."""
+        self._end(politely=False)
+
+    def quit(self) -> None:
+        """The end that was asked for: routers are told that it is one."""
+        self._end(politely=True)
+
+    def _end(self, *, politely: bool) -> None:
         if self.is_alive:
             self.is_alive = False
             self._frozen.clear()
-            self.routes.close_all()
+            self.routes.close_all(politely=politely)
             for end in self._channels.values():
                 end.close()
 
@@ -249,6 +256,13 @@ class SimEngine:
         """Into the inbox: `order`, `cancel` or `news`."""
         self._inbox.append((kind, role, item))
         self._wake(self.clock())
+
+    def tell(self, kind: str, role: Role, item: object) -> None:
+        """As `put`; now and then twice, for whoever says something may say it again."""
+        self.put(kind, role, item)
+        if self.rng.random() < TWICE:
+            self.world.counters["said twice"] += 1
+            self.put(kind, role, item)
 
     def _wake(self, when: float) -> None:
         when = max(when, self._free_at)
@@ -381,7 +395,7 @@ class SimEngine:
             case Send(link, message):
                 self._say(link, message)
             case Deliver(event):
-                self.put("news", Role.PREFILL, event)
+                self.tell("news", Role.PREFILL, event)
             case Gather():
                 self.after(0.003 * self.rng.random(), lambda: self._gather(action))
             case Retire(slot, slot_gen):
@@ -433,7 +447,7 @@ class SimEngine:
             if event.key in self._ended:
                 raise Violation("ended_twice", f"{self.name}: the transfer {event.key} ended twice: {event}")
             self._ended.add(event.key)
-        self.put("news", Role.DECODE, event)
+        self.tell("news", Role.DECODE, event)
 
     def _dial(self, peer: EngineRef) -> None:
         """Hello, welcome, channel. Whoever is stopped or cut off does not answer in time."""

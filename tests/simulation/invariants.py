@@ -22,7 +22,7 @@ from diptych.protos.types import BlockHash
 if TYPE_CHECKING:
     from engine import SimEngine
 
-SETTLE_S = 36.0  # a lease, a quarantine and something
+SETTLE_S = 36  # a lease, a quarantine and something
 ALLOWED_CODES = frozenset(
     {
         "engine_lost",
@@ -91,8 +91,8 @@ def i3(engine: SimEngine, blocks: Sequence[int], known: tuple[int, ...]) -> None
         raise Violation("i3", f"{engine.name}: a committed transfer left wrong KV in its blocks")
 
 
-def i5(engine: SimEngine) -> None:
-    """Nothing is held."""
+def holds(engine: SimEngine) -> dict[str, int]:
+    """What is held, by its name; nothing that is zero."""
     held = {
         "blocks": engine.pool.counts().used,
         "step slots": engine.slots.max_slots - engine.slots.num_free,
@@ -101,11 +101,15 @@ def i5(engine: SimEngine) -> None:
     }
     if engine.sender is not None:
         held |= {"sends": engine.sender.num_open, "ring slots": engine.sender.ledger.num_busy}
-        held["expectations"] = 0 if engine.sender.is_idle else 1
+        held["expectations"] = len(engine.sender._early)
     if engine.receiver is not None:
         held |= {"receives": engine.receiver.num_open, "copies": len(engine.arrived)}
-    left = {what: count for what, count in held.items() if count}
-    if left:
+    return {what: count for what, count in held.items() if count}
+
+
+def i5(engine: SimEngine) -> None:
+    """Nothing is held."""
+    if left := holds(engine):
         raise Violation("i5", f"{engine.name} epoch {engine.ref.epoch} still holds {left}")
 
 

@@ -118,7 +118,7 @@ class Members:
             if engine.is_busy and self._world.loop.time() < give_up:
                 self._world.loop.call_later(0.05, look)
                 return
-            engine.kill()
+            engine.quit()
             self._manager.report_left(engine.ref.engine_id, engine.ref.epoch)
             self._tell()
             if not self._is_closed:

@@ -103,7 +103,7 @@ class End:
 
 
 class HingeEnd(End):
-    """Messages that were on their way when the channel broke still arrive: the machines must fence them."""
+    """What was on its way when the channel broke still arrives, some of it late: the machines must fence it."""
 
     def send(self, frame: object) -> None:
         burst, rng = self._network.burst, self._network.rng
@@ -119,7 +119,11 @@ class HingeEnd(End):
                 super().send(frame)
 
     def _arrive(self, frame: object) -> None:
-        self.on_frame(frame)
+        if self.is_open:
+            self.on_frame(frame)
+        else:
+            late = 2.0 * self._network.rng.random() ** 3
+            self._network.loop.call_later(late, self._post, lambda: self.on_frame(frame))
 
 
 def stream(one: End, other: End) -> None:

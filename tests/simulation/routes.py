@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from network import End
-from wire import Cancel, Names, Open, Ping, Status, Submit, Tokens, Welcome
+from wire import Bye, Cancel, Names, Open, Ping, Status, Submit, Tokens, Welcome
 
 from diptych.protos.errors import DiptychError, InvalidRequest, Overloaded, ShuttingDown
 from diptych.protos.types import DecodeOrder, Finish, FinishReason, PrefillOrder, Role, StepOutput, TransferKey
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from engine import SimEngine
 
 STATUS_PERIOD_S = 0.25
+TWICE = 0.02  # of orders, and of transfer events
 ROUTER_SILENCE_S = 3.0
 
 
@@ -61,9 +62,11 @@ class Routes:
             self._ticks = True
             engine.after(STATUS_PERIOD_S, self._tick)
 
-    def close_all(self) -> None:
+    def close_all(self, *, politely: bool = False) -> None:
         """The process ends."""
         for stream in self._streams:
+            if politely:
+                stream.end.send(Bye())
             stream.end.close()
         self._streams.clear()
 
@@ -71,6 +74,7 @@ class Routes:
         """The engine gives its oldest stream up."""
         if self._streams:
             stream = self._streams[0]
+            stream.end.send(Bye())
             stream.end.close()
             self._forget(stream)
 
@@ -103,6 +107,8 @@ class Routes:
             stream.handles[handle] = (role, key)
             self._routes[role][key] = (stream, handle)
             engine.put("order", role, order)
+            if engine.rng.random() < TWICE:
+                engine.after(0.03 * engine.rng.random(), lambda: self._again(role, order))
             return
         if not isinstance(error, InvalidRequest) and role is Role.PREFILL and engine.sender is not None:
             sender, known = engine.sender, error
@@ -111,6 +117,11 @@ class Routes:
             key=key, role=role, reason=FinishReason.ERROR, error_code=error.code, error_message=error.message
         )
         stream.end.send(Tokens((), ((handle, finish),)))
+
+    def _again(self, role: Role, order: PrefillOrder | DecodeOrder) -> None:
+        """An order that was given already, while it is in work."""
+        if order.request.key in self._routes[role]:
+            self._engine.put("order", role, order)
 
     def _forget(self, stream: _Stream) -> None:
         if stream in self._streams:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from network import End, stream
-from wire import Cancel, Names, Open, Ping, Status, Submit, Tokens, Welcome
+from wire import Bye, Cancel, Names, Open, Ping, Status, Submit, Tokens, Welcome
 
 from diptych.cluster.router.estimate import EngineMeter
 from diptych.cluster.router.mirror import PrefixMirror
-from diptych.cluster.router.session import SessionTerms, Sink
+from diptych.cluster.router.session import LossCause, SessionTerms, Sink
 from diptych.protos.errors import EngineLost
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.types import DecodeOrder, PrefillOrder, Role, TransferKey
@@ -32,11 +32,12 @@ class SimSession:
         self.mirror = PrefixMirror()
         self.meter = EngineMeter()
         self.losses = 0
+        self.loss_cause: LossCause = "broken"
         self.is_ready = False
         self._world = world
         self._loop = world.loop
         self._timeout_s = terms.connect_timeout_s
-        self._silence_s = getattr(terms, "silence_s", 1.0)
+        self._silence_s = terms.silence_s
         self._on_change = on_change
         self._sinks: dict[int, tuple[Sink, Role, TransferKey]] = {}
         self._next_handle = 1
@@ -45,6 +46,10 @@ class SimSession:
         self._dials = 0
         self._failures = 0
         self._is_over = False
+
+    @property
+    def is_loss_a_death(self) -> bool:
+        return self.loss_cause != "ended" and not self.info.draining
 
     @property
     def in_flight(self) -> int:
@@ -58,6 +63,8 @@ class SimSession:
 
     async def stop(self) -> None:
         self._is_over = True
+        if self.is_ready:
+            self.loss_cause = "removed"
         self._lose(EngineLost(f"engine {self.info.ref.engine_id} was removed"))
 
     def submit(self, order: PrefillOrder | DecodeOrder, sink: Sink) -> int:
@@ -87,6 +94,7 @@ class SimSession:
             return
         self._dials += 1
         dial = self._dials
+        self.loss_cause = "broken"
         there = self._world.life(self.info.ref)
         if there is None or not there.is_alive:
             self._loop.call_later(0.001, self._broken, dial)
@@ -119,6 +127,7 @@ class SimSession:
             return
         left = self._heard_at + self._silence_s - self._loop.time()
         if left <= 0:
+            self.loss_cause = "silent"
             self._broken(dial)
             return
         self._send(Ping())
@@ -132,6 +141,8 @@ class SimSession:
                 self.is_ready = True
                 self._on_change()
                 self._watch(self._dials)
+            case Bye():
+                self.loss_cause = "ended"
             case Tokens(rows, ends):
                 self._deliver(rows, ends)
             case Status(status):

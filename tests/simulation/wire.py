@@ -36,6 +36,11 @@ class Ping:
 
 
 @dataclass(frozen=True, slots=True)
+class Bye:
+    """The engine ends the stream by its own will."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     rows: tuple[tuple[int, int, int], ...]  # handle, index, token
     ends: tuple[tuple[int, Finish], ...]  # handle, the end

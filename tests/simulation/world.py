@@ -175,6 +175,8 @@ class World:
         span_s = self.rng.choice((0.3, 1.0, 2.0))
         clients = draw(self.rng, requests, span_s)
         faults.plan(self, num_faults, span_s)
+        if self.seed % 4 == 3:  # I5 from any state: nobody hears anybody from here on
+            self.loop.call_later(self.rng.uniform(0.2, span_s + 0.2), self.network.silence)
         self._waiting = sum(1 + len(client.siblings) for client in clients)
         tasks = [asyncio.ensure_future(serve(self, client)) for client in clients]
         await self._finish(tasks)
@@ -198,7 +200,11 @@ class World:
             engine.resume()
         self.network.silence()
         await self.router.stop()
-        await asyncio.sleep(SETTLE_S)
+        living = [engine for engine in self.members.lives.values() if engine.is_alive]
+        for _ in range(SETTLE_S):
+            if not any(map(invariants.holds, living)):
+                break
+            await asyncio.sleep(1.0)
         for engine in self.members.lives.values():
             if engine.is_alive:
                 invariants.i1_i2(engine)
