@@ -320,6 +320,7 @@ async def test_a_recorded_session_opens_nothing_when_it_is_played_again(
         terms = SessionTerms(
             router_id="listened to",
             connect_timeout_s=ANSWER_S,
+            silence_s=ANSWER_S,
             clock=asyncio.get_running_loop().time,
             trust=Trust(cluster.secret, "router"),
         )

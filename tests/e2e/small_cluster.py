@@ -79,13 +79,18 @@ class SmallCluster:
         return [int(word.removeprefix("t")) for word in str(choice["text"]).split()]
 
     async def at_rest(self) -> dict[Role, PoolCounts]:
-        """The pools once nothing runs, waits or is transferred."""
+        """The fullest pool of each role once nothing runs, waits or is transferred."""
         async with asyncio.timeout(WAIT_S):
             while True:
-                readings = {role: engine.status() for role, engine in self.engines.items()}
-                others = [engine.status() for engine in self.alive.values()]
-                if not any(r.running or r.waiting or r.transfers or r.ring_slots_busy for r in others):
-                    return {role: reading.blocks for role, reading in readings.items()}
+                readings = {ref: engine.status() for ref, engine in self.alive.items()}
+                if not any(r.running or r.waiting or r.transfers or r.ring_slots_busy for r in readings.values()):
+                    return {
+                        role: max(
+                            (reading.blocks for ref, reading in readings.items() if ref.engine_id.startswith(role)),
+                            key=lambda blocks: blocks.used,
+                        )
+                        for role in self.refs
+                    }
                 await asyncio.sleep(0.01)
 
     def count(self, role: Role, name: str) -> float:
