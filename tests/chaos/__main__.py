@@ -6,6 +6,7 @@ python tests/chaos [--short] [--only STEP ...] [--report FILE]      exit code: s
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -95,6 +96,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=Path, help="by default docs/reports/chaos-DATE.md, of the long form alone")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is stopped
     known = {cell.id: cell for cell in CELLS}
     if unknown := set(asked.only) - known.keys():
         parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
