@@ -20,12 +20,12 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from diptych.cluster.config import DiptychConfig, RouterSettings, SecuritySettings, check_config, load_config
+from diptych.cluster.control.sigterm import work_before_sigterm_ends
 from diptych.cluster.inprocess import post_json
 from diptych.cluster.models import ModelFolder
 from diptych.cluster.observability.tracing import configure_tracing, flush_tracing
-from diptych.cluster.sigterm import work_before_sigterm_ends
 from diptych.protos.errors import EngineLost, InvalidRequest, StartupError, error_from_code
-from diptych.protos.faults import FaultSettings
+from diptych.protos.faults import FaultSettings, plan_of
 from diptych.protos.trust import ROUTER
 from diptych.protos.types import EngineRef
 
@@ -89,7 +89,9 @@ class RouterDeployment:
         ]
         self._names = [model.name for model in models]
         trust = trust_of(plan.security, fetch(GcsStore()), ROUTER)
-        self._router = Router(directory=ManagerDirectory(), settings=plan.settings, trust=trust)
+        self._router = Router(
+            directory=ManagerDirectory(plan_of(plan.faults, "router")), settings=plan.settings, trust=trust
+        )
         await self._router.start()
         self._app = create_app(self._router, models)
         self._is_draining = False

@@ -9,8 +9,10 @@ from typing import Any
 import ray
 
 from diptych.protos.errors import EngineLost
+from diptych.protos.faults import FaultPlan, Point
 from diptych.protos.status import EngineInfo
 
+from .faults import pass_point
 from .gcs import NAMESPACE
 from .manager_actor import MANAGER_NAME, POLL_S
 
@@ -20,7 +22,8 @@ CALL_TIMEOUT_S = 10.0
 class ManagerDirectory:
     """Looks the manager up by name on every call after a failure, so that a restarted manager is found."""
 
-    def __init__(self) -> None:
+    def __init__(self, faults: FaultPlan | None = None) -> None:
+        self._faults = faults
         self._manager: Any = None
         self._reader = uuid.uuid4().hex
 
@@ -45,6 +48,8 @@ class ManagerDirectory:
             waiting.cancel()
 
     async def _call(self, method: str, *args: int | str, timeout_s: float | None) -> Any:
+        if self._faults is not None:
+            await pass_point(self._faults, Point.MANAGER_LIST, message=method)
         try:
             if self._manager is None:
                 self._manager = ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)

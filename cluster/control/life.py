@@ -110,6 +110,7 @@ class Course:
     manager: PoolManager
     changed: Callable[[], None]
     known: Callable[[int], Awaitable[None]]  # returns when the routers have read that version of the membership
+    reporting: Callable[[EngineId, str], Awaitable[None]]  # before it is told that an engine is ready or draining
     died: Callable[[Life, str], None]  # unasked, with the reason; after the manager knows
     asked: Callable[[Life], None]  # the process was asked to end
 
@@ -144,6 +145,7 @@ class Course:
         try:
             async with asyncio.timeout(start_timeout_s):  # not wait_for, which may lose a cancellation (Python 3.11)
                 started = await life.process.start()
+            await self.reporting(life.engine_id, "ready")
         except TimeoutError:
             life.failure = (
                 f"engine {life.engine_id} was not ready within {start_timeout_s:g} s; on a slow machine raise "
@@ -182,10 +184,11 @@ class Course:
 
     async def _dismiss(self, life: Life) -> None:
         """The end that was asked for. What still runs after the grace ends with the sessions; routers move it."""
-        with contextlib.suppress(Fenced):
-            self.manager.report_draining(life.engine_id, life.epoch)
-        self.changed()
         try:
+            await self.reporting(life.engine_id, "draining")
+            with contextlib.suppress(Fenced):
+                self.manager.report_draining(life.engine_id, life.epoch)
+            self.changed()
             if life.is_serving:
                 if life.grace_s:  # or routers would go on sending, and have to ask elsewhere
                     await self.known(self.manager.version)

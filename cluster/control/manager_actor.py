@@ -12,11 +12,13 @@ from typing import Any, cast
 
 import ray
 
+from diptych.protos.faults import FaultPlan, FaultSettings, Point, plan_of
 from diptych.protos.status import EngineInfo
-from diptych.protos.types import Role
+from diptych.protos.types import EngineId, Role
 
 from . import host
 from .engines import RayEngines
+from .faults import pass_point
 from .gcs import NAMESPACE, GcsStore
 from .manager import Member, PoolManager
 from .plan import ClusterPlan
@@ -45,10 +47,16 @@ class PoolManagerActor:
             available=host.memory_with,
             changed=self._wake,
             known=self._known,
+            reporting=self._reporting,
         )
+        self._faults: FaultPlan | None = None
 
     async def apply(self, plan: ClusterPlan, owner: str = "") -> None:
         """See Pools.apply."""
+        if self._faults is not None:
+            self._faults.close()
+        settings = plan.pools[0].template.faults if plan.pools else FaultSettings()  # the same in all of them
+        self._faults = plan_of(settings, "manager")
         await self._pools.apply(plan, owner)
 
     async def settled(self) -> Scaled:
@@ -95,6 +103,10 @@ class PoolManagerActor:
         while not (news := self._pools.news(after)) and (left := deadline - time.monotonic()) > 0:
             await self._wait(left)
         return news
+
+    async def _reporting(self, engine_id: EngineId, report: str) -> None:
+        if self._faults is not None:
+            await pass_point(self._faults, Point.MANAGER_REPORT, peer=engine_id, message=report)
 
     async def _known(self, version: int) -> None:
         """Until every router that asks has read `version`."""

@@ -54,9 +54,14 @@ async def _nobody_reads(version: int) -> None:
     pass
 
 
+async def _nothing_fails(engine_id: EngineId, report: str) -> None:
+    pass
+
+
 class Pools:
     """`changed` is called after every change that a router or a waiting caller may want to know of; `known` returns
-    when the routers have read that version of the membership.
+    when the routers have read that version of the membership; `reporting` is awaited before an engine is reported ready
+    or draining, and may raise EngineLost.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Pools:
         available: Available,
         changed: Callable[[], None],
         known: Callable[[int], Awaitable[None]] = _nobody_reads,
+        reporting: Callable[[EngineId, str], Awaitable[None]] = _nothing_fails,
     ) -> None:
         self._manager = manager
         self._store = store
@@ -75,7 +81,14 @@ class Pools:
         self._available = available
         self._changed = changed
         self._known = known
-        self._course = Course(manager=manager, changed=changed, known=known, died=self._died, asked=self._asked)
+        self._course = Course(
+            manager=manager,
+            changed=changed,
+            known=known,
+            reporting=reporting,
+            died=self._died,
+            asked=self._asked,
+        )
         self._restarts = Restarts()
         self._lives: dict[EngineId, Life] = {}
         self._latest: list[Life] = []  # what the last `apply` launched or found

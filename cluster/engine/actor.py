@@ -9,7 +9,7 @@ import threading
 import time
 from dataclasses import replace
 
-from diptych.cluster.sigterm import on_first_sigterm
+from diptych.cluster.control.sigterm import on_first_sigterm
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.types import Role
 

@@ -6,11 +6,13 @@ import asyncio
 
 import pytest
 
+from diptych.cluster.control.faults import pass_point
 from diptych.cluster.control.memory import MIB
 from diptych.cluster.control.pools import Pools
 from diptych.cluster.control.restarts import Restarts, RestartTerms
 from diptych.cluster.control.testing import FakeProcess, World, plan, started
 from diptych.protos.errors import DiptychError, EngineLost, InvalidRequest, StartupError, UnknownModel
+from diptych.protos.faults import Action, FaultPlan, FaultRule, FaultSettings, Point
 from diptych.protos.types import EngineId, Role
 
 
@@ -271,3 +273,35 @@ async def test_a_dismissed_engine_refuses_nothing_until_the_routers_know_that_it
     known.set()
     await going
     assert world.made[2].calls == ["start", "drain", "stop", "kill"]
+
+
+async def test_a_report_that_fails_by_plan_is_the_end_of_its_engine_and_of_nothing_else() -> None:
+    rule = FaultRule(point=Point.MANAGER_REPORT, action=Action.RAISE, message="ready", nth=(3,))
+    faults = FaultPlan(FaultSettings(rules=(rule,)), me="manager")
+    world = World()
+    world.pools = Pools(
+        world.manager,
+        world.store,
+        world,
+        available=lambda pids: (world.memory, "free memory of the machine"),
+        changed=world.changed,
+        reporting=lambda name, report: pass_point(faults, Point.MANAGER_REPORT, peer=name, message=report),
+    )
+    await world.pools.apply(plan())
+    assert not (await world.pools.settled()).failed
+    world.process("decode-0").death.set_result("gone")
+    await world.until(lambda: len(world.made) == 4 and world.states()["decode-0"] == "ready")
+    assert world.states() == {"prefill-0": "ready", "decode-0": "ready"}
+    assert faults.counts == {"manager.report/raise": 1}
+
+
+async def test_who_asks_the_manager_gets_a_planned_delay_or_error() -> None:
+    rules = (
+        FaultRule(point=Point.MANAGER_LIST, action=Action.DELAY, nth=(1,), delay_s=0.001),
+        FaultRule(point=Point.MANAGER_LIST, action=Action.RAISE, nth=(2,)),
+    )
+    faults = FaultPlan(FaultSettings(rules=rules), me="router")
+    await pass_point(faults, Point.MANAGER_LIST)
+    with pytest.raises(EngineLost, match="injected fault"):
+        await pass_point(faults, Point.MANAGER_LIST)
+    await pass_point(faults, Point.MANAGER_LIST)

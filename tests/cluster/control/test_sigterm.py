@@ -12,7 +12,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_first_sigterm_asks_and_the_second_ends() -> None:
     done = run(
-        "import os, signal; from diptych.cluster.sigterm import on_first_sigterm\n"
+        "import os, signal; from diptych.cluster.control.sigterm import on_first_sigterm\n"
         "signal.signal(signal.SIGTERM, lambda *_: os._exit(7))\n"  # as Ray has set one
         "on_first_sigterm(lambda: print('asked', flush=True))\n"
         "os.kill(os.getpid(), signal.SIGTERM); print('alive', flush=True); os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -24,7 +24,7 @@ def test_the_first_sigterm_asks_and_the_second_ends() -> None:
 WORKER = """
 import os, signal, sys, threading
 from ray._private import worker
-from diptych.cluster.sigterm import work_before_sigterm_ends
+from diptych.cluster.control.sigterm import work_before_sigterm_ends
 
 def handler(number, frame):  # as Worker.main_loop has it
     worker.raise_sys_exit_with_custom_error_message("The process receives a SIGTERM.", exit_code=3)
