@@ -20,6 +20,7 @@ from watch import Watch
 
 BACK_S = 90.0  # a dead engine is replaced within so long, or the cell says so
 QUIET_S = 35.0  # the leak law: the lease of 30 s and 5 more
+STOOD_STILL_S = 0.3  # a watcher that was this late cannot blame others for being late
 ACTING_S = 240.0  # a command such as a rolling restart may take so long
 PROBES = 5  # normal requests after every cell
 TOLD = ("kv_fenced_messages_total", "kv_checksum_failures_total", "kv_torn_reads_total", "kv_lease_expired_total",
@@ -148,6 +149,8 @@ def note_deaths(tally: Tally, watch: Watch, answers: list[Answer]) -> None:
     """Deaths, their detection, and how long the streams of that moment had to wait."""
     losses = watch.losses()
     detection, missing = watch.detection(losses)
+    if watch.stood_still_s > STOOD_STILL_S:
+        tally.notes.append(f"the whole machine, this program too, stood still for {watch.stood_still_s:.2f} s")
     tally.notes += [f"given up although it lived: {loss}" for loss in watch.untrue(losses)]
     tally.deaths += len(watch.deaths)
     tally.detection += detection

@@ -11,6 +11,7 @@ from procfs import stat_of
 from rig import Process, Rig, RigError
 
 PERIOD_S = 0.01
+LATE_S = 0.5  # the router may know of a death before this thread got its time
 ROSTER_S = 0.5  # how often the list of engines is asked
 
 
@@ -32,6 +33,7 @@ class Watch:
         self._rig = rig
         self._began = time.time()
         self._alive: dict[int, Process] = {}
+        self.stood_still_s = 0.0  # the longest time that this thread itself did not get
         self._seen: set[int] = set()  # processes that are dead or were stopped
         self._closed = threading.Event()
         self._refresh()
@@ -69,7 +71,7 @@ class Watch:
                 loss["at_unix"] - death.at_unix
                 for loss in losses
                 if (loss["engine"], int(loss["epoch"])) == (death.process.name, death.process.epoch)
-                and loss["at_unix"] >= death.at_unix - 2 * PERIOD_S
+                and loss["at_unix"] >= death.at_unix - LATE_S
             ]
             if told:
                 found.append(max(0.0, min(told)))
@@ -92,7 +94,10 @@ class Watch:
                 continue  # the router is away
 
     def _look(self) -> None:
+        looked = time.monotonic()
         while not self._closed.wait(PERIOD_S):
+            late, looked = time.monotonic() - looked, time.monotonic()
+            self.stood_still_s = max(self.stood_still_s, late)
             for pid, process in list(self._alive.items()):
                 state = (stat_of(pid) or ["X"])[0]
                 if state in "XZT" and pid not in self._seen:
