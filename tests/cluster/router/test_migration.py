@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from diptych.cluster.config import LimitSettings
 from diptych.cluster.router.rig import PAIR, PROMPT, D, P, Rig, call, rig, until, wanted
 from diptych.cluster.router.testing import EchoEngine, echo_logprobs
 from diptych.protos.errors import DeadlineExceeded, EngineLost, NoBlocks, ShuttingDown
-from diptych.protos.types import FinishReason, Role, SamplingParams
+from diptych.protos.types import EngineId, EngineRef, FinishReason, Role, SamplingParams
 
 COUNT = 8
 TWO = {"d0": D, "d1": D}
@@ -316,3 +318,38 @@ async def test_engines_that_say_nothing_but_their_status_are_not_lost(tmp_path: 
         with pytest.raises(DeadlineExceeded):
             await r.deltas(call(timeout_s=1.2))
         assert not r.router.losses
+
+
+async def test_a_process_that_is_stopped_is_noticed_by_its_silence_and_is_welcome_when_it_goes_on(
+    tmp_path: Path,
+) -> None:
+    """Its kernel still acknowledges everything: only its frames are missing."""
+    async with rig(tmp_path, TWO, step_s=0.005, silence_s=0.5) as r:
+        target = f"unix:{tmp_path}/s"
+        arguments = ("--target", target, "--engine-id", "s", "--roles", "decode", "--step-ms", "5")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "diptych.cluster.router.testing", *arguments, stdout=asyncio.subprocess.PIPE
+        )
+        assert process.stdout is not None
+        try:
+            await process.stdout.readline()
+            ref = EngineRef(EngineId("s"), 1, target)
+            infos = [engine.info for engine in r.engines.values()]
+            r.directory.set([*infos, replace(infos[0], ref=ref)])
+            await until(lambda: r.ready() == 3)
+            asking = [asyncio.create_task(r.ask(80)) for _ in range(6)]
+            session = r.router.view.session(ref)
+            assert session is not None
+            await until(lambda: session.in_flight > 0)
+            process.send_signal(signal.SIGSTOP)
+            answers = [await one for one in asking]
+            assert [tokens for tokens, _ in answers] == [wanted(80)] * 6
+            assert [(loss.engine, loss.cause) for loss in r.router.losses] == [("s", "silent")]
+            process.send_signal(signal.SIGCONT)
+            await until(lambda: r.ready() == 3)
+        finally:
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+            await process.wait()
+        r.directory.set(infos)
+        await until(lambda: r.ready() == 2)
