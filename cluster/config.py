@@ -247,7 +247,7 @@ class EngineSettings(Settings):
         None, description="an address of this machine to listen on, at a free port; null: unix sockets in run_dir"
     )
     restart: bool = Field(True, description="start another engine in place of one that ended unasked")
-    max_restarts: int = Field(5, ge=1, description="of an engine within ten minutes; after that it stays away")
+    max_restarts: int = Field(5, ge=1, description="of an engine that dies as it starts, in ten minutes")
     restart_backoff_s: Seconds = Field(0.5, description="wait before the second restart; each further one doubles it")
     silence_s: Seconds = Field(1.5, description="an engine that does not answer its manager this long is killed")
     step_stall_s: Seconds = Field(60.0, description="an engine whose step takes longer ends itself")
