@@ -13,13 +13,13 @@ import grpc
 from diptych.protos import kv_pb2 as pb
 from diptych.protos import kv_pb2_grpc
 from diptych.protos.channels import KV_SESSION, MAX_KV_MESSAGE_BYTES, open_channel
-from diptych.protos.errors import LayoutMismatch, PeerLost
+from diptych.protos.errors import LayoutMismatch, PeerLost, TransferError
 from diptych.protos.faults import FaultPlan
 from diptych.protos.settings import TransferSettings
 from diptych.protos.trust import Trust
 from diptych.protos.types import EngineRef, Role
 
-from . import pairing
+from . import pairing, probe
 from .channel import Channel
 from .faults import FaultyReader, dialing, make_channel
 from .layout import KvLayout
@@ -57,11 +57,13 @@ class Agreement:
 
 
 class _NoRing(Exception):
-    """The chosen transport could not be attached."""
+    """The chosen transport could not be attached, or brings other bytes, or is slow and there are others."""
 
 
 class Dialer:
-    """Asyncio thread only. `num_downgrades` counts transports that were agreed on and could not be attached."""
+    """Asyncio thread only. `num_downgrades` counts transports that were agreed on and left: `num_failed_probes` of them
+    because they altered bytes or were slow. `probed_mib_s` is what the last one brought that was taken.
+    """
 
     def __init__(
         self,
@@ -74,6 +76,8 @@ class Dialer:
         faults: FaultPlan | None = None,
     ) -> None:
         self.num_downgrades = 0
+        self.num_failed_probes = 0
+        self.probed_mib_s = 0.0
         self._trust = trust
         self._me = me
         self._layout = layout
@@ -144,7 +148,10 @@ class Dialer:
             reader = await self._attach(peer, ack)
             if self._faults is not None:
                 reader = FaultyReader(reader, self._faults, peer.engine_id)
+            await self._probe(reader, ack, is_last=len(transports) == 1)
         except BaseException:
+            if reader is not None:
+                reader.close()
             await conn.close()
             raise
 
@@ -157,6 +164,18 @@ class Dialer:
 
         channel = make_channel(self._faults, peer.engine_id, src_epoch=self._me.epoch, pair_epoch=pair_epoch)
         return Agreement(pair_epoch, ack.transport, reader, channel, read, call.write, close)
+
+    async def _probe(self, reader: RingReader, ack: pb.HelloAck, *, is_last: bool) -> None:
+        ref = probe.reference(ack.engine_epoch, ack.slots, ack.slot_bytes, ack.probe_capability)
+        least = self._settings.min_mib_s
+        try:
+            speed = await asyncio.to_thread(probe.measure, reader, ref, least)
+            if speed < least and not is_last:
+                raise PeerLost(f"{speed:.0f} MiB/s, less than {least:g}")
+        except TransferError as exc:
+            self.num_failed_probes += 1
+            raise _NoRing(ack.transport) from exc
+        self.probed_mib_s = speed
 
     async def _attach(self, peer: EngineRef, ack: pb.HelloAck) -> RingReader:
         try:

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 from diptych.protos import kv_pb2 as pb
 from diptych.protos.faults import Action, Fault, FaultPlan, Point, injected, mutated
 
+from . import probe
 from .channel import Channel
 from .messages import Message
 from .ring import RingMemory, SlotRef
@@ -34,7 +35,7 @@ class FaultyReader:
 
     def read(self, ref: SlotRef, out: memoryview) -> None:
         """See RingReader."""
-        fault = self._plan.at(Point.HINGE_FETCH, self._peer)
+        fault = self._plan.at(Point.HINGE_FETCH, self._peer, "probe" if ref.key == probe.KEY else "chunk")
         if fault is not None and fault.action is Action.RAISE:
             raise injected(Point.HINGE_FETCH)
         if fault is not None and fault.action is Action.DELAY:

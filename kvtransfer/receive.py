@@ -121,6 +121,8 @@ class ReceiveDriver:
         pairs = {f"kv_pairs_{name}_total": float(count) for name, count in list(self._pairs.items())}
         own = {
             "kv_transport_downgrades_total": float(self._dialer.num_downgrades),
+            "kv_probe_failures_total": float(self._dialer.num_failed_probes),
+            "kv_pair_probed_mib_s": self._dialer.probed_mib_s,
             "kv_thread_faults_total": float(self._mailbox.num_faults),
         }
         return self._machine.counters | pairs | own

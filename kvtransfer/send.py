@@ -24,7 +24,7 @@ from diptych.protos.ports import Released, SendEvent
 from diptych.protos.settings import TransferSettings
 from diptych.protos.types import EngineId, EngineRef, TransferKey
 
-from . import pairing
+from . import pairing, probe
 from .actions import Deliver, Gather, HangUp, Retire, Send, SendAction
 from .arena import KvArena, copy_alone
 from .channel import Outboxes
@@ -76,7 +76,8 @@ class SendDriver:
         self._deliver = deliver
         self._clock = clock
         self._machine = SenderMachine(settings=settings, chunk_tokens=slot_bytes // layout.bytes_per_token)
-        self._ring = RingMemory(settings.slots, slot_bytes)
+        self._ring = RingMemory(settings.slots + 1, slot_bytes)
+        probe.stage(self._ring, me.epoch)
         self._publish = self._ring.publish if faults is None else publishing(self._ring, faults)
         self._grpc_owner = GrpcOwner(self._ring, me)
         served = pairing.supported(settings.transport)
@@ -213,9 +214,9 @@ class SendDriver:
         """Answer a Hello."""
         link = pairing.link_of(hello)
         ack = pb.HelloAck(engine_id=self.me.engine_id, engine_epoch=self.me.epoch)
-        known = self._links.get(link.engine_id)
+        present = self._links.get(link.engine_id)
         words = pairing.why_not(
-            hello, me=self.me, layout=self._layout, compat=self._compat, known=known, served=self._owners
+            hello, me=self.me, layout=self._layout, compat=self._compat, known=present, served=self._owners
         )
         if words is not None:
             log.warning("refused decode engine %s: %s", link.engine_id, words)
@@ -223,7 +224,9 @@ class SendDriver:
             return link, ack
         ack.transport = next(name for name in hello.hello.transports if name in self._owners)
         ack.blob = self._owners[ack.transport].invite()
-        ack.slots, ack.slot_bytes = self._settings.slots, self._ring.slot_bytes
+        ack.slots, ack.slot_bytes = self._ring.num_slots, self._ring.slot_bytes
+        known = probe.reference(self.me.epoch, ack.slots, ack.slot_bytes)
+        ack.probe_capability = self._grpc_owner.capability(known.key, known.slot, known.generation)
         return link, ack
 
     async def _session(self, requests: AsyncIterator[pb.KvMsg], context: grpc.aio.ServicerContext) -> None:

@@ -170,6 +170,8 @@ ENGINE_COUNTERS: dict[str, str] = {
     "kv_refused_attachments_total": "Attachments to the staging ring turned away: without an invitation",
     "kv_thread_faults_total": "Exceptions in the transfer thread",
     "kv_transport_downgrades_total": "Pairs that fell back to a slower transport",
+    "kv_probe_failures_total": "Transports left before their first use: altered bytes, or slow",
+    "kv_pair_probed_mib_s": "Speed of the last pair formed, in MiB/s, by a read of known bytes",
     "kv_pairs_lost_total": "Pairs given up because the other engine was silent",
     "kv_transports_blamed_total": "Transports left because they altered bytes",
     "kv_pairs_shm_total": "Pairs formed over shared memory",

@@ -102,7 +102,8 @@ async def make_pair(folder: Path, *rules: dict[str, Any], transport: str = "shm"
 async def test_altered_bytes_are_found_each_time_and_never_committed(
     point: str, action: str, transport: str, tmp_path: Path
 ) -> None:
-    rule = {"point": point, "action": action, "nth": [2, 10]}
+    kind = "chunk" if point == "hinge.fetch" else "*"
+    rule = {"point": point, "action": action, "nth": [2, 10], "message": kind}
     async with make_pair(tmp_path, rule, transport=transport) as pair:
         ends = [(await pair.move())[0] for _ in range(3)]
         found = pair.receiver.counters()["kv_checksum_failures_total"]
@@ -155,7 +156,7 @@ async def test_an_edge_that_breaks_fails_its_transfer_and_no_later_one(point: st
 
 
 async def test_a_fetch_that_fails_once_is_made_again(tmp_path: Path) -> None:
-    rule = {"point": "hinge.fetch", "action": "raise", "nth": [1]}
+    rule = {"point": "hinge.fetch", "action": "raise", "nth": [1], "message": "chunk"}
     async with make_pair(tmp_path, rule) as pair:
         assert isinstance((await pair.move())[0], Committed)
         assert pair.receiver.counters()["kv_fetch_errors_total"] == 1
@@ -169,3 +170,37 @@ async def test_a_peer_whose_words_are_all_lost_is_gone_after_its_silence(tmp_pat
         assert end.error.code == "peer_lost"
         assert released.error is not None
         assert pair.receiver.counters()["kv_pairs_lost_total"] == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "used", "downgrades"),
+    [
+        ({"action": "corrupt", "nth": [1]}, "shm", 1),
+        ({"action": "truncate", "nth": [3]}, "shm", 1),
+        ({"action": "raise", "nth": [1, 2]}, "grpc", 2),
+        ({"action": "delay", "delay_s": 0.12, "nth": [1, 2, 3]}, "shm", 1),
+        ({"action": "delay", "delay_s": 0.12, "probability": 1.0}, "grpc", 2),  # the last one may be slow
+    ],
+)
+async def test_a_transport_that_fails_its_probe_is_left_before_it_carries_anything(
+    rule: dict[str, Any], used: str, downgrades: int, tmp_path: Path
+) -> None:
+    least = 4.0 if rule["action"] == "delay" else 0.0  # 256 KiB in 0.12 s are 2 MiB/s
+    rule = {"point": "hinge.fetch", "message": "probe"} | rule
+    async with make_pair(tmp_path, rule, transport="auto", min_mib_s=least, silence_s=20) as pair:
+        end, _ = await pair.move()
+        assert isinstance(end, Committed)
+        assert end.transport == used
+        counters = pair.receiver.counters()
+        assert counters["kv_transport_downgrades_total"] == counters["kv_probe_failures_total"] == downgrades
+        assert counters["kv_checksum_failures_total"] == 0
+        assert counters["kv_pair_probed_mib_s"] > 0
+
+
+async def test_the_only_transport_is_not_used_while_it_alters_bytes(tmp_path: Path) -> None:
+    rule = {"point": "hinge.fetch", "action": "corrupt", "message": "probe", "nth": [1]}
+    async with make_pair(tmp_path, rule, lease_s=1.0) as pair:
+        end, _ = await pair.move()
+        assert isinstance(end, Failed)
+        assert end.error.code == "peer_lost"
+        assert isinstance((await pair.move())[0], Committed)
