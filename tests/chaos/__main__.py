@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exam"))
@@ -62,9 +62,8 @@ def staged(kind: str, seed: int) -> Iterator[Stage]:
         raise RigError(f"left behind: {left}")
 
 
-def run(chosen: Sequence[Cell], size: Size, *, soaks: bool, seed: int) -> Matrix:
-    """All steps."""
-    matrix = Matrix()
+def run(matrix: Matrix, chosen: Sequence[Cell], size: Size, *, soaks: bool, seed: int) -> None:
+    """All steps, each added to the matrix when it is over."""
 
     def add(line: Tally) -> None:
         matrix.lines.append(line)
@@ -81,11 +80,17 @@ def run(chosen: Sequence[Cell], size: Size, *, soaks: bool, seed: int) -> Matrix
         with staged(kind, seed) as stage:
             for role in ("decode", "prefill"):
                 add(_soak(stage, role, size, seed, size.rate / 10))
-    return matrix
 
 
 def _soak(stage: Stage, role: str, size: Size, seed: int, rate: float) -> Tally:
     return run_soak(stage, role=role, for_s=size.soak_s, every_s=size.every_s, rate=rate, seed=seed)
+
+
+def report_of(asked: argparse.Namespace) -> Path | None:
+    """Where the report goes, if there is to be one."""
+    if asked.report is None and not asked.short and not asked.only:
+        return REPORTS / f"chaos-{today()}.md"
+    return Path(asked.report) if asked.report is not None else None
 
 
 def main() -> int:
@@ -94,6 +99,9 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="a part of it, in five minutes")
     parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="these cells, without cancels and soaks")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--requests", type=int, help="of a cell")
+    parser.add_argument("--cancels", type=int, help="clients that leave")
+    parser.add_argument("--soak", type=float, help="seconds of each soak")
     parser.add_argument("--report", type=Path, help="by default docs/reports/chaos-DATE.md, of the long form alone")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is stopped
@@ -105,28 +113,35 @@ def main() -> int:
     else:
         chosen = [cell for cell in CELLS if cell.short or not asked.short]
     size = SHORT if asked.short else LONG
+    if asked.soak is not None:
+        size = replace(size, soak_s=asked.soak)
+    if asked.cancels is not None:
+        size = replace(size, cancels=asked.cancels)
+    if asked.requests is not None:
+        size = replace(size, requests=asked.requests)
+    matrix = Matrix()
     began = time.monotonic()
+    is_whole = False
     try:
-        matrix = run(chosen, size, soaks=not asked.only, seed=asked.seed)
+        run(matrix, chosen, size, soaks=not asked.only, seed=asked.seed)
+        is_whole = True
     except RigError as exc:
         print(f"chaos: {exc}", file=sys.stderr)
-        return 1
-    took_s = time.monotonic() - began
-    report = asked.report
-    if report is None and not asked.short and not asked.only:
-        report = REPORTS / f"chaos-{today()}.md"
-    if report is not None:
-        form = "short form" if asked.short else "chosen steps" if asked.only else "long form"
-        sentence = f"2 prefill and 2 decode engines, one router, `python tests/chaos`, {form}."
-        text = page(matrix, title="Chaos", seed=asked.seed, run=sentence, took_s=took_s)
-        report.write_text(text)
-        print(f"report: {report}")
+    finally:
+        took_s = time.monotonic() - began
+        if (report := report_of(asked)) is not None and matrix.lines:
+            form = "short form" if asked.short else "chosen steps" if asked.only else "long form"
+            told = f"2 prefill and 2 decode engines, one router, `python tests/chaos`, {form}: {size}."
+            if not is_whole:
+                told += " **The run was ended before its last step.**"
+            report.write_text(page(matrix, title="Chaos", seed=asked.seed, run=told, took_s=took_s))
+            print(f"report: {report}")
     verdict = matrix.verdict
     print(
         f"{matrix.requests} requests, {verdict.wrong} wrong, {verdict.doubled} doubled, {verdict.missing} missing, "
         f"{matrix.num_leaked} leaked, {matrix.num_failed} failed, {took_s:.0f} s"
     )
-    return matrix.exit_code()
+    return matrix.exit_code() if is_whole else 1
 
 
 if __name__ == "__main__":
