@@ -281,10 +281,7 @@ class ReceiverMachine:
             return
         self._pulse.heard(link, now)
         if isinstance(message, Heartbeat):
-            for key in message.alive:
-                transfer = self._live(key)
-                if transfer is not None and transfer.link == link and transfer.finished is None:
-                    transfer.progress_at = now
+            self._on_heartbeat(link, message, now)
             return
         transfer = self._open.get(message.key)
         if self._is_stale(message.key) or (transfer is not None and transfer.link != link):
@@ -326,6 +323,16 @@ class ReceiverMachine:
         for link in self._pulse.due(now):
             alive = tuple(t.key for t in self._open.values() if t.link == link and t.outcome is None)
             self._send(link, Heartbeat(alive))  # an empty one too: the pair itself must be alive
+
+    def _on_heartbeat(self, link: Link, message: Heartbeat, now: float) -> None:
+        alive = frozenset(message.alive)
+        for transfer in self._open.values():
+            if transfer.link != link or transfer.outcome is not None or transfer.finished is not None:
+                continue
+            if transfer.key in alive:
+                transfer.progress_at = now
+            elif not transfer.chunks:
+                self._send(link, Expect(transfer.key, transfer.have_tokens))  # the first one is lost, or late
 
     def _on_progress(self, transfer: _Transfer, link: Link, message: ChunkReady | PrefillFinished, now: float) -> None:
         wrong = self._why_wrong(transfer, message)

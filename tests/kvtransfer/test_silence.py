@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from diptych.kvtransfer.blame import Blame
-from diptych.kvtransfer.messages import Abort, ChunkAck, ChunkStatus, Expect, Heartbeat, Link, PrefillFinished
+from diptych.kvtransfer.messages import Abort, ChunkAck, ChunkStatus, Expect, Heartbeat, Link, Message, PrefillFinished
 from diptych.kvtransfer.pulse import TICK_S, Pulse
 from diptych.kvtransfer.testing import HingePair, Weather
 from diptych.protos.errors import PeerLost
@@ -227,3 +227,23 @@ def test_blame_needs_three_in_a_minute_and_ends_with_the_life_of_the_engine() ->
     assert blame.of(EngineRef(LINK.engine_id, LINK.epoch, "")) == ("shm",)
     assert blame.of(EngineRef(LINK.engine_id, LINK.epoch + 1, "")) == ()
     assert blame.of(EngineRef(EngineId("p1"), LINK.epoch, "")) == ()
+
+
+def test_a_lost_expect_is_said_again_when_the_next_heartbeat_is_answered_without_it() -> None:
+    pair = HingePair()
+    pair.run(1)
+    say = pair.receiver._send
+    lost: list[Message] = []
+
+    def lossy(link: Link, message: Message) -> None:
+        if isinstance(message, Expect) and not lost:
+            lost.append(message)
+        else:
+            say(link, message)
+
+    pair.receiver._send = lossy  # type: ignore[method-assign]
+    pair.whole(key(), 10)
+    pair.run(pair.settings.heartbeat_s + 1)
+    assert lost
+    assert pair.committed(key())
+    pair.check_quiet()

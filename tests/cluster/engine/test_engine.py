@@ -541,3 +541,38 @@ async def test_a_role_that_an_engine_was_not_made_for_is_refused_by_name(site: S
         with pytest.raises(InvalidRequest, match="engine d can be decode, not"):
             await asyncio.to_thread(site.engines["d"].set_roles, roles, 0.0)
     assert await site.counts("d")
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+async def test_faults_on_the_hinge_are_found_and_change_no_answer(site: Site, transport: str) -> None:
+    bytes_ = [{"point": "hinge.publish", "action": action, "probability": 0.1} for action in ("corrupt", "truncate")]
+    messages = [
+        {"point": point, "action": action, "probability": 0.05, "delay_s": 0.05}
+        for point in ("hinge.out", "hinge.in")
+        for action in ("drop", "duplicate", "reorder", "delay")
+    ]
+    fetches = [{"point": "hinge.fetch", "action": action, "probability": 0.05} for action in ("corrupt", "delay")]
+    rules = faulty(*bytes_, *messages, *fetches)
+    p = await site.add("p", Role.PREFILL, transport=transport, faults=rules)
+    d = await site.add("d", Role.DECODE, transport=transport, faults=rules)
+    rng = random.Random(5)
+
+    async def one(n: int) -> None:
+        prompt = prompt_of(rng, rng.randrange(1, 300))
+        prefill, decode = ask(site, p, d, request(n, prompt))
+        done = await decode.finish()
+        assert done.reason is FinishReason.LENGTH, done
+        site.sessions["p"].cancel(request(n, prompt).key)  # as a router does with what is left of a request
+        await prefill.finish()
+        tokens = prefill.tokens | decode.tokens
+        assert [tokens[index] for index in range(12)] == expected_tokens(prompt, 12)
+
+    for begin in range(0, 30, 5):
+        await asyncio.gather(*(one(n) for n in range(begin, begin + 5)))
+    counters = {}
+    for name in ("p", "d"):
+        assert (await site.counts(name)).used == 0
+        counters[name] = site.engines[name].status().counters
+        assert counters[name].get("kv_thread_faults_total", 0) == 0
+    assert counters["p"]["fault_hinge_publish_total"] > 0
+    assert counters["d"]["kv_checksum_failures_total"] > 0
