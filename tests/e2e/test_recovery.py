@@ -157,6 +157,30 @@ def test_a_restart_replaces_every_engine_under_load(own: Cluster) -> None:
     assert not {e["epoch"] for e in before.values()} & {e["epoch"] for e in after.values()}
 
 
+def test_an_engine_that_changes_its_role_under_load_loads_nothing_again(own: Cluster) -> None:
+    before = engines(own)
+    name = max(name for name in before if before[name]["roles"] == ["decode"])
+
+    async def role(wanted: str) -> None:
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [str(DIPTYCH), "role", name, wanted, "--url", own.url],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert engines(own)[name]["roles"] == [wanted]
+
+    async def change() -> None:
+        await role("prefill")
+        await role("decode")
+
+    under_load(own, change)
+    assert {n: e["pid"] for n, e in engines(own).items()} == {n: e["pid"] for n, e in before.items()}
+
+
 def test_a_restart_of_what_is_not_served_is_refused_with_a_sentence(own: Cluster) -> None:
     for options, words in ((("nobody",), "the model nobody is not served"), (("--role", "both"), "is no role")):
         done = subprocess.run(
