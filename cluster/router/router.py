@@ -18,6 +18,7 @@ from diptych.cluster.config import RouterSettings
 from diptych.cluster.observability.metrics import EngineReading, RouterMetrics
 from diptych.cluster.observability.tracing import context_from, traceparent_of
 from diptych.protos.errors import DeadlineExceeded, DiptychError, EngineLost
+from diptych.protos.faults import FaultPlan
 from diptych.protos.status import EngineDirectory
 from diptych.protos.trust import ROUTER, Trust
 from diptych.protos.types import EngineRef, GenerateRequest, Role, TransferKey
@@ -54,6 +55,7 @@ class Router:
         rng: random.Random | None = None,
         trust: Trust | None = None,
         connect: SessionFactory = EngineSession,
+        faults: FaultPlan | None = None,
     ) -> None:
         """Without `trust` it reaches engines of this process only, or servers that ask for no proof. `rng` names the
         router and its requests: the operating system's, unless a run is to be repeated. `connect` makes the sessions.
@@ -71,6 +73,7 @@ class Router:
             router_id=self.router_id,
             connect_timeout_s=settings.connect_timeout_s,
             silence_s=settings.silence_s,
+            faults=faults,
             clock=clock,
             trust=trust or Trust.alone(ROUTER),
         )

@@ -31,11 +31,13 @@ from diptych.protos.codec import (
 )
 from diptych.protos.engine_pb2_grpc import EngineStub
 from diptych.protos.errors import DiptychError, EngineLost, Fenced, Overloaded
+from diptych.protos.faults import FaultPlan
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.trust import ROUTER, Trust
 from diptych.protos.types import DecodeOrder, Finish, PrefillOrder, PromptLogprobs, Role, TokenLogprobs, TransferKey
 
 from .estimate import EngineMeter
+from .faults import faulty_post, opening
 from .mirror import PrefixMirror
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ class SessionTerms:
     silence_s: float  # without a frame for so long the engine is lost; it sends its status several times a second
     clock: Callable[[], float]
     trust: Trust = field(default_factory=lambda: Trust.alone(ROUTER))  # reaches only servers that ask for no proof
+    faults: FaultPlan | None = None
 
 
 class EngineSession:
@@ -99,6 +102,8 @@ class EngineSession:
         self._outbox: deque[pb.RouterFrame] = deque()
         self._has_mail = asyncio.Event()
         self._next_handle = 1
+        self._faults = terms.faults
+        self._post = self._put if self._faults is None else faulty_post(self._faults, info.ref.engine_id, self._put)
         self._task: asyncio.Task[None] | None = None
         self._heard_at = 0.0
         self.is_ready = False
@@ -157,7 +162,7 @@ class EngineSession:
             self._per_role[entry[1]] -= 1
         return entry
 
-    def _post(self, frame: pb.RouterFrame) -> None:
+    def _put(self, frame: pb.RouterFrame) -> None:
         self._outbox.append(frame)
         self._has_mail.set()
 
@@ -185,6 +190,8 @@ class EngineSession:
 
     async def _live(self) -> None:
         """One stream from dial to loss; raises what ended it."""
+        if self._faults is not None:
+            await opening(self._faults, self.info.ref.engine_id)
         ref, role = self.info.ref, min(self.info.roles).value
         async with open_channel(self._trust, ref.target, role=role, options=_OPTIONS) as channel:
             stub = EngineStub(channel)  # type: ignore[no-untyped-call]
