@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from invariants import ALLOWED_CODES, Violation
+from invariants import Violation
 from runner import STOP_TOKEN, answer_of
 
 from diptych.cluster.router.call import GenerateCall
@@ -111,7 +111,7 @@ async def serve(world: World, client: Client, pin: Placement | None = None) -> N
     except DiptychError as error:
         client.outcome = error.code
         world.note(None, client.name, None, error)
-        if error.code not in ALLOWED_CODES:
+        if error.code not in world.allowed:
             world.violated(Violation("i7", f"{client.name} failed with {error.code}: {error}"))
     except Violation as wrong:
         world.violated(wrong)

@@ -253,7 +253,7 @@ class SimEngine:
     # ---- step thread ----------------------------------------------------------------------------
 
     def put(self, kind: str, role: Role, item: object) -> None:
-        """Into the inbox: `order`, `cancel` or `news`."""
+        """Into the inbox: `order`, the same `again` while it is in work, `cancel` or `news`."""
         self._inbox.append((kind, role, item))
         self._wake(self.clock())
 
@@ -277,9 +277,10 @@ class SimEngine:
         while self._inbox:
             kind, role, item = self._inbox.popleft()
             worker = self.workers[role]
-            if kind == "order":
+            if kind in ("order", "again"):
                 assert isinstance(item, PrefillOrder | DecodeOrder)
-                worker.submit(item)
+                if kind == "order" or self.routes.has(role, item.request.key):
+                    worker.submit(item)
             elif kind == "cancel":
                 assert isinstance(item, TransferKey)
                 worker.cancel(item)

@@ -97,6 +97,7 @@ def step_fault(world: World) -> str:
     if engine is None:
         return "nobody"
     engine.runner.fault = True
+    world.allowed.add("engine_fault")
     return engine.name
 
 
@@ -118,6 +119,7 @@ KINDS: tuple[Callable[[World], str], ...] = (
     hang_up,
     break_session,
     drain,
+    step_fault,
     restart_manager,
 )
 

@@ -108,7 +108,7 @@ class Routes:
             self._routes[role][key] = (stream, handle)
             engine.put("order", role, order)
             if engine.rng.random() < TWICE:
-                engine.after(0.03 * engine.rng.random(), lambda: self._again(role, order))
+                engine.after(0.03 * engine.rng.random(), lambda: engine.put("again", role, order))
             return
         if not isinstance(error, InvalidRequest) and role is Role.PREFILL and engine.sender is not None:
             sender, known = engine.sender, error
@@ -118,10 +118,9 @@ class Routes:
         )
         stream.end.send(Tokens((), ((handle, finish),)))
 
-    def _again(self, role: Role, order: PrefillOrder | DecodeOrder) -> None:
-        """An order that was given already, while it is in work."""
-        if order.request.key in self._routes[role]:
-            self._engine.put("order", role, order)
+    def has(self, role: Role, key: TransferKey) -> bool:
+        """Whether the request is in work."""
+        return key in self._routes[role]
 
     def _forget(self, stream: _Stream) -> None:
         if stream in self._streams:

@@ -62,6 +62,7 @@ class World:
         self.counters: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.log: list[str] = []
+        self.allowed = set(invariants.ALLOWED_CODES)  # of errors that a client may see
         self.router: Router
         self.members: Members
         self._keep_log = keep_log
