@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from diptych.kvtransfer.pool import BlockPool, BlockTable
+from diptych.kvtransfer.prefix import short_name
 
 BLOCK_TOKENS = 3
 SALTS = (b"", b"a", b"b")
@@ -34,6 +35,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(num_blocks=num_blocks, block_tokens=BLOCK_TOKENS, root=b"r", prefix_cache=prefix_cache)
         self.content: dict[int, tuple[bytes, tuple[int, ...]]] = {}
         self.open: list[Request] = []
+        self.journal = self.pool.watch_names()
+        self.told: set[int] = set()
 
     @rule(target=requests, prompt=prompts, salt=st.sampled_from(SALTS), limit=st.integers(0, 14))
     def open_table(self, prompt: list[int], salt: bytes, limit: int) -> Request:
@@ -91,6 +94,14 @@ class PoolMachine(RuleBasedStateMachine):
     def drop_cache(self) -> None:
         self.pool.drop_cache()
         assert self.pool.counts().cached == 0
+
+    @rule()
+    def read_journal(self) -> None:
+        change = self.journal.drain()
+        if change is not None:
+            kept = set() if change.reset else self.told - set(change.removed)
+            self.told = kept | set(change.added)
+        assert self.told == {short_name(name) for name in self.pool._index.names()}
 
     @invariant()
     def every_block_is_in_one_state(self) -> None:
