@@ -12,7 +12,6 @@ import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,7 +76,6 @@ class RouterDeployment:
         from diptych.cluster.control.directory import ManagerDirectory
         from diptych.cluster.control.gcs import GcsStore
         from diptych.cluster.control.keyring import fetch
-        from diptych.cluster.router.faults import FaultyRouter
         from diptych.cluster.router.router import Router
         from diptych.cluster.security import trust_of
 
@@ -92,8 +90,7 @@ class RouterDeployment:
         self._names = [model.name for model in models]
         trust = trust_of(plan.security, fetch(GcsStore()), ROUTER)
         faults = plan_of(plan.faults, "router")
-        make = Router if faults is None else partial(FaultyRouter, faults)
-        self._router = make(directory=ManagerDirectory(faults), settings=plan.settings, trust=trust)
+        self._router = Router(directory=ManagerDirectory(faults), settings=plan.settings, trust=trust, faults=faults)
         await self._router.start()
         self._app = create_app(self._router, models)
         self._is_draining = False

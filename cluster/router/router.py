@@ -18,7 +18,7 @@ from diptych.cluster.config import RouterSettings
 from diptych.cluster.observability.metrics import EngineReading, RouterMetrics
 from diptych.cluster.observability.tracing import context_from, traceparent_of
 from diptych.protos.errors import DeadlineExceeded, DiptychError, EngineLost
-from diptych.protos.faults import FaultPlan
+from diptych.protos.faults import FaultPlan, Point
 from diptych.protos.status import EngineDirectory
 from diptych.protos.trust import ROUTER, Trust
 from diptych.protos.types import EngineRef, GenerateRequest, Role, TransferKey
@@ -27,6 +27,7 @@ from .admission import Admission
 from .attempt import Attempt
 from .call import Explanation, GenerateCall, Loss, TokenDelta
 from .estimate import PairMeter
+from .faults import pass_point
 from .mirror import PromptNames
 from .placement import Ask, Decision, EngineLoad
 from .policies.configured import placer_of
@@ -65,6 +66,7 @@ class Router:
         self._rng = rng or random.SystemRandom()
         self.router_id = f"router-{self._rng.randbytes(6).hex()}"
         self._clock = clock
+        self._faults = faults
         self._pairs = PairMeter()
         self._placer = placer_of(settings.placement, pairs=self._pairs, clock=clock)
         limits = settings.limits
@@ -228,6 +230,8 @@ class Router:
         """Choose engines. Without any it waits as long as dialling may take, for the answer's rest as long as an engine
         may need to come back.
         """
+        if self._faults is not None:
+            await pass_point(self._faults, Point.ROUTER_PLACE)
         began, model = self._clock(), work.call.model
         patience = COMEBACK_S if work.emitted and self.view.expects(model) else self.settings.connect_timeout_s
         give_up = min(work.deadline, began + patience)

@@ -31,13 +31,13 @@ from diptych.protos.codec import (
 )
 from diptych.protos.engine_pb2_grpc import EngineStub
 from diptych.protos.errors import DiptychError, EngineLost, Fenced, Overloaded
-from diptych.protos.faults import FaultPlan
+from diptych.protos.faults import FaultPlan, Point
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.trust import ROUTER, Trust
 from diptych.protos.types import DecodeOrder, Finish, PrefillOrder, PromptLogprobs, Role, TokenLogprobs, TransferKey
 
 from .estimate import EngineMeter
-from .faults import faulty_post, opening
+from .faults import faulty_post, pass_point
 from .mirror import PrefixMirror
 
 log = logging.getLogger(__name__)
@@ -142,9 +142,9 @@ class EngineSession:
         handle = self._next_handle
         self._next_handle = handle + 1 & 0xFFFF_FFFF or 1
         role = Role.PREFILL if isinstance(order, PrefillOrder) else Role.DECODE
+        self._post(pb.RouterFrame(submit=submit_to_pb(handle, order, self._clock())))
         self._sinks[handle] = (sink, role, order.request.key)
         self._per_role[role] += 1
-        self._post(pb.RouterFrame(submit=submit_to_pb(handle, order, self._clock())))
         return handle
 
     def cancel(self, key: TransferKey) -> None:
@@ -191,7 +191,7 @@ class EngineSession:
     async def _live(self) -> None:
         """One stream from dial to loss; raises what ended it."""
         if self._faults is not None:
-            await opening(self._faults, self.info.ref.engine_id)
+            await pass_point(self._faults, Point.SESSION_OPEN, self.info.ref.engine_id)
         ref, role = self.info.ref, min(self.info.roles).value
         async with open_channel(self._trust, ref.target, role=role, options=_OPTIONS) as channel:
             stub = EngineStub(channel)  # type: ignore[no-untyped-call]

@@ -26,7 +26,7 @@ from diptych.cluster.router.mirror import PromptNames
 from diptych.cluster.router.session import EngineSession, SessionTerms
 from diptych.kernels.echo.testing import expected_tokens
 from diptych.protos.errors import DiptychError, EngineFault, InvalidRequest, StartupError
-from diptych.protos.faults import FaultRule, FaultSettings
+from diptych.protos.faults import FaultPlan, FaultRule, FaultSettings
 from diptych.protos.settings import DecodeSettings, EchoSettings, KvSettings, PrefillSettings, TransferSettings
 from diptych.protos.types import (
     DecodeOrder,
@@ -131,6 +131,7 @@ class Site:
         self.engines: dict[str, Engine] = {}
         self.sessions: dict[str, EngineSession] = {}
         self.failures: list[BaseException] = []
+        self.router_faults: FaultPlan | None = None
 
     async def add(
         self,
@@ -144,7 +145,9 @@ class Site:
         engine = Engine(spec, on_failure=self.failures.append)
         info = (await asyncio.to_thread(engine.start)).info
         ready = asyncio.Event()
-        terms = SessionTerms(router_id="test", connect_timeout_s=10, silence_s=10, clock=time.monotonic)
+        terms = SessionTerms(
+            router_id="test", connect_timeout_s=10, silence_s=10, clock=time.monotonic, faults=self.router_faults
+        )
         session = EngineSession(info, terms, on_change=ready.set)
         session.start()
         async with asyncio.timeout(WAIT_S):
@@ -576,3 +579,26 @@ async def test_faults_on_the_hinge_are_found_and_change_no_answer(site: Site, tr
         assert counters[name].get("kv_thread_faults_total", 0) == 0
     assert counters["p"]["fault_hinge_publish_total"] > 0
     assert counters["d"]["kv_checksum_failures_total"] > 0
+
+
+async def test_orders_that_come_twice_and_cancels_that_come_late_change_no_answer(site: Site) -> None:
+    rules = faulty(
+        {"point": "session.submit", "action": "duplicate", "probability": 0.5},
+        {"point": "session.cancel", "action": "delay", "probability": 0.5, "delay_s": 0.02},
+        {"point": "session.open", "action": "raise", "nth": [1]},
+    )
+    site.router_faults = FaultPlan(rules, me="router")
+    p, d = await site.add("p", Role.PREFILL), await site.add("d", Role.DECODE)
+    rng = random.Random(6)
+    prompts = [prompt_of(rng, rng.randrange(1, 100)) for _ in range(20)]
+    pairs = [ask(site, p, d, request(n, prompt)) for n, prompt in enumerate(prompts)]
+    for n, (prompt, (prefill, decode)) in enumerate(zip(prompts, pairs, strict=True)):
+        assert (await decode.finish()).reason is FinishReason.LENGTH
+        site.sessions["p"].cancel(request(n, prompt).key)
+        await prefill.finish()
+        tokens = prefill.tokens | decode.tokens
+        assert [tokens[index] for index in range(12)] == expected_tokens(prompt, 12)
+    counters = [site.engines[name].status().counters for name in ("p", "d")]
+    doubled = sum(counted["engine_duplicate_orders_total"] for counted in counters)
+    assert doubled == site.router_faults.counts["session.submit/duplicate"] > 0
+    assert site.router_faults.counts["session.open/raise"] == 1

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from diptych.cluster.config import RouterSettings
-from diptych.cluster.router.faults import FaultyRouter
 from diptych.cluster.router.rig import D, Rig, until, wanted
+from diptych.cluster.router.router import Router
 from diptych.cluster.router.testing import EchoEngine, StaticDirectory
 from diptych.protos.faults import Action, FaultPlan, FaultRule, FaultSettings, Point
 
@@ -29,7 +29,7 @@ async def test_a_fault_on_the_way_to_an_engine_costs_no_token(tmp_path: Path, po
     for engine in engines:
         await engine.start()
     directory = StaticDirectory([engine.info for engine in engines])
-    router = FaultyRouter(plan, directory=directory, settings=RouterSettings(connect_timeout_s=2))
+    router = Router(directory=directory, settings=RouterSettings(connect_timeout_s=2), faults=plan)
     await router.start()
     rig = Rig(router, directory, {engine.info.ref.engine_id: engine for engine in engines})
     await until(lambda: rig.ready() == 2)
