@@ -133,10 +133,25 @@ def run_cell(stage: Stage, cell: Cell, *, requests: int, seed: int) -> Tally:
         note_deaths(tally, watch, answers)
         now = rig.counters()
         tally.counters = {name: more for name in TOLD if (more := now.get(name, 0) - counted.get(name, 0)) > 0}
+        fired = sum(
+            more for name in now if name.startswith("fault_") and (more := now[name] - counted.get(name, 0)) > 0
+        )
+        if _is_counted(cell) and not fired:
+            tally.problems.append("its fault never happened: this cell has tested nothing")
+        elif fired:
+            tally.counters["faults"] = fired
         probe(stage, tally)
     except RigError as exc:
         tally.problems.append(str(exc))
     return tally
+
+
+def _is_counted(cell: Cell) -> bool:
+    """Whether engines that live on have counted the cell's faults. Routers show no counters, the dead none either."""
+    return any(
+        rule["action"] not in ("kill", "stop") and rule["point"].startswith(("hinge.", "engine.", "session.status"))
+        for rule in cell.rules
+    )
 
 
 def watch_until_known(watch: Watch) -> None:
