@@ -295,11 +295,8 @@ class SecuritySettings(Settings):
     allow_plaintext: bool = Field(
         False, description="let channels leave this machine without TLS; only where the network itself is trusted"
     )
-    api_keys: Path | None = Field(
-        None, description='JSON lines {"sha256": hex, "tenant": name, "admin": bool} of clients\' keys; null: no keys'
-    )
 
-    @field_validator("secret_file", "api_keys")
+    @field_validator("secret_file")
     @classmethod
     def _absolute(cls, file: Path | None) -> Path | None:
         return None if file is None else Path(os.path.abspath(file.expanduser()))
