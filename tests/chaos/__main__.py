@@ -131,7 +131,8 @@ def main() -> int:
         took_s = time.monotonic() - began
         if (report := report_of(asked)) is not None and matrix.lines:
             form = "short form" if asked.short else "chosen steps" if asked.only else "long form"
-            told = f"2 prefill and 2 decode engines, one router, `python tests/chaos`, {form}: {size}."
+            told = f"2 prefill and 2 decode engines, one router, `python tests/chaos`, {form}, "
+            told += f"{size.requests} requests a cell." if asked.only else f"{size}."
             if not is_whole:
                 told += " **The run was ended before its last step.**"
             report.write_text(page(matrix, title="Chaos", seed=asked.seed, run=told, took_s=took_s))
