@@ -467,33 +467,14 @@ async def test_late_news_from_the_hinge_change_no_answer(site: Site) -> None:
         assert (await site.counts(name)).used == 0
 
 
-async def test_a_step_that_does_not_come_back_ends_the_engine(run_dir: Path) -> None:
-    failed = threading.Event()
-    errors: list[BaseException] = []
-
-    def fail(error: BaseException) -> None:
-        errors.append(error)
-        failed.set()
-
+async def test_a_step_that_does_not_come_back_ends_the_engine(site: Site) -> None:
     rules = faulty({"point": "engine.step", "action": "delay", "nth": [1], "delay_s": 1.0})
-    spec = dataclasses.replace(spec_of(run_dir, "d", Role.DECODE), faults=rules, step_stall_s=0.2)
-    engine = Engine(spec, on_failure=fail)
-    info = (await asyncio.to_thread(engine.start)).info
-    ready = asyncio.Event()
-    session = EngineSession(
-        info,
-        SessionTerms(router_id="test", connect_timeout_s=10, silence_s=10, clock=time.monotonic),
-        on_change=ready.set,
-    )
-    session.start()
-    async with asyncio.timeout(WAIT_S):
-        await ready.wait()
-    session.submit(DecodeOrder(request=request(1, [1, 2, 3]), prefill=None), Sink())
-    assert await asyncio.to_thread(failed.wait, WAIT_S)
-    await session.stop()
-    await asyncio.to_thread(engine.stop)
-    assert isinstance(errors[0], EngineFault)
-    assert len(errors) == 1
+    await site.add("d", Role.DECODE, faults=rules, step_stall_s=0.2)
+    site.sessions["d"].submit(DecodeOrder(request=request(1, [1, 2, 3]), prefill=None), sink := Sink())
+    await sink.finish()
+    [error] = site.failures
+    assert isinstance(error, EngineFault)
+    site.failures.clear()
 
 
 async def test_an_engine_changes_its_role_and_keeps_model_and_sessions(site: Site) -> None:
