@@ -26,7 +26,8 @@ class Act:
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One line of the matrix. `deaths` says how many engines end or stop by it (None: those that end are not
-    counted), `may_break` whether streams may."""
+    counted), `may_break` whether streams may,
+    with an error or a broken connection."""
 
     id: str
     covers: tuple[str, ...]
@@ -35,7 +36,7 @@ class Cell:
     acts: tuple[Act, ...] = ()
     rules: tuple[dict[str, Any], ...] = ()
     deaths: int | None = 0
-    may_break: bool = False  # the router itself dies: broken connections are what was promised
+    may_break: bool = False
     leave: bool = False  # clients go away at random
     short: bool = False  # part of the short form
     over_s: float = 1.0  # the requests come within so long
@@ -239,8 +240,9 @@ ENGINES = (
         "step-fails-decode",
         ("F7",),
         "decode",
-        "the 20th decode step raises",
+        "the 20th decode step raises: its requests end with engine_fault",
         rules=(rule("engine.step", "raise", engine=D, nth=[20], limit=1),),
+        may_break=True,
     ),
     Cell(
         "submit-twice",
