@@ -50,6 +50,7 @@ def examine() -> list[Finding]:
         *packages(),
         imports(HEAVY),
         bfloat16(host.has_native_bfloat16()),
+        native_code(),
         cores(len(os.sched_getaffinity(0)), cpu_quota()),
         files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         shared_memory(),
@@ -111,6 +112,25 @@ def bfloat16(is_native: bool) -> Finding:
     if is_native:
         return Finding("bfloat16", State.OK, "this CPU computes in bfloat16")
     return Finding("bfloat16", State.SLOW, "this CPU does not: models run in float32, with twice the memory")
+
+
+def native_code(module: str = "diptych.kernels.native.build") -> Finding:
+    """Whether the C code for single tokens can be compiled, which is tried, in a process of its own as above."""
+    name, command = "C compiler", f"from {module} import why_missing; print(why_missing() or '')"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", command], capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False
+        )
+        lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+        told = lines[-1] if lines else "" if done.returncode == 0 else f"exit code {done.returncode}"
+    except subprocess.TimeoutExpired:
+        told = f"it took longer than {IMPORT_TIMEOUT_S:g} s"
+    if not told:
+        return Finding(name, State.OK, "the native code for this CPU is built")
+    remedy = (
+        "install gcc 9 or newer with the C library's headers (apt install gcc libc6-dev), or let CC name a compiler"
+    )
+    return Finding(name, State.SLOW, f"tokens are computed more slowly, without native code: {told}", remedy)
 
 
 def cores(usable: int, quota: float | None) -> Finding:

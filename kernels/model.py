@@ -151,21 +151,23 @@ def _swap_modules(module: nn.Module, dtype: torch.dtype, device: torch.device) -
         degraded.append("bfloat16 weights are not prepacked: this torch or CPU has no oneDNN for them")
     if device.type == "cpu" and (reason := why_missing()) is not None:
         degraded.append(f"decoding is slower, without native code: {reason}")
-    pack_linears(module)
+    copied = pack_linears(module)
     if device.type == "cpu":
-        _leave_files(module)
+        if copied:
+            _leave_files(module)
         memory = packed_memory(module)
         moved, size = use_large_pages(memory), sum(memory.values())
         if size >= _LARGE_WEIGHTS and moved < size // 2:
             degraded.append(
-                f"of {size >> 20} MiB of weights, {moved >> 20} lie in large pages (Linux 6.1 moves them there)"
+                f"of {size >> 20} MiB of weights, {moved >> 20} lie in large pages "
+                "(Linux moves memory there from 6.1 on, mapped files not)"
             )
     return degraded
 
 
 def _leave_files(module: nn.Module) -> None:
-    """Copy what was not packed where packing made copies: a single norm's weight that lies in a mapped file keeps the
-    whole file in memory, 257 MiB for SmolLM2.
+    """Copy what was not packed, where that is less than what was: a single norm's weight that lies in a mapped file
+    keeps the whole file in memory, 257 MiB for SmolLM2.
     """
     memory, kept = packed_memory(module), [*module.parameters(), *module.buffers()]
     if sum(tensor.nbytes for tensor in kept) < sum(memory.values()):

@@ -98,7 +98,6 @@ class ModelRunner:
         self.vocab_size = model.vocab_size
         self._model = model
         self._kv = dict(zip(model.layer_ids, kv_layers, strict=True))
-        self._num_blocks = kv_layers[0][0].shape[0]
         self._block_tokens = block_tokens
         self._log = TokenLog(model.device)
         self._last_tokens = torch.full((max_slots,), -1, dtype=torch.int64, device=model.device)

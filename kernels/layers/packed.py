@@ -35,20 +35,26 @@ class SharedEmbedding(nn.Module):
         return rows
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Replace every plain nn.Linear in place, and embeddings that share a weight with one whose form is another now."""
+def pack_linears(model: nn.Module) -> bool:
+    """Replace every plain nn.Linear in place, and embeddings that share a weight with one whose form is another now.
+
+    Gives whether all of these weights lie in other memory now.
+    """
     packed: dict[int, PackedLinear] = {}
+    moved = True
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 packed[id(child.weight)] = PackedLinear(child)
                 setattr(parent, name, packed[id(child.weight)])
+                moved = moved and child.weight.data_ptr() not in packed[id(child.weight)].op.memory()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Embedding and id(child.weight) in packed:
                 head = packed[id(child.weight)]
                 if head.op.rows(child.weight.new_zeros(1).long()) is not None:
                     setattr(parent, name, SharedEmbedding(head))
+    return moved
 
 
 def packed_memory(model: nn.Module) -> dict[int, int]:

@@ -2,6 +2,7 @@
 
 All arrays are contiguous unless a stride is given; strides count elements. Nothing is kept between calls. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -11,14 +12,18 @@ All arrays are contiguous unless a stride is given; strides count elements. Noth
 #endif
 
 #define CHUNK 32 /* tokens of a block that are widened at once: keys and values of 128 numbers stay in a core's cache */
-#define MOST_VECTORS 32 /* of 16 numbers: heads of up to 512 */
+#define PARALLEL_FROM 262144 /* numbers: 40 us of one thread's work; waking the others costs up to 100 on busy cores */
+#define MOST_VECTORS 32 /* of 16 numbers, in a head */
+const int32_t most_head_dim = 16 * MOST_VECTORS;
+
+enum { DONE, NO_MEMORY, NO_SUCH_BLOCK }; /* what a function answers; see build.py */
 
 typedef float v16 __attribute__((vector_size(64)));
-typedef float v8 __attribute__((vector_size(32)));
 typedef float v4 __attribute__((vector_size(16)));
 typedef float v16_anywhere __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint16_t bf16;
 
 static inline float widen(bf16 x)
@@ -55,11 +60,15 @@ static inline v4 totals(v16 a, v16 b, v16 c, v16 d)
 #define ODD 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
 #define LOW 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
 #define HIGH 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-    const v16 ab = __builtin_shufflevector(a, b, EVEN) + __builtin_shufflevector(a, b, ODD);
-    const v16 cd = __builtin_shufflevector(c, d, EVEN) + __builtin_shufflevector(c, d, ODD);
-    const v16 x = __builtin_shufflevector(ab, cd, LOW) + __builtin_shufflevector(ab, cd, HIGH);
-    const v8 y = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    return __builtin_shufflevector(y, y, 0, 1, 2, 3) + __builtin_shufflevector(y, y, 4, 5, 6, 7);
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else /* gcc has the other name from version 12 on only */
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (i32x16){__VA_ARGS__})
+#endif
+    const v16 ab = PICK(a, b, EVEN) + PICK(a, b, ODD);
+    const v16 cd = PICK(c, d, EVEN) + PICK(c, d, ODD);
+    const union { v16 whole; v4 quarters[4]; } x = {PICK(ab, cd, LOW) + PICK(ab, cd, HIGH)};
+    return (x.quarters[0] + x.quarters[2]) + (x.quarters[1] + x.quarters[3]);
 }
 
 /* e^x for x <= 0, NaN for NaN: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; relative error below 2e-7. */
@@ -83,14 +92,14 @@ static inline float exponential(float x)
 
 struct attention { /* of one step and layer; see build.py, which holds the same structure */
     const int64_t *blocks, *first_block, *ends, *rows; /* of sequence s: its blocks begin at first_block[s] */
-    int64_t sequences, query_stride, block_tokens, window; /* window 0: none */
+    int64_t sequences, query_stride, num_blocks, block_tokens, window; /* window 0: none */
     const float *sinks; /* [heads] or NULL */
     int32_t heads, kv_heads, head_dim;
     float scaling, softcap; /* softcap 0: none */
 };
 
 struct kv_shape {
-    int64_t tokens, heads, head_dim, block_tokens, k_stride, v_stride;
+    int64_t tokens, heads, head_dim, num_blocks, block_tokens, k_stride, v_stride;
 };
 
 struct heads { /* what a thread keeps of the KV heads that it works on, `group` query heads for each */

@@ -53,6 +53,23 @@ def test_a_machines_finding_says_what_it_is_about(finding: Finding, state: State
     assert finding.remedy or state is not State.STOP, "a stop comes with a remedy"
 
 
+def test_a_missing_c_compiler_is_a_note_with_its_reason_and_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    finding = doctor_machine.native_code()
+    assert finding.state is State.SLOW
+    assert "CC names no-such-compiler, which is not there" in finding.told
+    assert "install gcc" in finding.remedy
+    broken = doctor_machine.native_code("no_such_module")
+    assert broken.state is State.SLOW
+    assert "no_such_module" in broken.told
+
+
+def test_a_c_compiler_that_works_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "stands_in.py").write_text("def why_missing(): return None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert doctor_machine.native_code("stands_in").state is State.OK
+
+
 def test_a_package_that_is_missing_or_too_old_stops_with_the_command_that_mends_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

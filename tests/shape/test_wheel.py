@@ -12,7 +12,7 @@ from sources import FLOORS, ROOT
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_every_module_below_the_namespace_and_nothing_else(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_source_below_the_namespace_and_nothing_else(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(copy)], check=True)
     subprocess.run(
@@ -24,6 +24,8 @@ def test_the_wheel_holds_every_module_below_the_namespace_and_nothing_else(tmp_p
     with zipfile.ZipFile(wheel) as opened:
         packed = {name for name in opened.namelist() if ".dist-info/" not in name}
     tracked = subprocess.run(["git", "ls-files", *FLOORS], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    names = [name for name in tracked.splitlines() if name.endswith((".py", ".pyi", ".proto", "py.typed"))]
+    names = [
+        name for name in tracked.splitlines() if name.endswith((".py", ".pyi", ".proto", "py.typed", ".c", ".inc"))
+    ]
     wanted = {f"diptych/{name}".replace("/cluster/package/", "/") for name in names}
     assert packed == wanted

@@ -27,7 +27,8 @@ _PLAIN, _SILU, _ADD, _MUL = range(4)  # as in native/linear.inc
 
 def pack(weight: Tensor, bias: Tensor | None) -> reference.Linear:
     """See launch.py. For bfloat16 in oneDNN's layout where this build and CPU have it."""
-    if weight.dtype is torch.bfloat16 and has_blocked_layout():
+    alike = bias is None or bias.dtype is weight.dtype
+    if weight.dtype is torch.bfloat16 and alike and has_blocked_layout():
         return BlockedLinear(weight, bias)
     return PlainLinear(weight, bias)
 
@@ -53,7 +54,10 @@ class BlockedLinear(reference.Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.outs, self.ins = weight.shape
-        super().__init__(_ops()._reorder_linear_weight(weight.contiguous(), _ROWS), bias)
+        # The bias is copied too: a view of a mapped file would keep all of it in memory.
+        super().__init__(
+            _ops()._reorder_linear_weight(weight.contiguous(), _ROWS), None if bias is None else bias.clone()
+        )
         self._width = _width(self.weight, weight)
         self._native: list[Any] = []
         if self._width and has_linear():
@@ -79,9 +83,13 @@ class BlockedLinear(reference.Linear):
         """See reference.py."""
         if not self._width:
             return None
+        if ids.numel():
+            least, most = ids.aminmax()
+            if least < 0 or most >= self.outs:
+                raise IndexError(f"row {int(least if least < 0 else most)} of a weight with {self.outs}")
         blocks = _blocks(self.weight, self.outs, self._width)
         pairs: Tensor = blocks[ids // self._width, :, ids % self._width]
-        return pairs.reshape(*ids.shape, -1)[..., : self.ins]
+        return pairs.flatten(-2)[..., : self.ins]
 
     def memory(self) -> dict[int, int]:
         """See reference.py."""
@@ -91,7 +99,12 @@ class BlockedLinear(reference.Linear):
         count = x.numel()
         if not count:
             return x.new_empty((*x.shape[:-1], self.outs))
-        if not self._native or count != self.ins or x.shape[-1] != self.ins:
+        fits = count == self.ins == x.shape[-1] and x.dtype is torch.bfloat16
+        if other is not None:
+            if other.numel() * self.ins != count * self.outs:  # oneDNN would read beyond the end
+                raise RuntimeError(f"a linear gives {self.outs} numbers a row, {tuple(other.shape)} does not fit them")
+            fits = fits and other.dtype is torch.bfloat16
+        if not self._native or not fits:
             return onednn()
         native = library()
         assert native is not None

@@ -30,7 +30,7 @@ class Linear:
 
     def rows(self, ids: Tensor) -> Tensor | None:
         """Rows of the weight, [..., in]: what an embedding gives that shares it. None where the weight was not copied
-        into another form, so that sharing costs nothing.
+        into another form, so that sharing costs nothing. IndexError: there is no such row.
         """
         return None
 

@@ -38,9 +38,10 @@ def paged_attention(
 ) -> Tensor:
     """See reference.py."""
     kv_heads = k_NGBD.shape[1]
-    singles = batch.once("singles", lambda: Singles.find(batch)) if can_attend(q_THD, k_NGBD) else None
+    singles = batch.once("singles", lambda: Singles.find(batch)) if can_attend(q_THD, k_NGBD, v_NGBD) else None
     groups = batch.once(
-        ("groups", kv_heads), lambda: _plan(batch, kv_heads, q_THD.device, without_singles=singles is not None)
+        ("groups", kv_heads, singles is None),
+        lambda: _plan(batch, kv_heads, q_THD.device, without_singles=singles is not None),
     )
     if singles is None and len(groups) == 1 and isinstance(groups[0].rows, slice):
         return _attend(q_THD, k_NGBD, v_NGBD, batch, groups[0], params)

@@ -12,16 +12,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...native.build import AttentionArguments, library
+from ...native.build import AttentionArguments, check, library, most_head_dim
 from ..ragged import RaggedBatch
 from .params import AttentionParams
 
 _FUNCTIONS = {torch.float32: "attend_f32", torch.bfloat16: "attend_bf16"}
 
 
-def can_attend(q_THD: Tensor, k_NGBD: Tensor) -> bool:
+def can_attend(q_THD: Tensor, k_NGBD: Tensor, v_NGBD: Tensor) -> bool:
     """Whether there is native code for these."""
-    return q_THD.dtype is k_NGBD.dtype and q_THD.dtype in _FUNCTIONS and library() is not None
+    return (
+        q_THD.dtype is k_NGBD.dtype is v_NGBD.dtype
+        and q_THD.dtype in _FUNCTIONS
+        and q_THD.shape[2] <= most_head_dim()
+        and k_NGBD.is_contiguous()
+        and v_NGBD.is_contiguous()
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +54,7 @@ class Singles:
         return cls(AttentionArguments(*places, sequences=len(rows), block_tokens=batch.block_tokens), arrays)
 
     def attend(self, q_THD: Tensor, out_THD: Tensor, k_NGBD: Tensor, v_NGBD: Tensor, params: AttentionParams) -> None:
-        """Fill the rows of these sequences in `out_THD`, which is contiguous as K and V are."""
+        """Fill the rows of these sequences in `out_THD`, which is contiguous. IndexError: K and V lack a block."""
         if q_THD.stride()[1:] != (q_THD.shape[2], 1):
             q_THD = q_THD.contiguous()
         sinks_H = None if params.sinks_H is None else params.sinks_H.float().contiguous()
@@ -57,10 +63,9 @@ class Singles:
         given.window = params.window or 0
         given.sinks = None if sinks_H is None else sinks_H.data_ptr()
         _, given.heads, given.head_dim = q_THD.shape
-        given.kv_heads = k_NGBD.shape[1]
+        given.num_blocks, given.kv_heads = k_NGBD.shape[:2]
         given.scaling = params.scaling
         given.softcap = params.softcap or 0.0
         function = getattr(library(), _FUNCTIONS[q_THD.dtype])
         tensors = (q_THD.data_ptr(), out_THD.data_ptr(), k_NGBD.data_ptr(), v_NGBD.data_ptr())
-        if function(*tensors, ctypes.byref(given), torch.get_num_threads()):
-            raise MemoryError("no memory for the attention of a step")
+        check(function(*tensors, ctypes.byref(given), torch.get_num_threads()))

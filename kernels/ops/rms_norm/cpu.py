@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See reference.py."""
     native = library()
     size = weight.shape[0]
-    if native is None or x.dtype not in _FUNCTIONS or weight.dtype is not x.dtype:
+    if native is None or x.dtype not in _FUNCTIONS or weight.dtype is not x.dtype or not weight.is_contiguous():
         return reference.rms_norm(x, weight, eps)
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, size)
     out = torch.empty(x.shape, dtype=x.dtype)

@@ -15,7 +15,12 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> None:
     """See reference.py."""
     native = library()
     tokens, heads, dim = x_THD.shape
-    fits = x_THD.stride()[1:] == (dim, 1) and x_THD.dtype is cos_TD.dtype is sin_TD.dtype
+    fits = (
+        x_THD.stride()[1:] == (dim, 1)
+        and x_THD.dtype is cos_TD.dtype is sin_TD.dtype
+        and cos_TD.is_contiguous()
+        and sin_TD.is_contiguous()
+    )
     if native is None or not fits or x_THD.dtype not in _FUNCTIONS:
         reference.rotate(x_THD, cos_TD, sin_TD)
         return

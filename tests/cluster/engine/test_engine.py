@@ -1,5 +1,5 @@
-"""Whole engines in this process: real threads, gRPC, workers and drivers. The model is `echo`, whose every token
-depends on all KV before it.
+"""Whole engines in this process: real threads, gRPC, workers and drivers. Each token of the model, `echo`, depends on
+all KV before it.
 """
 
 from __future__ import annotations
