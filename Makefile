@@ -3,10 +3,12 @@
 #   PYTHON=python3.12           another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL             where to take torch from, for example the index of CPU builds named on PyTorch's start page
 #   ARGS="--port 9000"          passed to `diptych serve`
+#   SEEDS=0:10000               of `make simulate`: first and last + 1
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+SEEDS ?= 0:1000
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -24,7 +26,7 @@ rm -rf $(VENV); $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
   echo "$(PYTHON) can make no virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv python3-pip)" >&2; exit 1; }
 endef
 
-.PHONY: help serve test test-slow conformance docs check format setup protos clean
+.PHONY: help serve test test-slow simulate conformance chaos chaos-short docs check format setup protos clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/'
@@ -35,11 +37,20 @@ serve: setup     ## install what is missing, start a cluster with the default mo
 test: setup $(HELM) ## the CPU tests
 	@$(BIN)/python -m pytest -m "not slow and not gpu"
 
+simulate: setup  ## thousands of clusters under faults in virtual time, by seed; SEEDS=0:10000
+	@$(BIN)/python tests/simulation/run.py --seeds $(SEEDS)
+
 test-slow: setup $(HELM) ## the long tests: whole clusters, the whole conformance matrix, the built wheel
 	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 900
 
 conformance: setup ## every architecture in every situation against transformers; writes docs/conformance.md
 	@PYTHONPATH=tests/e2e:tests/conformance $(BIN)/python tests/conformance/report.py
+
+chaos: setup     ## kill, stop and disturb everything in a running cluster for an hour; writes docs/reports/chaos-DATE.md
+	@$(BIN)/python tests/chaos
+
+chaos-short: setup ## the same in five minutes, without a report
+	@$(BIN)/python tests/chaos --short
 
 docs: setup      ## write docs/configuration.md and the chart's schema from the classes behind diptych.yaml
 	@$(BIN)/python tools/configuration_page.py

@@ -30,6 +30,12 @@ def _writable(path: Path | None) -> Path | None:
     return path
 
 
+def _role(name: str | None) -> str | None:
+    if name not in (None, "prefill", "decode"):
+        raise typer.BadParameter(f"{name!r} is no role; there are prefill and decode")
+    return name
+
+
 ResultFile = Annotated[Path | None, typer.Option("--json", help="Result as a file.", callback=_writable)]
 
 
@@ -88,6 +94,39 @@ def scale(
     wishes = {Role.PREFILL: prefill, Role.DECODE: decode}
     sizes = {role: engines for role, engines in wishes.items() if engines is not None}
     raise typer.Exit(run_scale(model, sizes, config=config, overrides=overrides or (), url=url, address=address))
+
+
+@app.command()
+def restart(
+    model: Annotated[str | None, typer.Argument(help="A served model; by default all.")] = None,
+    role: Annotated[str | None, typer.Option(help="prefill or decode; by default both.", callback=_role)] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    url: Url = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster it runs on (host:port).")] = None,
+) -> None:
+    """Replace engines one by one while they serve; each finishes its requests after its successor is ready."""
+    from diptych.cluster.scale import run_restart
+    from diptych.protos.types import Role
+
+    which = None if role is None else Role(role)
+    raise typer.Exit(run_restart(model, which, config=config, overrides=overrides or (), url=url, address=address))
+
+
+@app.command("role")
+def change_role(
+    engine: Annotated[str, typer.Argument(help="An engine that serves, such as prefill-0.")],
+    role: Annotated[str, typer.Argument(help="prefill or decode.", callback=_role)],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    url: Url = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster it runs on (host:port).")] = None,
+) -> None:
+    """Move an engine to the other pool of its model; its requests finish first, and nothing is loaded again."""
+    from diptych.cluster.scale import run_role
+    from diptych.protos.types import Role
+
+    raise typer.Exit(run_role(engine, Role(role), config=config, overrides=overrides or (), url=url, address=address))
 
 
 @app.command()

@@ -12,13 +12,14 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from diptych.protos.echo import ECHO
 from diptych.protos.errors import StartupError
+from diptych.protos.faults import FaultSettings
 from diptych.protos.settings import (
     Bytes,
     DecodeSettings,
@@ -48,6 +49,7 @@ _WORDING = {
     "string_type": "should be a text",
     "path_type": "should be a path",
     "model_type": "should be a group of keys",
+    "tuple_type": "should be a list",
     "dict_type": "should be a group of keys",
     "too_short": "should have at least {min_length} entry",
 }
@@ -119,7 +121,16 @@ class RouterSettings(Settings):
     connect_timeout_s: Seconds = Field(5.0, description="time to reach an engine and be welcomed")
     drain_grace_s: Seconds = Field(30.0, description="running requests may take this long to finish at shutdown")
     default_max_tokens: int = Field(1024, ge=1, description="tokens generated when a chat request names no maximum")
-    max_attempts: int = Field(3, ge=1, description="placements tried for a request before it fails")
+    max_attempts: int = Field(3, ge=1, description="placements tried for a request before its first token")
+    migration_limit: int = Field(2, ge=0, description="moves of a request to other engines after it; 0: none")
+    retry_budget: float = Field(
+        0.2, ge=0, le=1, description="further placements and moves, in the long run, per request that a tenant sends"
+    )
+    retry_burst: int = Field(
+        0, ge=0, description="the same at once; 0: limits.max_running, so that a whole engine may be lost"
+    )
+    silence_s: Seconds = Field(1.0, description="an engine that tells nothing for this long is lost")
+    quarantine_s: Seconds = Field(600.0, description="a request that ended two engines is refused for this long")
     placement: PlacementSettings = PlacementSettings()
     tenants: dict[str, TenantSettings] = Field(default={}, description="tenants with a weight other than 1")
 
@@ -235,6 +246,11 @@ class EngineSettings(Settings):
     host: str | None = Field(
         None, description="an address of this machine to listen on, at a free port; null: unix sockets in run_dir"
     )
+    restart: bool = Field(True, description="start another engine in place of one that ended unasked")
+    max_restarts: int = Field(5, ge=1, description="of an engine that dies as it starts, in ten minutes")
+    restart_backoff_s: Seconds = Field(0.5, description="wait before the second restart; each further one doubles it")
+    silence_s: Seconds = Field(1.5, description="an engine that does not answer its manager this long is killed")
+    step_stall_s: Seconds = Field(60.0, description="an engine whose step takes longer ends itself")
 
     @field_validator("host")
     @classmethod
@@ -302,6 +318,7 @@ class DiptychConfig(Settings):
     security: SecuritySettings = Field(SecuritySettings(), validate_default=True)
     ray: RaySettings = RaySettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+    faults: FaultSettings = FaultSettings()
     cache_dir: Path = Field(default_factory=default_cache_dir, description="converted models")
     run_dir: Path = Field(default_factory=default_run_dir, description="sockets, state and logs of running clusters")
 
@@ -460,6 +477,9 @@ def _known_keys(path: Sequence[str]) -> list[str]:
         if part in ("models", "tenants"):
             parts = parts[1:]
             annotation = get_args(annotation)[1]
+        elif get_origin(annotation) is tuple:
+            parts = parts[1:]
+            annotation = get_args(annotation)[0]
         elif not isinstance(annotation, type):  # a group or null
             annotation = get_args(annotation)[0]
         assert isinstance(annotation, type)

@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +20,12 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from diptych.cluster.config import DiptychConfig, RouterSettings, SecuritySettings, check_config, load_config
+from diptych.cluster.control.sigterm import work_before_sigterm_ends
 from diptych.cluster.inprocess import post_json
 from diptych.cluster.models import ModelFolder
 from diptych.cluster.observability.tracing import configure_tracing, flush_tracing
 from diptych.protos.errors import EngineLost, InvalidRequest, StartupError, error_from_code
+from diptych.protos.faults import FaultSettings, plan_of
 from diptych.protos.trust import ROUTER
 from diptych.protos.types import EngineRef
 
@@ -51,6 +53,7 @@ class RouterPlan:
     models: tuple[RoutedModel, ...]
     security: SecuritySettings
     trace_file: Path | None = None
+    faults: FaultSettings = field(default_factory=FaultSettings)
 
 
 @serve.deployment(
@@ -86,10 +89,13 @@ class RouterDeployment:
         ]
         self._names = [model.name for model in models]
         trust = trust_of(plan.security, fetch(GcsStore()), ROUTER)
-        self._router = Router(directory=ManagerDirectory(), settings=plan.settings, trust=trust)
+        faults = plan_of(plan.faults, "router")
+        self._router = Router(directory=ManagerDirectory(faults), settings=plan.settings, trust=trust, faults=faults)
         await self._router.start()
         self._app = create_app(self._router, models)
         self._is_draining = False
+        loop = asyncio.get_running_loop()
+        work_before_sigterm_ends(lambda: self._end_in_order(loop))
         self._settings = settings = plan.settings
         self._listener = await start_listener(
             self._app,
@@ -137,6 +143,11 @@ class RouterDeployment:
         await self._listener.stop(grace_s)
         await self._router.stop()
         flush_tracing()
+
+    def _end_in_order(self, loop: asyncio.AbstractEventLoop) -> None:
+        """At SIGTERM, in a thread: running requests end; Serve makes another replica when the process is gone."""
+        grace_s = self._settings.drain_grace_s
+        asyncio.run_coroutine_threadsafe(self.drain(grace_s), loop).result(grace_s + SHUTDOWN_MARGIN_S)
 
     async def __del__(self) -> None:
         """Serve awaits it before it ends a replica."""
@@ -195,7 +206,11 @@ def router_plan(config: DiptychConfig, folders: Mapping[str, ModelFolder]) -> Ro
         for name, settings in config.models.items()
     )
     return RouterPlan(
-        settings=config.router, models=models, security=config.security, trace_file=config.telemetry.trace_file
+        settings=config.router,
+        models=models,
+        security=config.security,
+        trace_file=config.telemetry.trace_file,
+        faults=config.faults,
     )
 
 

@@ -1,4 +1,6 @@
-"""The verb `diptych scale`: asks the pool manager for other pool sizes and tells what came of it."""
+"""The verbs `diptych scale`, `diptych restart` and `diptych role`: ask the pool manager for other sizes, other engines
+or another role of one, and tell what came of it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diptych.cluster.config import load_config
 from diptych.protos.errors import DiptychError, StartupError
 from diptych.protos.types import Role
+
+if TYPE_CHECKING:
+    from diptych.cluster.control.pools import Scaled
 
 CALL_TIMEOUT_S = 3600.0  # the manager has time limits of its own for engines that start and that drain
 
@@ -40,19 +45,70 @@ def run_scale(
     return code
 
 
+def run_restart(
+    model: str | None,
+    role: Role | None,
+    *,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    url: str | None = None,
+    address: str | None = None,
+) -> int:
+    """Replace the engines of a model (None: all) and role (None: both) one by one; the exit code."""
+    try:
+        from diptych.cluster.control.connect import manager, restart
+
+        handle = manager(address, url, load_config(config, overrides).run_dir)
+        began = time.monotonic()
+        done = restart(handle, model, role, timeout_s=CALL_TIMEOUT_S)
+    except DiptychError as exc:
+        print(f"diptych: {exc}", file=sys.stderr)
+        return 1
+    _print_done(done)
+    print(f"{len(done.started)} engines started, {len(done.ended)} ended: {time.monotonic() - began:.1f} s")
+    return 1 if done.failed else 0
+
+
+def run_role(
+    engine: str,
+    role: Role,
+    *,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    url: str | None = None,
+    address: str | None = None,
+) -> int:
+    """Give an engine another role without loading its model again; the exit code."""
+    try:
+        from diptych.cluster.control.connect import manager, set_role
+
+        handle = manager(address, url, load_config(config, overrides).run_dir)
+        began = time.monotonic()
+        info = set_role(handle, engine, role, timeout_s=CALL_TIMEOUT_S)
+    except DiptychError as exc:
+        print(f"diptych: {exc}", file=sys.stderr)
+        return 1
+    print(f"{engine} is a {'-'.join(sorted(info.roles))} engine now: {time.monotonic() - began:.1f} s")
+    return 0
+
+
 def _scale(handle: Any, model: str, role: Role, engines: int) -> int:
     from diptych.cluster.control.connect import scale
 
     began = time.monotonic()
     done = scale(handle, model, role, engines, timeout_s=CALL_TIMEOUT_S)
+    _print_done(done)
+    if not (done.started or done.ended or done.failed):
+        print(f"the {role} pool of {model} has {engines} already")
+    else:
+        print(f"{role} pool of {model}: {time.monotonic() - began:.1f} s")
+    return 1 if done.failed else 0
+
+
+def _print_done(done: Scaled) -> None:
     for engine in done.started:
         print(f"{engine.info.ref.engine_id} is ready (pid {engine.info.pid})")
     for name in done.ended:
         print(f"{name} has finished its requests and ended")
     for sentence in done.failed:
         print(f"diptych: {sentence}", file=sys.stderr)
-    if not (done.started or done.ended or done.failed):
-        print(f"the {role} pool of {model} has {engines} already")
-    else:
-        print(f"{role} pool of {model}: {time.monotonic() - began:.1f} s")
-    return 1 if done.failed else 0

@@ -38,9 +38,9 @@ class DecodeScheduler:
     # ---- what the worker reports ------------------------------------------------------------------
 
     def expect(self, sequence: Sequence) -> int:
-        """A transfer will bring its KV. Returns how many tokens of the prompt are cached here, now pinned."""
-        request = sequence.request
-        sequence.table = self.all.pool.open(request.prompt, request.salt, max_cached_tokens=len(request.prompt))
+        """A transfer will bring its KV. Returns how many of its tokens are cached here, now pinned."""
+        known = sequence.tokens
+        sequence.table = self.all.pool.open(known, sequence.request.salt, max_cached_tokens=len(known))
         sequence.cached_tokens = sequence.table.cached_tokens
         sequence.state = State.FETCHING
         self.all.fetching[sequence.key] = sequence
@@ -53,12 +53,12 @@ class DecodeScheduler:
         self.all.line.add(sequence.key, sequence, sequence.place)
 
     def arrived(self, sequence: Sequence) -> bool:
-        """The prompt's KV is in its blocks. False: it cannot be, for it has no such blocks."""
+        """The KV of all that the order came with is in its blocks. False: it cannot be, for it has no such blocks."""
         assert sequence.table is not None
-        if len(sequence.blocks) * self.all.pool.block_tokens < sequence.num_prompt:
+        if len(sequence.blocks) * self.all.pool.block_tokens < sequence.num_known:
             return False
-        sequence.table.commit(sequence.request.prompt, sequence.num_prompt)
-        sequence.computed = sequence.num_prompt
+        sequence.table.commit(sequence.tokens, sequence.num_known)
+        sequence.computed = sequence.num_known
         sequence.rows.prompt_is_told()
         self.all.arrive(sequence)
         return True
@@ -174,7 +174,7 @@ class DecodeScheduler:
         assert sequence.table is not None
         limit = sequence.rows.max_cached_tokens(len(sequence.tokens))
         valid = sequence.table.extend_prefix(sequence.tokens, sequence.computed, max_cached_tokens=limit)
-        if not (sequence.num_generated or sequence.preemptions):  # its first way through the prompt
+        if not (sequence.num_new or sequence.preemptions):  # its first way through the prompt
             sequence.cached_tokens = (sequence.cached_tokens or 0) + valid - sequence.computed
         sequence.computed = valid
 

@@ -36,14 +36,14 @@ class Sequence:
     place: Place
     timer: StageTimer
     rows: RowMaker
-    tokens: list[int]  # ids known so far: the prompt, then what was generated
+    tokens: list[int]  # ids known so far: the prompt, what others had generated, then what was generated since
     state: State
     table: BlockTable | None = None
     computed: int = 0  # positions 0 .. computed - 1 have KV in the table
     slot: int | None = None
     charged: bool = False  # its tenant has paid for the known tokens; later ones are paid for as they come
     preemptions: int = 0
-    cached_tokens: int | None = None  # of the prompt, when its computation or its transfer began; None before
+    cached_tokens: int | None = None  # of the order's tokens, when its computation or its transfer began; None before
     transfer_bytes: int = 0
     transport: str = ""
 
@@ -63,9 +63,19 @@ class Sequence:
         return len(self.order.request.prompt)
 
     @property
+    def num_known(self) -> int:
+        """Tokens that the order came with, whose KV a transfer brings."""
+        return self.num_prompt + len(self.order.request.resume)
+
+    @property
     def num_generated(self) -> int:
-        """Tokens after the prompt, token 0 included wherever it was computed."""
+        """Tokens after the prompt, wherever they were computed."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_new(self) -> int:
+        """Those of them that the order did not come with."""
+        return len(self.tokens) - self.num_known
 
     @property
     def missing(self) -> int:

@@ -93,11 +93,22 @@ class DecodeBench:
             sampling or SamplingParams(max_tokens=1), max_tokens=max_tokens, stop_token_ids=frozenset(stop)
         )
         request = GenerateRequest(key=key, prompt=tuple(prompt), sampling=sampling, **fields)
-        self.requests[key] = request
         peer = PEER if transfer else None
-        self.worker.submit(DecodeOrder(request=request, prefill=peer, allow_local_prefill=allow_local_prefill))
+        return self._order(DecodeOrder(request=request, prefill=peer, allow_local_prefill=allow_local_prefill))
+
+    def again(self, key: TransferKey, resume: Sequence[int]) -> TransferKey:
+        """The next attempt at a request, by transfer, of whose answer `resume` exists."""
+        again = TransferKey(key.transfer_id, key.attempt + 1)
+        request = replace(self.requests[key], key=again, resume=tuple(resume))
+        return self._order(DecodeOrder(request=request, prefill=PEER))
+
+    def _order(self, order: DecodeOrder) -> TransferKey:
+        request = order.request
+        self.requests[request.key] = request
+        self.ledger.resumed[request.key] = len(request.resume)
+        self.worker.submit(order)
         self.pool.check_integrity()
-        return key
+        return request.key
 
     def step(self) -> bool:
         """One step of the worker, while transfers that are under way write into their blocks."""
@@ -126,8 +137,8 @@ class DecodeBench:
 
     def commit(self, key: TransferKey, *, final: bool = False) -> None:
         """The transfer ends well, with the token that an undisturbed prefill engine samples."""
-        prompt = self.requests[key].prompt
-        self.deliver(self.receiver.commit(key, prompt, self.expected(key)[0], final=final))
+        request = self.requests[key]
+        self.deliver(self.receiver.commit(key, request.known, self.expected(key)[len(request.resume)], final=final))
 
     def fail(self, key: TransferKey, error: DiptychError | None = None) -> None:
         """The transfer ends badly."""
@@ -154,12 +165,16 @@ class DecodeBench:
                 self.fail(key)
 
     def expected(self, key: TransferKey) -> list[int]:
-        """All tokens that the request should get, token 0 first."""
+        """The whole answer: what the request came with, then all tokens that it should get."""
         request = self.requests[key]
-        sampling = request.sampling
+        sampling, resume = request.sampling, request.resume
         rules = logit_rules(sampling, len(request.prompt))
-        tokens = echo_reference(request.prompt, sampling.max_tokens, rules=rules)
-        ends = [at for at, token in enumerate(tokens) if token in sampling.stop_token_ids and at >= sampling.min_tokens]
+        tokens = [
+            *resume,
+            *echo_reference(request.prompt, sampling.max_tokens - len(resume), rules=rules, resume=resume),
+        ]
+        can_end = range(max(sampling.min_tokens, len(resume)), len(tokens))
+        ends = [at for at in can_end if tokens[at] in sampling.stop_token_ids]
         return tokens[: ends[0] + 1] if ends else tokens
 
     def assert_tokens(self, key: TransferKey) -> None:

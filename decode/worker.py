@@ -96,7 +96,7 @@ class DecodeWorker:
         if earlier is not None and earlier.state is not State.DRAINING:
             log.warning("%s: a second decode order for a request in work is ignored", key)
             return
-        sequence = Sequence(order, *self._books.begin(request), tokens=list(request.prompt), state=State.WAITING)
+        sequence = Sequence(order, *self._books.begin(request), tokens=list(request.known), state=State.WAITING)
         error = self._refusal(request) if earlier is None else InvalidRequest(f"{key} was used before", "key")
         if error is not None:
             self._finish(sequence, FinishReason.ERROR, error)
@@ -107,7 +107,7 @@ class DecodeWorker:
                 self._compute_here(sequence)
             else:
                 have_tokens = self._scheduler.expect(sequence)
-                self._receiver.expect(key, order.prefill, len(request.prompt), have_tokens)
+                self._receiver.expect(key, order.prefill, sequence.num_known, have_tokens)
         self._books.flush()
 
     def cancel(self, key: TransferKey) -> None:
@@ -179,8 +179,8 @@ class DecodeWorker:
             return Overloaded("the decode engine's queue is full")
         if error := refusal(request, self._max_context_tokens, self._runner.vocab_size):
             return error
-        # Whoever generates more than token 0 needs KV for token 0 as well.
-        num_tokens = len(request.prompt) + (request.sampling.max_tokens > 1)
+        # Whoever generates more than one token needs KV for that one as well.
+        num_tokens = len(request.known) + (request.sampling.max_tokens > len(request.resume) + 1)
         if not self._pool.can_hold(num_tokens):
             return NoBlocks(f"the decode engine's KV pool cannot hold {num_tokens} tokens")
         return None
@@ -241,7 +241,7 @@ class DecodeWorker:
         for sequence in (*decision.started, *decision.unseated, *decision.preempted):
             if sequence.state is not State.RUNNING:
                 sequence.timer.enter("queue", now)
-            elif sequence.missing == 1 and sequence.num_generated:
+            elif sequence.missing == 1 and sequence.num_new:
                 sequence.timer.enter("decode", now)
             else:
                 sequence.timer.enter("prefill", now)
@@ -271,7 +271,7 @@ class DecodeWorker:
                 self._books.out.prompt_logprobs.append(told)
         if token is None:
             return
-        if share.num_tokens > 1 or sequence.num_generated == 1:
+        if share.num_tokens > 1 or sequence.num_new == 1:
             sequence.timer.enter("decode", self._clock())
         self._books.totals["generated_tokens"] += 1
         self._books.out.add(sequence.key, sequence.num_generated - 1, token, result.logprobs.get(at))

@@ -48,9 +48,13 @@ class Retire:
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """D: reach this life of a prefill engine, then call `pair_up` or `pair_failed`."""
+    """D: reach this life of a prefill engine, then call `pair_up` or `pair_failed`.
+
+    `without`: transports that altered bytes; to be taken only where there is no other.
+    """
 
     peer: EngineRef
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

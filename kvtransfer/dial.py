@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 
 import grpc
@@ -13,13 +13,15 @@ import grpc
 from diptych.protos import kv_pb2 as pb
 from diptych.protos import kv_pb2_grpc
 from diptych.protos.channels import KV_SESSION, MAX_KV_MESSAGE_BYTES, open_channel
-from diptych.protos.errors import LayoutMismatch, PeerLost
+from diptych.protos.errors import LayoutMismatch, PeerLost, TransferError
+from diptych.protos.faults import FaultPlan
 from diptych.protos.settings import TransferSettings
 from diptych.protos.trust import Trust
 from diptych.protos.types import EngineRef, Role
 
-from . import pairing
+from . import pairing, probe
 from .channel import Channel
+from .faults import FaultyReader, dialing, make_channel
 from .layout import KvLayout
 from .transports import local
 from .transports.base import RingReader
@@ -31,11 +33,10 @@ log = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S = 0.05
 _LAST_BACKOFF_S = 1.0
-# Dialing again is ours: gRPC's own first pause of a second would outlast the whole of a quick restart.
+# Dialing again is ours, on a channel of its own each time. gRPC's pauses between connections are left as they are: a
+# short one also cuts the wait for a process that is stopped, and its silence would look like nobody listening.
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_KV_MESSAGE_BYTES),
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.use_local_subchannel_pool", 1),
 ]
 # Answers that no further try would change.
@@ -56,37 +57,53 @@ class Agreement:
 
 
 class _NoRing(Exception):
-    """The chosen transport could not be attached."""
+    """The chosen transport could not be attached, or brings other bytes, or is slow and there are others."""
 
 
 class Dialer:
-    """Asyncio thread only. `num_downgrades` counts transports that were agreed on and could not be attached."""
+    """Asyncio thread only. `num_downgrades` counts transports that were agreed on and left: `num_failed_probes` of them
+    because they altered bytes or were slow. `probed_mib_s` is what the last one brought that was taken.
+    """
 
     def __init__(
-        self, *, me: EngineRef, layout: KvLayout, compat: bytes, settings: TransferSettings, trust: Trust
+        self,
+        *,
+        me: EngineRef,
+        layout: KvLayout,
+        compat: bytes,
+        settings: TransferSettings,
+        trust: Trust,
+        faults: FaultPlan | None = None,
     ) -> None:
         self.num_downgrades = 0
+        self.num_failed_probes = 0
+        self.probed_mib_s = 0.0
         self._trust = trust
         self._me = me
         self._layout = layout
         self._compat = compat
         self._settings = settings
+        self._faults = faults
         self._pair_epoch = 0
 
-    async def connect(self, peer: EngineRef) -> Agreement:
-        """Reach that life of a prefill engine within dial_timeout_s.
+    async def connect(self, peer: EngineRef, without: Collection[str] = ()) -> Agreement:
+        """Reach that life of a prefill engine within dial_timeout_s, `without` some transports where there are others.
 
-        Raises PeerLost when it cannot be reached in time, lives another life or does not take our proof,
-        LayoutMismatch when it refuses: neither is tried again. StartupError when the way there is not allowed.
+        Raises PeerLost when it cannot be reached in time, takes the call and says nothing for silence_s, lives another
+        life or does not take our proof, LayoutMismatch when it refuses: none of these is tried again. StartupError when
+        the way there is not allowed.
         """
-        transports = pairing.offers(self._settings.transport, peer, in_process=local.is_here(peer))
+        offered = pairing.offers(self._settings.transport, peer, in_process=local.is_here(peer))
+        transports = [name for name in offered if name not in without] or offered
+        if self._faults is not None:
+            await dialing(self._faults, peer.engine_id)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.dial_timeout_s
         backoff_s = _FIRST_BACKOFF_S
         reason = "no answer"
         while (left := deadline - loop.time()) > 0:
             try:
-                return await asyncio.wait_for(self._try(peer, transports), left)
+                return await asyncio.wait_for(self._try(peer, transports), min(left, self._settings.silence_s))
             except _NoRing as exc:
                 failed = str(exc.args[0])
                 transports = [name for name in transports if name != failed]
@@ -98,6 +115,8 @@ class Dialer:
             except grpc.RpcError as exc:
                 reason = str(exc.details() if isinstance(exc, grpc.aio.AioRpcError) else exc)
             except TimeoutError:
+                # A port that nobody listens on says so at once. Who is silent hangs: a stopped process takes calls.
+                reason = "it does not answer"
                 break
             await asyncio.sleep(min(backoff_s * random.uniform(0.8, 1.2), max(deadline - loop.time(), 0.0)))
             backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
@@ -127,7 +146,12 @@ class Dialer:
             if ack.refusal:
                 raise LayoutMismatch(f"prefill engine {peer.engine_id} refuses the pair: {ack.refusal}")
             reader = await self._attach(peer, ack)
+            if self._faults is not None:
+                reader = FaultyReader(reader, self._faults, peer.engine_id)
+            await self._probe(reader, ack, is_last=len(transports) == 1)
         except BaseException:
+            if reader is not None:
+                reader.close()
             await conn.close()
             raise
 
@@ -138,8 +162,20 @@ class Dialer:
         async def close() -> None:
             await conn.close()
 
-        channel = Channel(src_epoch=self._me.epoch, pair_epoch=pair_epoch)
+        channel = make_channel(self._faults, peer.engine_id, src_epoch=self._me.epoch, pair_epoch=pair_epoch)
         return Agreement(pair_epoch, ack.transport, reader, channel, read, call.write, close)
+
+    async def _probe(self, reader: RingReader, ack: pb.HelloAck, *, is_last: bool) -> None:
+        ref = probe.reference(ack.engine_epoch, ack.slots, ack.slot_bytes, ack.probe_capability)
+        least = self._settings.min_mib_s
+        try:
+            speed = await asyncio.to_thread(probe.measure, reader, ref, least)
+            if speed < least and not is_last:
+                raise PeerLost(f"{speed:.0f} MiB/s, less than {least:g}")
+        except TransferError as exc:
+            self.num_failed_probes += 1
+            raise _NoRing(ack.transport) from exc
+        self.probed_mib_s = speed
 
     async def _attach(self, peer: EngineRef, ack: pb.HelloAck) -> RingReader:
         try:
@@ -147,6 +183,6 @@ class Dialer:
                 return LocalReader(peer)
             if ack.transport == pairing.SHM:
                 return await asyncio.to_thread(ShmReader, ack.blob, ack.slots, ack.slot_bytes)
-            return GrpcReader(peer, self._settings.stall_s, self._trust)
+            return GrpcReader(peer, self._settings.fetch_timeout_s, self._trust)
         except PeerLost as exc:
             raise _NoRing(ack.transport) from exc

@@ -9,7 +9,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

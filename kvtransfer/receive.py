@@ -15,6 +15,7 @@ import grpc
 
 from diptych.protos import kv_pb2 as pb
 from diptych.protos.errors import DiptychError, EngineFault, TransferError
+from diptych.protos.faults import FaultPlan, Point
 from diptych.protos.ports import Closed, Committed, Failed, ReceiveEvent, WantBlocks
 from diptych.protos.settings import TransferSettings
 from diptych.protos.trust import Trust
@@ -24,18 +25,18 @@ from .actions import Deliver, Dial, Fetch, HangUp, ReceiveAction, Scatter, Send
 from .arena import KvArena, copy_alone
 from .channel import Outboxes
 from .dial import Agreement, Dialer
-from .fetch import FetchThreads
+from .faults import copying
+from .fetch import FetchThreads, read_chunk
 from .layout import KvLayout
 from .mailbox import Job, Mailbox
 from .messages import ChunkReady, Link
+from .pulse import TICK_S
 from .receiver import FetchResult, ReceiverMachine
-from .ring import SlotRef, TornRead, checksum
 from .transports.base import RingReader
 from .wire import from_pb
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.1
 _SPARE_BUFFERS = 4
 
 
@@ -53,22 +54,25 @@ class ReceiveDriver:
         deliver: Callable[[ReceiveEvent], None],
         clock: Callable[[], float] = time.monotonic,
         trust: Trust | None = None,
+        faults: FaultPlan | None = None,
     ) -> None:
         """Without `trust` it reaches engines of this process only, or servers that ask for no proof."""
         self.me = me
         self._arena = arena
+        self._unpack = arena.unpack if faults is None else copying(arena.unpack, faults, Point.HINGE_SCATTER)
         self._deliver = deliver
         self._clock = clock
         self._machine = ReceiverMachine(settings=settings, layout=layout)
         trust = trust or Trust.alone(Role.DECODE.value)
-        self._dialer = Dialer(me=me, layout=layout, compat=compat, settings=settings, trust=trust)
+        self._dialer = Dialer(me=me, layout=layout, compat=compat, settings=settings, trust=trust, faults=faults)
         self._outboxes = Outboxes()
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio thread
         self._readers: dict[Link, RingReader] = {}  # transfer thread
         self._arrived: dict[ChunkReady, bytearray] = {}  # transfer thread: verified, until scattered
         self._spare: list[bytearray] = []  # private copies to use again
         self._pairs: dict[str, int] = {}  # transport -> channels agreed on so far
-        self._fetchers = FetchThreads(num_threads=4)
+        self._heard: dict[Link, float] = {}  # asyncio thread: when each channel brought its last message
+        self._fetchers = FetchThreads(num_threads=4, per_peer=2)
         self._mailbox = Mailbox("kv-receive", tick=self._tick, is_idle=lambda: self._machine.is_idle, tick_s=TICK_S)
         self._stopped = False
 
@@ -117,6 +121,8 @@ class ReceiveDriver:
         pairs = {f"kv_pairs_{name}_total": float(count) for name, count in list(self._pairs.items())}
         own = {
             "kv_transport_downgrades_total": float(self._dialer.num_downgrades),
+            "kv_probe_failures_total": float(self._dialer.num_failed_probes),
+            "kv_pair_probed_mib_s": self._dialer.probed_mib_s,
             "kv_thread_faults_total": float(self._mailbox.num_faults),
         }
         return self._machine.counters | pairs | own
@@ -132,6 +138,8 @@ class ReceiveDriver:
         self._mailbox.post(lambda: self._input(job))
 
     def _tick(self) -> None:
+        for link, at in list(self._heard.items()):
+            self._machine.heard(link, at)
         self._input(lambda: self._machine.tick(self._clock()))
 
     def _input(self, job: Job) -> None:
@@ -151,10 +159,11 @@ class ReceiveDriver:
             case Deliver(event):
                 assert isinstance(event, WantBlocks | Committed | Failed | Closed)
                 self._deliver(event)
-            case Dial(peer):
-                self._outboxes.call(lambda: self._spawn(peer))
+            case Dial():
+                self._outboxes.call(lambda: self._spawn(action))
             case HangUp(link):
                 self._outboxes.close(link)
+                self._close_reader(link)
             case Fetch(link, ready):
                 self._fetch(link, ready)
             case Scatter():
@@ -169,14 +178,14 @@ class ReceiveDriver:
         if len(buffer) < ready.size_bytes:
             buffer = bytearray(ready.size_bytes)
         if reader.inline:
-            self._fetched(ready, buffer, _read(reader, ready, buffer))
+            self._fetched(ready, buffer, read_chunk(reader, ready, buffer))
             return
 
         def work() -> None:
-            result = _read(reader, ready, buffer)
+            result = read_chunk(reader, ready, buffer)
             self._post(lambda: self._fetched(ready, buffer, result))
 
-        self._fetchers.post(work)
+        self._fetchers.post(link.engine_id, work)
 
     def _fetched(self, ready: ChunkReady, buffer: bytearray, result: FetchResult) -> None:
         self._arrived[ready] = buffer
@@ -190,7 +199,7 @@ class ReceiveDriver:
         error: DiptychError | None = None
         try:
             with memoryview(self._arrived[ready])[: ready.size_bytes] as data:
-                self._arena.unpack(blocks, ready.tok_from, ready.tok_to, data)
+                self._unpack(blocks, ready.tok_from, ready.tok_to, data)
             if action.is_last:
                 self._arena.clear_tail(blocks, ready.tok_to)
         except Exception as exc:  # a bad block list or a device error ends this transfer, not the engine
@@ -211,64 +220,55 @@ class ReceiveDriver:
 
     def _pair_down(self, link: Link) -> None:
         self._machine.pair_down(link, self._clock())
+        self._close_reader(link)
+
+    def _close_reader(self, link: Link) -> None:
+        """Ends its fetches too: those on the way are cancelled, those that wait find it closed."""
         reader = self._readers.pop(link, None)
         if reader is not None:
             reader.close()
 
     # ---- asyncio thread -----------------------------------------------------------------------
 
-    def _spawn(self, peer: EngineRef) -> None:
+    def _spawn(self, dial: Dial) -> None:
         if not self._stopped:
-            task = asyncio.get_running_loop().create_task(self._pair(peer))
+            task = asyncio.get_running_loop().create_task(self._pair(dial.peer, dial.without))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _pair(self, peer: EngineRef) -> None:
+    async def _pair(self, peer: EngineRef, without: tuple[str, ...]) -> None:
         """The life of one channel: dial, agree, run until it breaks. The next transfer dials anew."""
         try:
-            agreement = await self._dialer.connect(peer)
+            agreement = await self._dialer.connect(peer, without)
         except DiptychError as exc:
             error = exc
             self._post(lambda: self._machine.pair_failed(peer, error, self._clock()))
             return
         link = Link(peer.engine_id, peer.epoch, agreement.pair_epoch)
+        self._heard[link] = self._clock()
         self._outboxes.add(link, agreement.channel)
         self._post(lambda: self._pair_up(link, agreement))
         try:
             await agreement.channel.run(
                 read=agreement.read,
                 write=agreement.write,
-                on_message=lambda msg: self._received(peer, msg),
+                on_message=lambda msg: self._received(link, msg),
             )
         except (grpc.RpcError, asyncio.InvalidStateError) as exc:  # the latter from a write after the end
             log.info("the channel to prefill engine %s broke: %s", peer.engine_id, exc)
         finally:
             self._outboxes.remove(link)
+            self._heard.pop(link, None)
             self._post(lambda: self._pair_down(link))
             await agreement.close()
 
-    def _received(self, peer: EngineRef, msg: pb.KvMsg) -> None:
-        link = Link(peer.engine_id, msg.src_epoch, msg.pair_epoch)
+    def _received(self, channel: Link, msg: pb.KvMsg) -> None:
+        if channel in self._heard:
+            self._heard[channel] = self._clock()
+        link = Link(channel.engine_id, msg.src_epoch, msg.pair_epoch)
         try:
             message = from_pb(msg)
         except TransferError as exc:
-            log.warning("a message of prefill engine %s makes no sense: %s", peer.engine_id, exc)
+            log.warning("a message of prefill engine %s makes no sense: %s", link.engine_id, exc)
             return
         self._post(lambda: self._machine.on_message(link, message, self._clock()))
-
-
-def _read(reader: RingReader, ready: ChunkReady, buffer: bytearray) -> FetchResult:
-    """Copy and verify a chunk."""
-    ref = SlotRef(
-        ready.key, ready.chunk, ready.slot, ready.slot_gen, ready.size_bytes, ready.checksum, ready.capability
-    )
-    try:
-        with memoryview(buffer)[: ready.size_bytes] as data:
-            reader.read(ref, data)
-            return FetchResult.OK if checksum(data) == ready.checksum else FetchResult.CHECKSUM
-    except TornRead as exc:
-        log.warning("%s: %s", ready.key, exc)
-        return FetchResult.TORN
-    except TransferError as exc:
-        log.warning("%s: %s", ready.key, exc)
-        return FetchResult.ERROR

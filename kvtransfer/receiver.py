@@ -27,6 +27,7 @@ from diptych.protos.settings import TransferSettings
 from diptych.protos.types import EngineId, EngineRef, TransferKey
 
 from .actions import Deliver, Dial, Fetch, HangUp, ReceiveAction, Scatter, Send
+from .blame import Blame
 from .history import Ended, History
 from .layout import KvLayout
 from .messages import (
@@ -42,6 +43,7 @@ from .messages import (
     Message,
     PrefillFinished,
 )
+from .pulse import Pulse
 
 _MAX_FETCHES = 2  # of one slot: the first, and one more after a checksum or generation did not match
 _COUNTERS = (
@@ -53,6 +55,8 @@ _COUNTERS = (
     "kv_checksum_failures_total",
     "kv_torn_reads_total",
     "kv_fetch_errors_total",
+    "kv_pairs_lost_total",
+    "kv_transports_blamed_total",
 )
 
 
@@ -69,6 +73,7 @@ class FetchResult(StrEnum):
 class _Chunk:
     ready: ChunkReady
     fetches: int = 0
+    arrived: bool = False  # verified in private memory: the slot was given back
     done: bool = False
 
 
@@ -105,10 +110,9 @@ class ReceiverMachine:
         self._dialing: set[tuple[EngineId, int]] = set()
         self._reading: Counter[TransferKey] = Counter()  # fetches in flight, of ended transfers too
         self._owes_abort_ack: dict[TransferKey, Link] = {}  # until its fetches are over
-        self._beat_at: dict[Link, float] = {}
-        # Answers to heartbeats show that a transfer without a chunk is still alive, so two must fit into a stall.
-        self._beat_s = min(settings.heartbeat_s, settings.stall_s / 3, settings.lease_s / 3)
-        self._history = History()
+        self._blame = Blame()
+        self._pulse = Pulse(settings)
+        self._history = History(settings.lease_s + settings.stall_s)
 
     @property
     def num_open(self) -> int:
@@ -117,8 +121,8 @@ class ReceiverMachine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no timer runs."""
-        return not self._open
+        """Whether no timer runs: nothing is open and no pair is up."""
+        return not self._open and self._pulse.is_idle
 
     def take_actions(self) -> list[ReceiveAction]:
         """What is to be done now, in this order."""
@@ -135,9 +139,10 @@ class ReceiverMachine:
         """See ReceivePort."""
         if key in self._open:
             return
-        if self._history.find(key) is not None or self._history.is_stale(key):
+        if self._history.find(key) is not None or self._is_stale(key):
             self._deliver(Failed(key, Fenced("this attempt at the transfer is over")))
             return
+        self._history.note(key, now)
         older = self._attempt.get(key.transfer_id)
         superseded = self._live(older) if older is not None else None
         if superseded is not None:
@@ -153,11 +158,10 @@ class ReceiverMachine:
             self._fail(transfer, PeerLost(f"prefill engine {peer.engine_id} has been restarted"), now)
             return
         if link is not None:
-            self._actions.append(HangUp(link))
-            self.pair_down(link, now)
+            self._hang_up(link, now)
         if (peer.engine_id, peer.epoch) not in self._dialing:
             self._dialing.add((peer.engine_id, peer.epoch))
-            self._actions.append(Dial(peer))
+            self._actions.append(Dial(peer, without=self._blame.of(peer)))
 
     def grant(self, key: TransferKey, blocks: tuple[int, ...], now: float) -> None:
         """See ReceivePort."""
@@ -184,11 +188,10 @@ class ReceiverMachine:
         """A channel is agreed on and the transport attached. An older channel of the same engine is down with this."""
         old = self._pairs.get(link.engine_id)
         if old is not None:
-            self._actions.append(HangUp(old[0]))
-            self.pair_down(old[0], now)
+            self._hang_up(old[0], now)
         self._dialing.discard((link.engine_id, link.epoch))
         self._pairs[link.engine_id] = (link, transport)
-        self._beat_at[link] = now
+        self._pulse.begin(link, now)
         for transfer in list(self._open.values()):
             peer = (transfer.peer.engine_id, transfer.peer.epoch)
             if transfer.link is None and transfer.outcome is None and peer == (link.engine_id, link.epoch):
@@ -207,10 +210,15 @@ class ReceiverMachine:
         if self._pairs.get(link.engine_id, (None, ""))[0] != link:
             return
         del self._pairs[link.engine_id]
-        self._beat_at.pop(link, None)
+        self._pulse.end(link)
+        self._blame.end(link)
         for transfer in list(self._open.values()):
             if transfer.link == link and transfer.outcome is None:
                 self._fail(transfer, PeerLost(f"prefill engine {link.engine_id} is gone"), now)
+
+    def heard(self, link: Link, at: float) -> None:
+        """The peer said something at that time, which may wait for its turn here still."""
+        self._pulse.heard(link, at)
 
     # ---- completions --------------------------------------------------------------------------
 
@@ -230,12 +238,17 @@ class ReceiverMachine:
         assert transfer.blocks is not None
         if result is FetchResult.OK:
             transfer.progress_at = now
+            transfer.chunks[ready.chunk].arrived = True
             transfer.num_scattering += 1
             self._send(transfer.link, self._ack(ready, ChunkStatus.OK))
             self._actions.append(Scatter(ready, transfer.blocks, ready.tok_to == transfer.num_tokens))
             return
         name = {FetchResult.CHECKSUM: "kv_checksum_failures_total", FetchResult.TORN: "kv_torn_reads_total"}
         self.counters[name.get(result, "kv_fetch_errors_total")] += 1
+        if result is FetchResult.CHECKSUM and self._blame.altered(transfer.link, transfer.transport, now):
+            self.counters["kv_transports_blamed_total"] += 1
+            self._hang_up(transfer.link, now)  # the next transfer dials, without this transport
+            return
         chunk = transfer.chunks[ready.chunk]
         if chunk.fetches >= _MAX_FETCHES:
             self._fail(transfer, self._fetch_error(ready, result), now, tell=True)
@@ -266,14 +279,12 @@ class ReceiverMachine:
         if self._pairs.get(link.engine_id, (None, ""))[0] != link:
             self.counters["kv_fenced_messages_total"] += 1
             return
+        self._pulse.heard(link, now)
         if isinstance(message, Heartbeat):
-            for key in message.alive:
-                transfer = self._live(key)
-                if transfer is not None and transfer.link == link and transfer.finished is None:
-                    transfer.progress_at = now
+            self._on_heartbeat(link, message, now)
             return
         transfer = self._open.get(message.key)
-        if self._history.is_stale(message.key) or (transfer is not None and transfer.link != link):
+        if self._is_stale(message.key) or (transfer is not None and transfer.link != link):
             self.counters["kv_fenced_messages_total"] += 1
             if isinstance(message, Abort):
                 self._acknowledge(link, message.key)  # changes nothing here, and the peer's slots wait for it
@@ -281,7 +292,7 @@ class ReceiverMachine:
         match message:
             case ChunkReady() | PrefillFinished():
                 if transfer is not None and transfer.outcome is None:
-                    self._on_progress(transfer, message, now)
+                    self._on_progress(transfer, link, message, now)
                 elif transfer is None and self._history.find(message.key) is None:
                     self._send(link, Abort(message.key, TransferError.code, "nobody expects this transfer"))
             case Abort():
@@ -292,7 +303,10 @@ class ReceiverMachine:
                 self.counters["kv_fenced_messages_total"] += 1  # a word that only a decode engine says
 
     def tick(self, now: float) -> None:
-        """Let time pass: dialing, stalls, heartbeats."""
+        """Let time pass: silent peers, dialing, stalls, heartbeats."""
+        for link in self._pulse.tick(now):
+            self.counters["kv_pairs_lost_total"] += 1
+            self._hang_up(link, now)
         for transfer in list(self._open.values()):
             if transfer.outcome is not None:
                 continue
@@ -306,18 +320,31 @@ class ReceiverMachine:
             elif waited > self._settings.stall_s:
                 error = TransferTimeout(f"no progress of the transfer for {self._settings.stall_s:g} s")
                 self._fail(transfer, error, now, tell=True)
-        for link, beat_at in self._beat_at.items():
-            if now - beat_at >= self._beat_s:
-                alive = tuple(t.key for t in self._open.values() if t.link == link and t.outcome is None)
-                self._beat_at[link] = now
-                if alive:
-                    self._send(link, Heartbeat(alive))
+        for link in self._pulse.due(now):
+            alive = tuple(t.key for t in self._open.values() if t.link == link and t.outcome is None)
+            self._send(link, Heartbeat(alive))  # an empty one too: the pair itself must be alive
 
-    def _on_progress(self, transfer: _Transfer, message: ChunkReady | PrefillFinished, now: float) -> None:
+    def _on_heartbeat(self, link: Link, message: Heartbeat, now: float) -> None:
+        alive = frozenset(message.alive)
+        for transfer in self._open.values():
+            if transfer.link != link or transfer.outcome is not None or transfer.finished is not None:
+                continue
+            if transfer.key in alive:
+                transfer.progress_at = now
+            elif not transfer.chunks:
+                self._send(link, Expect(transfer.key, transfer.have_tokens))  # the first one is lost, or late
+
+    def _on_progress(self, transfer: _Transfer, link: Link, message: ChunkReady | PrefillFinished, now: float) -> None:
         wrong = self._why_wrong(transfer, message)
         if wrong is not None:
             self._fail(transfer, TransferError(wrong), now, tell=True)
             return
+        if isinstance(message, ChunkReady) and (known := transfer.chunks.get(message.chunk)) is not None:
+            if known.arrived:
+                self._send(link, self._ack(message, ChunkStatus.OK))  # the first one is lost
+            return
+        if message == transfer.finished:
+            return  # a repetition is no progress
         transfer.progress_at = now
         if isinstance(message, PrefillFinished):
             transfer.finished = message
@@ -326,7 +353,7 @@ class ReceiverMachine:
                 self._end(transfer, committed, now, notify=FinalAck(transfer.key))
             else:
                 self._commit_if_whole(transfer, now)
-        elif message.chunk not in transfer.chunks:
+        else:
             chunk = transfer.chunks[message.chunk] = _Chunk(message)
             if transfer.blocks is not None:
                 self._fetch(transfer, chunk)
@@ -366,6 +393,15 @@ class ReceiverMachine:
     def _live(self, key: TransferKey) -> _Transfer | None:
         transfer = self._open.get(key)
         return transfer if transfer is not None and transfer.outcome is None else None
+
+    def _is_stale(self, key: TransferKey) -> bool:
+        """Whether a newer attempt is known. Changes nothing."""
+        present = self._attempt.get(key.transfer_id)
+        return self._history.is_stale(key) or (present is not None and key.attempt < present.attempt)
+
+    def _hang_up(self, link: Link, now: float) -> None:
+        self._actions.append(HangUp(link))
+        self.pair_down(link, now)
 
     def _bind(self, transfer: _Transfer, link: Link, transport: str, now: float) -> None:
         transfer.link, transfer.transport, transfer.progress_at = link, transport, now
@@ -431,7 +467,7 @@ class ReceiverMachine:
         del self._open[transfer.key]
         if self._attempt.get(transfer.key.transfer_id) == transfer.key:
             del self._attempt[transfer.key.transfer_id]
-        self._history.end(transfer.key, Ended())
+        self._history.end(transfer.key, Ended(), now)
         if isinstance(outcome, Committed):
             self.counters["kv_transfers_total"] += 1
             self.counters["kv_transfer_bytes_total"] += transfer.size_bytes

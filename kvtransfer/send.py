@@ -19,17 +19,20 @@ import grpc
 from diptych.protos import kv_pb2 as pb
 from diptych.protos import kv_pb2_grpc
 from diptych.protos.errors import DiptychError, EngineFault, StartupError, TransferError
+from diptych.protos.faults import FaultPlan, Point
 from diptych.protos.ports import Released, SendEvent
 from diptych.protos.settings import TransferSettings
 from diptych.protos.types import EngineId, EngineRef, TransferKey
 
-from . import pairing
+from . import pairing, probe
 from .actions import Deliver, Gather, HangUp, Retire, Send, SendAction
 from .arena import KvArena, copy_alone
-from .channel import Channel, Outboxes
+from .channel import Outboxes
+from .faults import copying, make_channel, publishing
 from .layout import KvLayout
 from .mailbox import Job, Mailbox
 from .messages import ChunkReady, Link
+from .pulse import TICK_S
 from .ring import RingMemory, SlotRef, checksum
 from .sender import SenderMachine
 from .transports.base import RingOwner
@@ -39,8 +42,6 @@ from .transports.shm import ShmOwner
 from .wire import from_pb
 
 log = logging.getLogger(__name__)
-
-TICK_S = 0.1
 
 
 class SendDriver:
@@ -57,6 +58,7 @@ class SendDriver:
         run_dir: Path,
         deliver: Callable[[SendEvent], None],
         clock: Callable[[], float] = time.monotonic,
+        faults: FaultPlan | None = None,
     ) -> None:
         slot_bytes = settings.slot_kib * 1024
         if slot_bytes < layout.bytes_per_token:
@@ -68,12 +70,15 @@ class SendDriver:
         self.ring_slots = settings.slots
         self._layout = layout
         self._compat = compat
-        self._arena = arena
+        self._faults = faults
+        self._pack = arena.pack if faults is None else copying(arena.pack, faults, Point.HINGE_GATHER)
         self._settings = settings
         self._deliver = deliver
         self._clock = clock
         self._machine = SenderMachine(settings=settings, chunk_tokens=slot_bytes // layout.bytes_per_token)
-        self._ring = RingMemory(settings.slots, slot_bytes)
+        self._ring = RingMemory(settings.slots + 1, slot_bytes)
+        probe.stage(self._ring, me.epoch)
+        self._publish = self._ring.publish if faults is None else publishing(self._ring, faults)
         self._grpc_owner = GrpcOwner(self._ring, me)
         served = pairing.supported(settings.transport)
         self._owners: dict[str, RingOwner] = {pairing.GRPC: self._grpc_owner}
@@ -85,6 +90,7 @@ class SendDriver:
             del self._owners[pairing.GRPC]
         self._outboxes = Outboxes()
         self._links: dict[EngineId, Link] = {}  # asyncio thread: the newest channel of each decode engine
+        self._heard: dict[Link, float] = {}  # asyncio thread: when each channel brought its last message
         self._mailbox = Mailbox("kv-send", tick=self._tick, is_idle=lambda: self._machine.is_idle, tick_s=TICK_S)
         self._stopped = False
 
@@ -158,6 +164,8 @@ class SendDriver:
         self._mailbox.post(lambda: self._input(job))
 
     def _tick(self) -> None:
+        for link, at in list(self._heard.items()):
+            self._machine.heard(link, at)
         self._input(lambda: self._machine.tick(self._clock()))
 
     def _input(self, job: Job) -> None:
@@ -189,10 +197,10 @@ class SendDriver:
         size_bytes = (action.tok_to - action.tok_from) * self._layout.bytes_per_token
         try:
             with self._ring.data(action.slot, size_bytes) as data:
-                self._arena.pack(action.blocks, action.tok_from, action.tok_to, data)
+                self._pack(action.blocks, action.tok_from, action.tok_to, data)
                 digest = checksum(data)
             ref = SlotRef(action.key, action.chunk, action.slot, action.slot_gen, size_bytes, digest)
-            self._ring.publish(ref)
+            self._publish(ref)
         except Exception as exc:  # a bad block list or a device error ends this transfer, not the engine
             log.exception("%s: chunk %d could not be staged", action.key, action.chunk)
             error = EngineFault("the KV could not be staged", detail=repr(exc))
@@ -206,9 +214,9 @@ class SendDriver:
         """Answer a Hello."""
         link = pairing.link_of(hello)
         ack = pb.HelloAck(engine_id=self.me.engine_id, engine_epoch=self.me.epoch)
-        known = self._links.get(link.engine_id)
+        present = self._links.get(link.engine_id)
         words = pairing.why_not(
-            hello, me=self.me, layout=self._layout, compat=self._compat, known=known, served=self._owners
+            hello, me=self.me, layout=self._layout, compat=self._compat, known=present, served=self._owners
         )
         if words is not None:
             log.warning("refused decode engine %s: %s", link.engine_id, words)
@@ -216,7 +224,9 @@ class SendDriver:
             return link, ack
         ack.transport = next(name for name in hello.hello.transports if name in self._owners)
         ack.blob = self._owners[ack.transport].invite()
-        ack.slots, ack.slot_bytes = self._settings.slots, self._ring.slot_bytes
+        ack.slots, ack.slot_bytes = self._ring.num_slots, self._ring.slot_bytes
+        known = probe.reference(self.me.epoch, ack.slots, ack.slot_bytes)
+        ack.probe_capability = self._grpc_owner.capability(known.key, known.slot, known.generation)
         return link, ack
 
     async def _session(self, requests: AsyncIterator[pb.KvMsg], context: grpc.aio.ServicerContext) -> None:
@@ -229,8 +239,9 @@ class SendDriver:
         if ack.refusal:
             await context.write(envelope)
             return
-        channel = Channel(src_epoch=self.me.epoch, pair_epoch=link.pair_epoch)
+        channel = make_channel(self._faults, link.engine_id, src_epoch=self.me.epoch, pair_epoch=link.pair_epoch)
         self._links[link.engine_id] = link
+        self._heard[link] = self._clock()
         self._outboxes.add(link, channel)
         self._post(lambda: self._machine.pair_up(link, ack.transport, self._clock()))
         try:
@@ -238,20 +249,23 @@ class SendDriver:
             await channel.run(
                 read=lambda: anext(aiter(requests), None),
                 write=context.write,
-                on_message=lambda msg: self._received(link.engine_id, msg),
+                on_message=lambda msg: self._received(link, msg),
             )
         finally:
             self._outboxes.remove(link)
+            self._heard.pop(link, None)
             if self._links.get(link.engine_id) == link:
                 del self._links[link.engine_id]
             self._post(lambda: self._machine.pair_down(link, self._clock()))
 
-    def _received(self, engine_id: EngineId, msg: pb.KvMsg) -> None:
-        link = Link(engine_id, msg.src_epoch, msg.pair_epoch)
+    def _received(self, channel: Link, msg: pb.KvMsg) -> None:
+        if channel in self._heard:
+            self._heard[channel] = self._clock()
+        link = Link(channel.engine_id, msg.src_epoch, msg.pair_epoch)
         try:
             message = from_pb(msg)
         except TransferError as exc:
-            log.warning("a message of decode engine %s makes no sense: %s", engine_id, exc)
+            log.warning("a message of decode engine %s makes no sense: %s", link.engine_id, exc)
             return
         self._post(lambda: self._machine.on_message(link, message, self._clock()))
 

@@ -39,6 +39,7 @@ from .messages import (
     Message,
     PrefillFinished,
 )
+from .pulse import Pulse
 
 _MAX_EARLY = 4096  # transfers that peers expect and nobody has opened yet
 _COUNTERS = (
@@ -51,7 +52,9 @@ _COUNTERS = (
     "kv_torn_reads_total",
     "kv_lease_expired_total",
     "kv_quarantine_timeouts_total",
+    "kv_pairs_lost_total",
 )
+_FROM_DECODE = Expect | ChunkAck | FinalAck | Abort | AbortAck  # what a decode engine says of a transfer
 
 
 @dataclass(slots=True)
@@ -60,7 +63,11 @@ class _Chunk:
     slot_gen: int
     tok_from: int
     tok_to: int
-    staged: bool = False
+    ready: ChunkReady | None = None  # as announced: the peer may read the slot
+
+    @property
+    def staged(self) -> bool:
+        return self.ready is not None
 
 
 @dataclass(slots=True)
@@ -115,7 +122,8 @@ class SenderMachine:
         self._pairs: dict[EngineId, tuple[Link, str]] = {}
         self._quarantine: dict[TransferKey, _Quarantine] = {}
         self._starved: dict[TransferKey, None] = {}  # wait for a slot, oldest first
-        self._history = History()
+        self._pulse = Pulse(settings)
+        self._history = History(settings.lease_s + settings.stall_s)
 
     @property
     def num_open(self) -> int:
@@ -124,8 +132,13 @@ class SenderMachine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no timer runs."""
-        return not (self._open or self._early or self._quarantine)
+        """Whether no timer runs: nothing is unsettled and no pair is up."""
+        return not self.is_unsettled and self._pulse.is_idle
+
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether a transfer is open or expected, or a slot in quarantine."""
+        return bool(self._open or self._early or self._quarantine)
 
     def take_actions(self) -> list[SendAction]:
         """What is to be done now, in this order."""
@@ -139,10 +152,11 @@ class SenderMachine:
         if key in self._open:
             return
         ended = self._history.find(key)
-        if ended is not None or self._is_stale(key, now):
+        if ended is not None or self._is_stale(key):
             error = ended.error if ended is not None else None
             self._deliver(Released(key, error or Fenced("this attempt at the transfer is over")))
             return
+        self._supersede(key, now)
         transfer = _Transfer(key, peer, num_tokens, opened_at=now, renewed_at=now)
         self._open[key] = transfer
         self._attempt[key.transfer_id] = key
@@ -178,7 +192,7 @@ class SenderMachine:
         if transfer is not None:
             self._end(transfer, Ended(error), now, notify=Abort(key, error.code, str(error)))
         elif key not in self._open and self._history.find(key) is None:
-            self._history.end(key, Ended(error))
+            self._history.end(key, Ended(error), now)
             early = self._early.pop(key, None)
             if early is not None:
                 self._send(early.link, Abort(key, error.code, str(error)))
@@ -189,9 +203,9 @@ class SenderMachine:
         """A channel is agreed on. An older channel of the same engine is down with this."""
         old = self._pairs.get(link.engine_id)
         if old is not None:
-            self._actions.append(HangUp(old[0]))
-            self.pair_down(old[0], now)
+            self._hang_up(old[0], now)
         self._pairs[link.engine_id] = (link, transport)
+        self._pulse.begin(link, now)
         self.ledger.add_pair(link.engine_id)
 
     def pair_down(self, link: Link, now: float) -> None:
@@ -199,6 +213,7 @@ class SenderMachine:
         if self._pairs.get(link.engine_id, (None, ""))[0] != link:
             return
         del self._pairs[link.engine_id]
+        self._pulse.end(link)
         error = PeerLost(f"decode engine {link.engine_id} is gone")
         for key in [key for key, early in self._early.items() if early.link == link]:
             del self._early[key]
@@ -209,6 +224,10 @@ class SenderMachine:
             self._end_quarantine(key)
         self.ledger.remove_pair(link.engine_id)
         self._feed_starved()
+
+    def heard(self, link: Link, at: float) -> None:
+        """The peer said something at that time, which may wait for its turn here still."""
+        self._pulse.heard(link, at)
 
     # ---- completions --------------------------------------------------------------------------
 
@@ -224,13 +243,10 @@ class SenderMachine:
             self._feed_starved()
             return
         assert transfer.link is not None
-        done.staged = True
+        done.ready = ChunkReady(key, chunk, done.tok_from, done.tok_to, done.slot, done.slot_gen, size_bytes, checksum)
         self.ledger.staged(done.slot)
         transfer.size_bytes += size_bytes
-        self._send(
-            transfer.link,
-            ChunkReady(key, chunk, done.tok_from, done.tok_to, done.slot, done.slot_gen, size_bytes, checksum),
-        )
+        self._send(transfer.link, done.ready)
         self._tell_finished(transfer)
 
     def gather_failed(self, key: TransferKey, chunk: int, error: DiptychError, now: float) -> None:
@@ -251,16 +267,22 @@ class SenderMachine:
         if self._pairs.get(link.engine_id, (None, ""))[0] != link:
             self.counters["kv_fenced_messages_total"] += 1
             return
+        self._pulse.heard(link, now)
         if isinstance(message, Heartbeat):
             self._on_heartbeat(link, message, now)
             return
+        if not isinstance(message, _FROM_DECODE):
+            self.counters["kv_fenced_messages_total"] += 1
+            return
         # An old attempt that ended here may still have slots in quarantine: its last words count.
         last_word = isinstance(message, FinalAck | Abort | AbortAck) and message.key in self._quarantine
-        stale = self._is_stale(message.key, now) and not last_word
+        stale = self._is_stale(message.key) and not last_word
         transfer = self._open.get(message.key)
         if stale or (transfer is not None and transfer.link not in (None, link)):
             self.counters["kv_fenced_messages_total"] += 1
             return
+        if isinstance(message, Expect | Abort):
+            self._supersede(message.key, now)
         match message:
             case Expect():
                 self._on_expect(link, message, now)
@@ -273,11 +295,12 @@ class SenderMachine:
             case AbortAck(key):
                 self._end_quarantine(key)
                 self._feed_starved()
-            case _:
-                self.counters["kv_fenced_messages_total"] += 1  # a word that only a prefill engine says
 
     def tick(self, now: float) -> None:
-        """Let time pass: leases, expectations that nobody opened, quarantines."""
+        """Let time pass: silent peers, leases, expectations that nobody opened, quarantines."""
+        for link in self._pulse.tick(now):
+            self.counters["kv_pairs_lost_total"] += 1
+            self._hang_up(link, now)
         for transfer in list(self._open.values()):
             if transfer.ended is None and now - transfer.renewed_at > self._settings.lease_s:
                 self.counters["kv_lease_expired_total"] += 1
@@ -288,7 +311,7 @@ class SenderMachine:
             if now - early.since > self._settings.lease_s:
                 del self._early[key]
                 error = TransferTimeout("the prefill engine was not asked for this request")
-                self._history.end(key, Ended(error))
+                self._history.end(key, Ended(error), now)
                 self._send(early.link, Abort(key, error.code, str(error)))
         for key, held in list(self._quarantine.items()):
             if now >= held.until:
@@ -365,7 +388,7 @@ class SenderMachine:
         if transfer is not None:
             self._end(transfer, ended, now, notify=None)
         elif key not in self._open:
-            self._history.end(key, ended)  # an `open` or `Expect` that comes later meets this
+            self._history.end(key, ended, now)  # an `open` or `Expect` that comes later meets this
         self._end_quarantine(key)
         self._send(link, AbortAck(key))
         self._feed_starved()
@@ -377,6 +400,7 @@ class SenderMachine:
             if transfer is not None and transfer.link == link:
                 transfer.renewed_at = now
                 alive.append(key)
+                self._repeat(transfer, link)
             elif key in self._early:
                 alive.append(key)
             elif transfer is None:
@@ -389,16 +413,23 @@ class SenderMachine:
         transfer = self._open.get(key)
         return transfer if transfer is not None and transfer.ended is None else None
 
-    def _is_stale(self, key: TransferKey, now: float) -> bool:
-        """Whether a newer attempt is known. The first word of a newer attempt ends the older one."""
-        if self._history.is_stale(key):
-            return True
+    def _is_stale(self, key: TransferKey) -> bool:
+        """Whether a newer attempt is known. Changes nothing."""
+        present = self._attempt.get(key.transfer_id)
+        return self._history.is_stale(key) or (present is not None and key.attempt < present.attempt)
+
+    def _supersede(self, key: TransferKey, now: float) -> None:
+        """A newer attempt has begun, here or at the peer: it ends the older one."""
+        self._history.note(key, now)
         older = self._attempt.get(key.transfer_id)
         transfer = self._live(older) if older is not None and older.attempt < key.attempt else None
         if transfer is not None:
             error = Fenced("a newer attempt at the transfer has begun")
             self._end(transfer, Ended(error), now, notify=Abort(transfer.key, error.code, str(error)))
-        return False
+
+    def _hang_up(self, link: Link, now: float) -> None:
+        self._actions.append(HangUp(link))
+        self.pair_down(link, now)
 
     def _stage(self, transfer: _Transfer) -> None:
         """Put as much as possible of what is computed into slots, then tell that this was all."""
@@ -445,10 +476,22 @@ class SenderMachine:
         if transfer.link is None or transfer.first_token is None or transfer.told_finished or not all_out:
             return
         transfer.told_finished = True
-        self._send(
-            transfer.link,
-            PrefillFinished(transfer.key, transfer.num_chunks, transfer.num_tokens, transfer.first_token, final=False),
+        self._send(transfer.link, self._finished_message(transfer))
+
+    def _finished_message(self, transfer: _Transfer) -> PrefillFinished:
+        assert transfer.first_token is not None
+        return PrefillFinished(
+            transfer.key, transfer.num_chunks, transfer.num_tokens, transfer.first_token, final=False
         )
+
+    def _repeat(self, transfer: _Transfer, link: Link) -> None:
+        """Whatever the peer has not acknowledged, once more: it, or the acknowledgement, may be lost."""
+        if transfer.ended is None:
+            for chunk in transfer.chunks.values():
+                if chunk.ready is not None:
+                    self._send(link, chunk.ready)
+            if transfer.told_finished:
+                self._send(link, self._finished_message(transfer))
 
     def _final_message(self, key: TransferKey, ended: Ended) -> PrefillFinished:
         assert ended.final_token is not None
@@ -494,7 +537,7 @@ class SenderMachine:
         del self._open[transfer.key]
         if self._attempt.get(transfer.key.transfer_id) == transfer.key:
             del self._attempt[transfer.key.transfer_id]
-        self._history.end(transfer.key, ended)
+        self._history.end(transfer.key, ended, now)
         if ended.error is None:
             self.counters["kv_transfers_total"] += 1
             self.counters["kv_transfer_bytes_total"] += transfer.size_bytes

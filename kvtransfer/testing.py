@@ -20,12 +20,12 @@ from diptych.protos.types import EngineId, EngineRef, TransferKey
 from .actions import Deliver, Dial, Fetch, Gather, HangUp, ReceiveAction, Retire, Scatter, Send, SendAction
 from .layout import KvLayout
 from .messages import ChunkReady, Link, Message
+from .pulse import TICK_S
 from .receiver import FetchResult, ReceiverMachine
 from .ring import RingMemory, SlotRef, TornRead, checksum
 from .sender import SenderMachine
 from .transports.base import RingReader
 
-TICK_S = 0.1
 Kv = tuple[TransferKey, int]  # the KV of one position of one transfer's prompt
 
 
@@ -79,6 +79,7 @@ class HingePair:
         self.released: dict[TransferKey, Released] = {}
         self.outcomes: dict[TransferKey, ReceiveEvent] = {}
         self.wanted: list[TransferKey] = []
+        self.dialed: list[Dial] = []
         self.sent: list[tuple[str, Message]] = []  # by "p" or "d", in order
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -151,12 +152,14 @@ class HingePair:
 
     def break_stream(self) -> None:
         """The present channel breaks: what is on its way is lost, and both ends learn of it, not at the same time."""
-        epoch = self._pair_epoch
+        self._hang_up(self._pair_epoch)
+        self._settle()
+
+    def _hang_up(self, epoch: int) -> None:
         if epoch in self._up:
             self._up.discard(epoch)
             self._after(self._draw(0.2), lambda: self.sender.pair_down(self._link("d", epoch), self.now))
             self._after(self._draw(0.2), lambda: self.receiver.pair_down(self._link("p", epoch), self.now))
-            self._settle()
 
     def run(self, seconds: float) -> None:
         """Let virtual time pass."""
@@ -186,7 +189,7 @@ class HingePair:
         assert not self._d_owned, f"without outcome: {[str(key) for key in self._d_owned]}"
         assert self.sender.num_open == self.receiver.num_open == 0
         assert self.sender.ledger.num_busy == 0
-        assert self.sender.is_idle
+        assert not self.sender.is_unsettled
         self.sender.check_integrity()
 
     # ---- the world ----------------------------------------------------------------------------
@@ -239,7 +242,7 @@ class HingePair:
             case Retire(slot, slot_gen):
                 self._slots[slot] = _Slot(slot_gen)
             case HangUp(link):
-                self._up.discard(link.pair_epoch)
+                self._hang_up(link.pair_epoch)
 
     def _gather(self, action: Gather) -> None:
         assert action.key in self._p_owned, f"{action.key} was read after its release"
@@ -261,9 +264,10 @@ class HingePair:
                 assert not isinstance(event, Released)
                 self._on_event(event)
             case Dial(peer):
+                self.dialed.append(action)
                 self._after(self._draw(self.weather.delay_s), lambda: self._dial(peer))
             case HangUp(link):
-                self._up.discard(link.pair_epoch)
+                self._hang_up(link.pair_epoch)
             case Fetch(_, ready):
                 before = self._slots[ready.slot]
                 self._after(self._draw(self.weather.copy_s), lambda: self._fetch(ready, before))

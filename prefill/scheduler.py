@@ -1,4 +1,5 @@
-"""Which prompt computes how many of its tokens in the next step. Called by the worker only.
+"""Which prompt computes how many of its tokens in the next step. Called by the worker only. A prompt here is all that
+is known of a sequence: what another engine has generated already belongs to it.
 
 Knows blocks, slots and tokens; knows nothing of transfers, clocks and what is told to anyone.
 
@@ -9,7 +10,7 @@ Knows blocks, slots and tokens; knows nothing of transfers, clocks and what is t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from diptych.kvtransfer.pool import BlockPool, BlockTable
@@ -37,12 +38,17 @@ class Job:
     place: Place
     timer: StageTimer
     rows: RowMaker
+    known: tuple[int, ...] = field(init=False)  # request.known, put together once
     state: State = State.WAITING
     table: BlockTable | None = None  # set by admit, until the sender has released the blocks
     slot: int | None = None  # set by admit, until the prompt is computed
     computed: int = 0  # tokens whose KV is in the table
-    num_generated: int = 0
+    num_generated: int = field(init=False)  # in all, by others too
     cached_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.known = self.order.request.known
+        self.num_generated = len(self.order.request.resume)
 
     @property
     def request(self) -> GenerateRequest:
@@ -56,12 +62,12 @@ class Job:
 
     @property
     def missing(self) -> int:
-        """Tokens of the prompt without KV."""
-        return len(self.order.request.prompt) - self.computed
+        """Known tokens without KV."""
+        return len(self.known) - self.computed
 
     @property
     def blocks(self) -> Sequence[int]:
-        """Of the prompt's positions, in order."""
+        """Of the known tokens' positions, in order."""
         assert self.table is not None
         return self.table.blocks
 
@@ -134,7 +140,7 @@ class PrefillScheduler:
         job = share.job
         assert job.table is not None
         job.computed += share.num_tokens
-        job.table.commit(job.request.prompt, job.computed)
+        job.table.commit(job.known, job.computed)
         if not job.missing:
             self.stop(job)
 
@@ -156,9 +162,9 @@ class PrefillScheduler:
     def _try_place(self, job: Job) -> bool:
         if self._blocked == (job, self._pool.counts()):
             return False  # naming the prompt's blocks costs time; nothing has changed since the last try
-        prompt = job.request.prompt
-        table = self._pool.open(prompt, job.request.salt, max_cached_tokens=job.rows.max_cached_tokens(len(prompt)))
-        if not table.try_grow(len(prompt)):
+        known = job.known
+        table = self._pool.open(known, job.request.salt, max_cached_tokens=job.rows.max_cached_tokens(len(known)))
+        if not table.try_grow(len(known)):
             table.close()
             self._blocked = (job, self._pool.counts())
             return False
@@ -171,13 +177,12 @@ class PrefillScheduler:
     def _extend_prefix(self, job: Job) -> None:
         """What others have computed since this prompt was admitted, need not be computed again."""
         assert job.table is not None
-        prompt = job.request.prompt
-        limit = job.rows.max_cached_tokens(len(prompt))
-        valid = job.table.extend_prefix(prompt, job.computed, max_cached_tokens=limit)
+        limit = job.rows.max_cached_tokens(len(job.known))
+        valid = job.table.extend_prefix(job.known, job.computed, max_cached_tokens=limit)
         job.cached_tokens += valid - job.computed
         job.computed = valid
 
     def _row(self, share: Share) -> StepRow:
         job = share.job
         assert job.slot is not None
-        return job.rows.next_row(job.request.prompt, job.computed, share.num_tokens, slot=job.slot, blocks=job.blocks)
+        return job.rows.next_row(job.known, job.computed, share.num_tokens, slot=job.slot, blocks=job.blocks)

@@ -70,10 +70,19 @@ class PrefillBench:
             sampling or SamplingParams(max_tokens=1), max_tokens=max_tokens, stop_token_ids=frozenset(stop)
         )
         request = GenerateRequest(key=key, prompt=tuple(prompt), sampling=sampling, **fields)
-        self.requests[key] = request
+        return self._order(request)
+
+    def again(self, key: TransferKey, resume: Sequence[int]) -> TransferKey:
+        """The next attempt at a request, of whose answer `resume` exists."""
+        again = TransferKey(key.transfer_id, key.attempt + 1)
+        return self._order(replace(self.requests[key], key=again, resume=tuple(resume)))
+
+    def _order(self, request: GenerateRequest) -> TransferKey:
+        self.requests[request.key] = request
+        self.ledger.resumed[request.key] = len(request.resume)
         self.worker.submit(PrefillOrder(request=request, decode=PEER))
         self.pool.check_integrity()
-        return key
+        return request.key
 
     def step(self) -> bool:
         """One step of the worker."""

@@ -85,7 +85,7 @@ class PrefillWorker:
             self._books.deadlines.add(key, order.request.deadline)
             self._scheduler.add(job)
             # At once, not when its turn comes: the decode engine's Expect must find it however long the queue is.
-            self._sender.open(key, order.decode, len(order.request.prompt))
+            self._sender.open(key, order.decode, len(job.known))
         else:
             self._finish(job, FinishReason.ERROR, error)
             if earlier is None:
@@ -161,8 +161,8 @@ class PrefillWorker:
             return Overloaded("the prefill engine's queue is full")
         if error := refusal(request, self._max_context_tokens, self._runner.vocab_size):
             return error
-        if not self._pool.can_hold(len(request.prompt)):
-            return NoBlocks(f"the prefill engine's KV pool cannot hold a prompt of {len(request.prompt)} tokens")
+        if not self._pool.can_hold(len(request.known)):
+            return NoBlocks(f"the prefill engine's KV pool cannot hold a prompt of {len(request.known)} tokens")
         return None
 
     def _start(self, job: Job) -> None:
@@ -185,14 +185,14 @@ class PrefillWorker:
         if token is None:
             self._sender.computed(job.key, job.computed, tuple(job.blocks))
             return
-        job.num_generated = 1
+        job.num_generated += 1
         job.state = State.SENDING
         job.timer.enter("transfer", self._clock())
-        self._books.out.add(job.key, 0, token, result.logprobs.get(at))
+        self._books.out.add(job.key, job.num_generated - 1, token, result.logprobs.get(at))
         reason = finish_reason(
             job.request.sampling,
             token,
-            num_generated=1,
+            num_generated=job.num_generated,
             num_prompt=len(job.request.prompt),
             max_context_tokens=self._max_context_tokens,
         )

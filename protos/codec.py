@@ -145,6 +145,7 @@ def submit_to_pb(handle: int, order: PrefillOrder | DecodeOrder, now: float) -> 
         priority=request.priority,
         tenant=request.tenant,
         weight=request.weight,
+        resume=request.resume,
     )
     if isinstance(order, PrefillOrder):
         msg.phase = pb.PHASE_PREFILL
@@ -170,6 +171,11 @@ def order_from_pb(msg: pb.Submit, now: float) -> PrefillOrder | DecodeOrder:
         raise InvalidRequest("the prompt has no tokens", "prompt")
     if not 0 <= msg.weight < math.inf:  # NaN, too: a line cannot be sorted by it
         raise InvalidRequest(f"the weight {msg.weight} is not a share", "weight")
+    if msg.resume and len(msg.resume) >= msg.sampling.max_tokens:
+        raise InvalidRequest(
+            f"{len(msg.resume)} tokens are generated already: max_tokens {msg.sampling.max_tokens} allows no other",
+            "resume",
+        )
     request = GenerateRequest(
         key=key_from_pb(msg),
         prompt=tuple(msg.prompt),
@@ -180,6 +186,7 @@ def order_from_pb(msg: pb.Submit, now: float) -> PrefillOrder | DecodeOrder:
         priority=msg.priority,
         tenant=msg.tenant,
         weight=msg.weight or 1.0,
+        resume=tuple(msg.resume),
     )
     peer = ref_from_pb(msg.peer) if msg.HasField("peer") else None
     if msg.phase == pb.PHASE_PREFILL:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64iptych/protos/engine.proto\x12\x11\x64iptych.engine.v1\"=\n\tEngineRef\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0e\n\x06target\x18\x03 \x01(\t\"\x99\x01\n\x0bRouterFrame\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.diptych.engine.v1.OpenH\x00\x12+\n\x06submit\x18\x02 \x01(\x0b\x32\x19.diptych.engine.v1.SubmitH\x00\x12+\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x19.diptych.engine.v1.CancelH\x00\x42\x07\n\x05\x66rame\"/\n\x04Open\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x02 \x01(\x06\"\xd7\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\'\n\x05phase\x18\x04 \x01(\x0e\x32\x18.diptych.engine.v1.Phase\x12\x0e\n\x06prompt\x18\x05 \x03(\r\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.diptych.engine.v1.Sampling\x12*\n\x04peer\x18\x07 \x01(\x0b\x32\x1c.diptych.engine.v1.EngineRef\x12\x0c\n\x04salt\x18\x08 \x01(\x0c\x12\x11\n\ttimeout_s\x18\t \x01(\x01\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x1b\n\x13\x61llow_local_prefill\x18\x0b \x01(\x08\x12\x10\n\x08priority\x18\x0c \x01(\x11\x12\x0e\n\x06tenant\x18\r \x01(\t\x12\x0e\n\x06weight\x18\x0e \x01(\x01\"\xd8\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x06\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\r\n\x05min_p\x18\x07 \x01(\x02\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x02\x12\x16\n\x0e\x62ias_token_ids\x18\x0c \x03(\r\x12\x13\n\x0b\x62ias_values\x18\r \x03(\x02\x12/\n\tbad_words\x18\x0e \x03(\x0b\x32\x1c.diptych.engine.v1.TokenList\x12\x37\n\x11\x61llowed_token_ids\x18\x0f \x01(\x0b\x32\x1c.diptych.engine.v1.TokenList\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x1a\n\tTokenList\x12\r\n\x05token\x18\x01 \x03(\r\".\n\x06\x43\x61ncel\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xd6\x01\n\x0b\x45ngineFrame\x12-\n\x07welcome\x18\x01 \x01(\x0b\x32\x1a.diptych.engine.v1.WelcomeH\x00\x12/\n\x06tokens\x18\x02 \x01(\x0b\x32\x1d.diptych.engine.v1.StepTokensH\x00\x12+\n\x06status\x18\x03 \x01(\x0b\x32\x19.diptych.engine.v1.StatusH\x00\x12\x31\n\x06prefix\x18\x04 \x01(\x0b\x32\x1f.diptych.engine.v1.PrefixChangeH\x00\x42\x07\n\x05\x66rame\"=\n\x0cPrefixChange\x12\r\n\x05reset\x18\x01 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x02 \x03(\x06\x12\x0f\n\x07removed\x18\x03 \x03(\x06\"\xac\x01\n\x07Welcome\x12(\n\x02me\x18\x01 \x01(\x0b\x32\x1c.diptych.engine.v1.EngineRef\x12\r\n\x05roles\x18\x02 \x03(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x06 \x01(\r\x12\x13\n\x0bprefix_root\x18\x07 \x01(\x0c\"\xd2\x01\n\nStepTokens\x12\x0e\n\x06handle\x18\x01 \x03(\r\x12\r\n\x05index\x18\x02 \x03(\r\x12\r\n\x05token\x18\x03 \x03(\r\x12+\n\x08\x66inishes\x18\x04 \x03(\x0b\x32\x19.diptych.engine.v1.Finish\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.diptych.engine.v1.Logprobs\x12:\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32!.diptych.engine.v1.PromptLogprobs\"^\n\x08Logprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x11\n\ttop_token\x18\x04 \x03(\r\x12\x13\n\x0btop_logprob\x18\x05 \x03(\x02\"^\n\x0ePromptLogprobs\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.diptych.engine.v1.Logprobs\"\xea\x01\n\x06\x46inish\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\'\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.diptych.engine.v1.Error\x12,\n\x05times\x18\x06 \x01(\x0b\x32\x1d.diptych.engine.v1.StageTimes\x12\x16\n\x0etransfer_bytes\x18\x07 \x01(\x06\x12\x11\n\ttransport\x18\x08 \x01(\t\x12\x13\n\x0bpreemptions\x18\t \x01(\r\"N\n\nStageTimes\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x0f\n\x07prefill\x18\x02 \x01(\x01\x12\x10\n\x08transfer\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\x04 \x01(\x01\"9\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\xa8\x02\n\x06Status\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x04 \x01(\r\x12\x15\n\rblocks_cached\x18\x05 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x06 \x01(\r\x12\x11\n\ttransfers\x18\x07 \x01(\r\x12\x17\n\x0fring_slots_busy\x18\x08 \x01(\r\x12\x39\n\x08\x63ounters\x18\t \x03(\x0b\x32\'.diptych.engine.v1.Status.CountersEntry\x12\r\n\x05steps\x18\n \x01(\x06\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*C\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_PREFILL\x10\x01\x12\x10\n\x0cPHASE_DECODE\x10\x02\x32W\n\x06\x45ngine\x12M\n\x07Session\x12\x1e.diptych.engine.v1.RouterFrame\x1a\x1e.diptych.engine.v1.EngineFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64iptych/protos/engine.proto\x12\x11\x64iptych.engine.v1\"=\n\tEngineRef\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0e\n\x06target\x18\x03 \x01(\t\"\xc2\x01\n\x0bRouterFrame\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.diptych.engine.v1.OpenH\x00\x12+\n\x06submit\x18\x02 \x01(\x0b\x32\x19.diptych.engine.v1.SubmitH\x00\x12+\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x19.diptych.engine.v1.CancelH\x00\x12\'\n\x04ping\x18\x04 \x01(\x0b\x32\x17.diptych.engine.v1.PingH\x00\x42\x07\n\x05\x66rame\"\x06\n\x04Ping\"/\n\x04Open\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x02 \x01(\x06\"\xe7\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\'\n\x05phase\x18\x04 \x01(\x0e\x32\x18.diptych.engine.v1.Phase\x12\x0e\n\x06prompt\x18\x05 \x03(\r\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.diptych.engine.v1.Sampling\x12*\n\x04peer\x18\x07 \x01(\x0b\x32\x1c.diptych.engine.v1.EngineRef\x12\x0c\n\x04salt\x18\x08 \x01(\x0c\x12\x11\n\ttimeout_s\x18\t \x01(\x01\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x1b\n\x13\x61llow_local_prefill\x18\x0b \x01(\x08\x12\x10\n\x08priority\x18\x0c \x01(\x11\x12\x0e\n\x06tenant\x18\r \x01(\t\x12\x0e\n\x06weight\x18\x0e \x01(\x01\x12\x0e\n\x06resume\x18\x0f \x03(\r\"\xd8\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x06\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\r\n\x05min_p\x18\x07 \x01(\x02\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x02\x12\x16\n\x0e\x62ias_token_ids\x18\x0c \x03(\r\x12\x13\n\x0b\x62ias_values\x18\r \x03(\x02\x12/\n\tbad_words\x18\x0e \x03(\x0b\x32\x1c.diptych.engine.v1.TokenList\x12\x37\n\x11\x61llowed_token_ids\x18\x0f \x01(\x0b\x32\x1c.diptych.engine.v1.TokenList\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x1a\n\tTokenList\x12\r\n\x05token\x18\x01 \x03(\r\".\n\x06\x43\x61ncel\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xd6\x01\n\x0b\x45ngineFrame\x12-\n\x07welcome\x18\x01 \x01(\x0b\x32\x1a.diptych.engine.v1.WelcomeH\x00\x12/\n\x06tokens\x18\x02 \x01(\x0b\x32\x1d.diptych.engine.v1.StepTokensH\x00\x12+\n\x06status\x18\x03 \x01(\x0b\x32\x19.diptych.engine.v1.StatusH\x00\x12\x31\n\x06prefix\x18\x04 \x01(\x0b\x32\x1f.diptych.engine.v1.PrefixChangeH\x00\x42\x07\n\x05\x66rame\"=\n\x0cPrefixChange\x12\r\n\x05reset\x18\x01 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x02 \x03(\x06\x12\x0f\n\x07removed\x18\x03 \x03(\x06\"\xac\x01\n\x07Welcome\x12(\n\x02me\x18\x01 \x01(\x0b\x32\x1c.diptych.engine.v1.EngineRef\x12\r\n\x05roles\x18\x02 \x03(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x06 \x01(\r\x12\x13\n\x0bprefix_root\x18\x07 \x01(\x0c\"\xd2\x01\n\nStepTokens\x12\x0e\n\x06handle\x18\x01 \x03(\r\x12\r\n\x05index\x18\x02 \x03(\r\x12\r\n\x05token\x18\x03 \x03(\r\x12+\n\x08\x66inishes\x18\x04 \x03(\x0b\x32\x19.diptych.engine.v1.Finish\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.diptych.engine.v1.Logprobs\x12:\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32!.diptych.engine.v1.PromptLogprobs\"^\n\x08Logprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x11\n\ttop_token\x18\x04 \x03(\r\x12\x13\n\x0btop_logprob\x18\x05 \x03(\x02\"^\n\x0ePromptLogprobs\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.diptych.engine.v1.Logprobs\"\xea\x01\n\x06\x46inish\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\'\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.diptych.engine.v1.Error\x12,\n\x05times\x18\x06 \x01(\x0b\x32\x1d.diptych.engine.v1.StageTimes\x12\x16\n\x0etransfer_bytes\x18\x07 \x01(\x06\x12\x11\n\ttransport\x18\x08 \x01(\t\x12\x13\n\x0bpreemptions\x18\t \x01(\r\"N\n\nStageTimes\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x0f\n\x07prefill\x18\x02 \x01(\x01\x12\x10\n\x08transfer\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\x04 \x01(\x01\"9\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\xa8\x02\n\x06Status\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x04 \x01(\r\x12\x15\n\rblocks_cached\x18\x05 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x06 \x01(\r\x12\x11\n\ttransfers\x18\x07 \x01(\r\x12\x17\n\x0fring_slots_busy\x18\x08 \x01(\r\x12\x39\n\x08\x63ounters\x18\t \x03(\x0b\x32\'.diptych.engine.v1.Status.CountersEntry\x12\r\n\x05steps\x18\n \x01(\x06\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*C\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_PREFILL\x10\x01\x12\x10\n\x0cPHASE_DECODE\x10\x02\x32W\n\x06\x45ngine\x12M\n\x07Session\x12\x1e.diptych.engine.v1.RouterFrame\x1a\x1e.diptych.engine.v1.EngineFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,44 +33,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STATUS_COUNTERSENTRY']._loaded_options = None
   _globals['_STATUS_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_PHASE']._serialized_start=2750
-  _globals['_PHASE']._serialized_end=2817
+  _globals['_PHASE']._serialized_start=2815
+  _globals['_PHASE']._serialized_end=2882
   _globals['_ENGINEREF']._serialized_start=50
   _globals['_ENGINEREF']._serialized_end=111
   _globals['_ROUTERFRAME']._serialized_start=114
-  _globals['_ROUTERFRAME']._serialized_end=267
-  _globals['_OPEN']._serialized_start=269
-  _globals['_OPEN']._serialized_end=316
-  _globals['_SUBMIT']._serialized_start=319
-  _globals['_SUBMIT']._serialized_end=662
-  _globals['_SAMPLING']._serialized_start=665
-  _globals['_SAMPLING']._serialized_end=1137
-  _globals['_TOKENLIST']._serialized_start=1139
-  _globals['_TOKENLIST']._serialized_end=1165
-  _globals['_CANCEL']._serialized_start=1167
-  _globals['_CANCEL']._serialized_end=1213
-  _globals['_ENGINEFRAME']._serialized_start=1216
-  _globals['_ENGINEFRAME']._serialized_end=1430
-  _globals['_PREFIXCHANGE']._serialized_start=1432
-  _globals['_PREFIXCHANGE']._serialized_end=1493
-  _globals['_WELCOME']._serialized_start=1496
-  _globals['_WELCOME']._serialized_end=1668
-  _globals['_STEPTOKENS']._serialized_start=1671
-  _globals['_STEPTOKENS']._serialized_end=1881
-  _globals['_LOGPROBS']._serialized_start=1883
-  _globals['_LOGPROBS']._serialized_end=1977
-  _globals['_PROMPTLOGPROBS']._serialized_start=1979
-  _globals['_PROMPTLOGPROBS']._serialized_end=2073
-  _globals['_FINISH']._serialized_start=2076
-  _globals['_FINISH']._serialized_end=2310
-  _globals['_STAGETIMES']._serialized_start=2312
-  _globals['_STAGETIMES']._serialized_end=2390
-  _globals['_ERROR']._serialized_start=2392
-  _globals['_ERROR']._serialized_end=2449
-  _globals['_STATUS']._serialized_start=2452
-  _globals['_STATUS']._serialized_end=2748
-  _globals['_STATUS_COUNTERSENTRY']._serialized_start=2701
-  _globals['_STATUS_COUNTERSENTRY']._serialized_end=2748
-  _globals['_ENGINE']._serialized_start=2819
-  _globals['_ENGINE']._serialized_end=2906
+  _globals['_ROUTERFRAME']._serialized_end=308
+  _globals['_PING']._serialized_start=310
+  _globals['_PING']._serialized_end=316
+  _globals['_OPEN']._serialized_start=318
+  _globals['_OPEN']._serialized_end=365
+  _globals['_SUBMIT']._serialized_start=368
+  _globals['_SUBMIT']._serialized_end=727
+  _globals['_SAMPLING']._serialized_start=730
+  _globals['_SAMPLING']._serialized_end=1202
+  _globals['_TOKENLIST']._serialized_start=1204
+  _globals['_TOKENLIST']._serialized_end=1230
+  _globals['_CANCEL']._serialized_start=1232
+  _globals['_CANCEL']._serialized_end=1278
+  _globals['_ENGINEFRAME']._serialized_start=1281
+  _globals['_ENGINEFRAME']._serialized_end=1495
+  _globals['_PREFIXCHANGE']._serialized_start=1497
+  _globals['_PREFIXCHANGE']._serialized_end=1558
+  _globals['_WELCOME']._serialized_start=1561
+  _globals['_WELCOME']._serialized_end=1733
+  _globals['_STEPTOKENS']._serialized_start=1736
+  _globals['_STEPTOKENS']._serialized_end=1946
+  _globals['_LOGPROBS']._serialized_start=1948
+  _globals['_LOGPROBS']._serialized_end=2042
+  _globals['_PROMPTLOGPROBS']._serialized_start=2044
+  _globals['_PROMPTLOGPROBS']._serialized_end=2138
+  _globals['_FINISH']._serialized_start=2141
+  _globals['_FINISH']._serialized_end=2375
+  _globals['_STAGETIMES']._serialized_start=2377
+  _globals['_STAGETIMES']._serialized_end=2455
+  _globals['_ERROR']._serialized_start=2457
+  _globals['_ERROR']._serialized_end=2514
+  _globals['_STATUS']._serialized_start=2517
+  _globals['_STATUS']._serialized_end=2813
+  _globals['_STATUS_COUNTERSENTRY']._serialized_start=2766
+  _globals['_STATUS_COUNTERSENTRY']._serialized_end=2813
+  _globals['_ENGINE']._serialized_start=2884
+  _globals['_ENGINE']._serialized_end=2971
 # @@protoc_insertion_point(module_scope)

@@ -26,14 +26,20 @@ class EngineRef(_message.Message):
     def __init__(self, engine_id: _Optional[str] = ..., epoch: _Optional[int] = ..., target: _Optional[str] = ...) -> None: ...
 
 class RouterFrame(_message.Message):
-    __slots__ = ("open", "submit", "cancel")
+    __slots__ = ("open", "submit", "cancel", "ping")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
     open: Open
     submit: Submit
     cancel: Cancel
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    ping: Ping
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
+
+class Ping(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("router_id", "engine_epoch")
@@ -44,7 +50,7 @@ class Open(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., engine_epoch: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "transfer_id", "attempt", "phase", "prompt", "sampling", "peer", "salt", "timeout_s", "traceparent", "allow_local_prefill", "priority", "tenant", "weight")
+    __slots__ = ("handle", "transfer_id", "attempt", "phase", "prompt", "sampling", "peer", "salt", "timeout_s", "traceparent", "allow_local_prefill", "priority", "tenant", "weight", "resume")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +65,7 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     handle: int
     transfer_id: bytes
     attempt: int
@@ -73,7 +80,8 @@ class Submit(_message.Message):
     priority: int
     tenant: str
     weight: float
-    def __init__(self, handle: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., peer: _Optional[_Union[EngineRef, _Mapping]] = ..., salt: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., allow_local_prefill: bool = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+    resume: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, handle: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., peer: _Optional[_Union[EngineRef, _Mapping]] = ..., salt: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., allow_local_prefill: bool = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., weight: _Optional[float] = ..., resume: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "min_p", "min_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "bias_token_ids", "bias_values", "bad_words", "allowed_token_ids", "logprobs", "prompt_logprobs")

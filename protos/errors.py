@@ -5,7 +5,8 @@ DiptychError
 |   |-- InvalidRequest      400, names the field
 |   |-- ContextTooLong      400
 |   |-- UnknownModel        404
-|   `-- RequestTooLarge     413
+|   |-- RequestTooLarge     413
+|   `-- Quarantined         422, it ended engines
 |-- CapacityError           try again later
 |   |-- Overloaded          429 or 503 with retry-after
 |   |-- ShuttingDown        503, nothing of the request was begun
@@ -20,6 +21,7 @@ DiptychError
 |-- EngineError
 |   |-- EngineLost          503
 |   |-- EngineFault         500, the step raised
+|   |   `-- Disagreement    two engines told different tokens; the answer goes on from what was told first
 |   `-- Fenced              503, another life of the engine was meant
 `-- StartupError            serve ends with this sentence and exit code 1
 """
@@ -84,6 +86,13 @@ class RequestTooLarge(RequestError):
 
     code = "request_too_large"
     http_status = 413
+
+
+class Quarantined(RequestError):
+    """Engines died whenever they worked on this request; for a while none gets it again."""
+
+    code = "request_quarantined"
+    http_status = 422
 
 
 class CapacityError(DiptychError):
@@ -182,6 +191,13 @@ class EngineFault(EngineError):
     """A step raised; the requests in it end, the engine goes on."""
 
     code = "engine_fault"
+
+
+class Disagreement(EngineFault):
+    """Two engines computed different tokens for one place of an answer: sums in another order round otherwise."""
+
+    code = "engines_disagree"
+    retryable = True
 
 
 class Fenced(EngineError):

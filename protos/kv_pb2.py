@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64iptych/protos/kv.proto\x12\rdiptych.kv.v1\"3\n\x0bTransferKey\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xfa\x03\n\x05KvMsg\x12\x11\n\tsrc_epoch\x18\x01 \x01(\x06\x12\x12\n\npair_epoch\x18\x02 \x01(\r\x12\x0b\n\x03seq\x18\x03 \x01(\x06\x12%\n\x05hello\x18\n \x01(\x0b\x32\x14.diptych.kv.v1.HelloH\x00\x12,\n\thello_ack\x18\x0b \x01(\x0b\x32\x17.diptych.kv.v1.HelloAckH\x00\x12\'\n\x06\x65xpect\x18\x0c \x01(\x0b\x32\x15.diptych.kv.v1.ExpectH\x00\x12*\n\x05ready\x18\r \x01(\x0b\x32\x19.diptych.kv.v1.ChunkReadyH\x00\x12&\n\x03\x61\x63k\x18\x0e \x01(\x0b\x32\x17.diptych.kv.v1.ChunkAckH\x00\x12\x32\n\x08\x66inished\x18\x0f \x01(\x0b\x32\x1e.diptych.kv.v1.PrefillFinishedH\x00\x12,\n\tfinal_ack\x18\x10 \x01(\x0b\x32\x17.diptych.kv.v1.FinalAckH\x00\x12%\n\x05\x61\x62ort\x18\x11 \x01(\x0b\x32\x14.diptych.kv.v1.AbortH\x00\x12,\n\tabort_ack\x18\x12 \x01(\x0b\x32\x17.diptych.kv.v1.AbortAckH\x00\x12-\n\theartbeat\x18\x13 \x01(\x0b\x32\x18.diptych.kv.v1.HeartbeatH\x00\x42\x05\n\x03msg\"c\n\x08Geometry\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x10\n\x08kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\"\xaf\x01\n\x05Hello\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x02 \x01(\x06\x12\x12\n\npeer_epoch\x18\x03 \x01(\x06\x12\x15\n\rcompat_sha256\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63ompat_text\x18\x05 \x01(\t\x12)\n\x08geometry\x18\x06 \x01(\x0b\x32\x17.diptych.kv.v1.Geometry\x12\x12\n\ntransports\x18\x07 \x03(\t\"\x88\x01\n\x08HelloAck\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x02 \x01(\x06\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0c\n\x04\x62lob\x18\x04 \x01(\x0c\x12\r\n\x05slots\x18\x05 \x01(\r\x12\x12\n\nslot_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07refusal\x18\x07 \x01(\t\"F\n\x06\x45xpect\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\x12\x13\n\x0bhave_tokens\x18\x02 \x01(\r\"\xc0\x01\n\nChunkReady\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x10\n\x08tok_from\x18\x03 \x01(\r\x12\x0e\n\x06tok_to\x18\x04 \x01(\r\x12\x0c\n\x04slot\x18\x05 \x01(\r\x12\x10\n\x08slot_gen\x18\x06 \x01(\r\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x06\x12\x12\n\ncapability\x18\t \x01(\x0c\"\x8e\x01\n\x08\x43hunkAck\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x10\n\x08slot_gen\x18\x04 \x01(\r\x12*\n\x06status\x18\x05 \x01(\x0e\x32\x1a.diptych.kv.v1.ChunkStatus\"\x8b\x01\n\x0fPrefillFinished\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\x12\x14\n\x0ctotal_chunks\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\r\x12\r\n\x05\x66inal\x18\x05 \x01(\x08\"3\n\x08\x46inalAck\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\"O\n\x05\x41\x62ort\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"3\n\x08\x41\x62ortAck\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\"6\n\tHeartbeat\x12)\n\x05\x61live\x18\x01 \x03(\x0b\x32\x1a.diptych.kv.v1.TransferKey\"\x81\x01\n\x0c\x46\x65tchRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x10\n\x08slot_gen\x18\x03 \x01(\r\x12\x14\n\x0c\x65ngine_epoch\x18\x04 \x01(\x06\x12\x12\n\ncapability\x18\x05 \x01(\x0c\"\x17\n\x07KvBytes\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*?\n\x0b\x43hunkStatus\x12\x0c\n\x08\x43HUNK_OK\x10\x00\x12\x12\n\x0e\x43HUNK_CHECKSUM\x10\x01\x12\x0e\n\nCHUNK_TORN\x10\x02\x32\x8b\x01\n\tKvChannel\x12\x39\n\x07Session\x12\x14.diptych.kv.v1.KvMsg\x1a\x14.diptych.kv.v1.KvMsg(\x01\x30\x01\x12\x43\n\nFetchBytes\x12\x1b.diptych.kv.v1.FetchRequest\x1a\x16.diptych.kv.v1.KvBytes0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64iptych/protos/kv.proto\x12\rdiptych.kv.v1\"3\n\x0bTransferKey\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xfa\x03\n\x05KvMsg\x12\x11\n\tsrc_epoch\x18\x01 \x01(\x06\x12\x12\n\npair_epoch\x18\x02 \x01(\r\x12\x0b\n\x03seq\x18\x03 \x01(\x06\x12%\n\x05hello\x18\n \x01(\x0b\x32\x14.diptych.kv.v1.HelloH\x00\x12,\n\thello_ack\x18\x0b \x01(\x0b\x32\x17.diptych.kv.v1.HelloAckH\x00\x12\'\n\x06\x65xpect\x18\x0c \x01(\x0b\x32\x15.diptych.kv.v1.ExpectH\x00\x12*\n\x05ready\x18\r \x01(\x0b\x32\x19.diptych.kv.v1.ChunkReadyH\x00\x12&\n\x03\x61\x63k\x18\x0e \x01(\x0b\x32\x17.diptych.kv.v1.ChunkAckH\x00\x12\x32\n\x08\x66inished\x18\x0f \x01(\x0b\x32\x1e.diptych.kv.v1.PrefillFinishedH\x00\x12,\n\tfinal_ack\x18\x10 \x01(\x0b\x32\x17.diptych.kv.v1.FinalAckH\x00\x12%\n\x05\x61\x62ort\x18\x11 \x01(\x0b\x32\x14.diptych.kv.v1.AbortH\x00\x12,\n\tabort_ack\x18\x12 \x01(\x0b\x32\x17.diptych.kv.v1.AbortAckH\x00\x12-\n\theartbeat\x18\x13 \x01(\x0b\x32\x18.diptych.kv.v1.HeartbeatH\x00\x42\x05\n\x03msg\"c\n\x08Geometry\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x10\n\x08kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\"\xaf\x01\n\x05Hello\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x02 \x01(\x06\x12\x12\n\npeer_epoch\x18\x03 \x01(\x06\x12\x15\n\rcompat_sha256\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63ompat_text\x18\x05 \x01(\t\x12)\n\x08geometry\x18\x06 \x01(\x0b\x32\x17.diptych.kv.v1.Geometry\x12\x12\n\ntransports\x18\x07 \x03(\t\"\xa2\x01\n\x08HelloAck\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x02 \x01(\x06\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0c\n\x04\x62lob\x18\x04 \x01(\x0c\x12\r\n\x05slots\x18\x05 \x01(\r\x12\x12\n\nslot_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07refusal\x18\x07 \x01(\t\x12\x18\n\x10probe_capability\x18\x08 \x01(\x0c\"F\n\x06\x45xpect\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\x12\x13\n\x0bhave_tokens\x18\x02 \x01(\r\"\xc0\x01\n\nChunkReady\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x10\n\x08tok_from\x18\x03 \x01(\r\x12\x0e\n\x06tok_to\x18\x04 \x01(\r\x12\x0c\n\x04slot\x18\x05 \x01(\r\x12\x10\n\x08slot_gen\x18\x06 \x01(\r\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x06\x12\x12\n\ncapability\x18\t \x01(\x0c\"\x8e\x01\n\x08\x43hunkAck\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x10\n\x08slot_gen\x18\x04 \x01(\r\x12*\n\x06status\x18\x05 \x01(\x0e\x32\x1a.diptych.kv.v1.ChunkStatus\"\x8b\x01\n\x0fPrefillFinished\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\x12\x14\n\x0ctotal_chunks\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\r\x12\r\n\x05\x66inal\x18\x05 \x01(\x08\"3\n\x08\x46inalAck\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\"O\n\x05\x41\x62ort\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"3\n\x08\x41\x62ortAck\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\"6\n\tHeartbeat\x12)\n\x05\x61live\x18\x01 \x03(\x0b\x32\x1a.diptych.kv.v1.TransferKey\"\x81\x01\n\x0c\x46\x65tchRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.diptych.kv.v1.TransferKey\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x10\n\x08slot_gen\x18\x03 \x01(\r\x12\x14\n\x0c\x65ngine_epoch\x18\x04 \x01(\x06\x12\x12\n\ncapability\x18\x05 \x01(\x0c\"\x17\n\x07KvBytes\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*?\n\x0b\x43hunkStatus\x12\x0c\n\x08\x43HUNK_OK\x10\x00\x12\x12\n\x0e\x43HUNK_CHECKSUM\x10\x01\x12\x0e\n\nCHUNK_TORN\x10\x02\x32\x8b\x01\n\tKvChannel\x12\x39\n\x07Session\x12\x14.diptych.kv.v1.KvMsg\x1a\x14.diptych.kv.v1.KvMsg(\x01\x30\x01\x12\x43\n\nFetchBytes\x12\x1b.diptych.kv.v1.FetchRequest\x1a\x16.diptych.kv.v1.KvBytes0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'diptych.protos.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHUNKSTATUS']._serialized_start=1976
-  _globals['_CHUNKSTATUS']._serialized_end=2039
+  _globals['_CHUNKSTATUS']._serialized_start=2002
+  _globals['_CHUNKSTATUS']._serialized_end=2065
   _globals['_TRANSFERKEY']._serialized_start=42
   _globals['_TRANSFERKEY']._serialized_end=93
   _globals['_KVMSG']._serialized_start=96
@@ -42,27 +42,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_start=706
   _globals['_HELLO']._serialized_end=881
   _globals['_HELLOACK']._serialized_start=884
-  _globals['_HELLOACK']._serialized_end=1020
-  _globals['_EXPECT']._serialized_start=1022
-  _globals['_EXPECT']._serialized_end=1092
-  _globals['_CHUNKREADY']._serialized_start=1095
-  _globals['_CHUNKREADY']._serialized_end=1287
-  _globals['_CHUNKACK']._serialized_start=1290
-  _globals['_CHUNKACK']._serialized_end=1432
-  _globals['_PREFILLFINISHED']._serialized_start=1435
-  _globals['_PREFILLFINISHED']._serialized_end=1574
-  _globals['_FINALACK']._serialized_start=1576
-  _globals['_FINALACK']._serialized_end=1627
-  _globals['_ABORT']._serialized_start=1629
-  _globals['_ABORT']._serialized_end=1708
-  _globals['_ABORTACK']._serialized_start=1710
-  _globals['_ABORTACK']._serialized_end=1761
-  _globals['_HEARTBEAT']._serialized_start=1763
-  _globals['_HEARTBEAT']._serialized_end=1817
-  _globals['_FETCHREQUEST']._serialized_start=1820
-  _globals['_FETCHREQUEST']._serialized_end=1949
-  _globals['_KVBYTES']._serialized_start=1951
-  _globals['_KVBYTES']._serialized_end=1974
-  _globals['_KVCHANNEL']._serialized_start=2042
-  _globals['_KVCHANNEL']._serialized_end=2181
+  _globals['_HELLOACK']._serialized_end=1046
+  _globals['_EXPECT']._serialized_start=1048
+  _globals['_EXPECT']._serialized_end=1118
+  _globals['_CHUNKREADY']._serialized_start=1121
+  _globals['_CHUNKREADY']._serialized_end=1313
+  _globals['_CHUNKACK']._serialized_start=1316
+  _globals['_CHUNKACK']._serialized_end=1458
+  _globals['_PREFILLFINISHED']._serialized_start=1461
+  _globals['_PREFILLFINISHED']._serialized_end=1600
+  _globals['_FINALACK']._serialized_start=1602
+  _globals['_FINALACK']._serialized_end=1653
+  _globals['_ABORT']._serialized_start=1655
+  _globals['_ABORT']._serialized_end=1734
+  _globals['_ABORTACK']._serialized_start=1736
+  _globals['_ABORTACK']._serialized_end=1787
+  _globals['_HEARTBEAT']._serialized_start=1789
+  _globals['_HEARTBEAT']._serialized_end=1843
+  _globals['_FETCHREQUEST']._serialized_start=1846
+  _globals['_FETCHREQUEST']._serialized_end=1975
+  _globals['_KVBYTES']._serialized_start=1977
+  _globals['_KVBYTES']._serialized_end=2000
+  _globals['_KVCHANNEL']._serialized_start=2068
+  _globals['_KVCHANNEL']._serialized_end=2207
 # @@protoc_insertion_point(module_scope)

@@ -86,7 +86,7 @@ class Hello(_message.Message):
     def __init__(self, engine_id: _Optional[str] = ..., engine_epoch: _Optional[int] = ..., peer_epoch: _Optional[int] = ..., compat_sha256: _Optional[bytes] = ..., compat_text: _Optional[str] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class HelloAck(_message.Message):
-    __slots__ = ("engine_id", "engine_epoch", "transport", "blob", "slots", "slot_bytes", "refusal")
+    __slots__ = ("engine_id", "engine_epoch", "transport", "blob", "slots", "slot_bytes", "refusal", "probe_capability")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,7 @@ class HelloAck(_message.Message):
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    PROBE_CAPABILITY_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     engine_epoch: int
     transport: str
@@ -101,7 +102,8 @@ class HelloAck(_message.Message):
     slots: int
     slot_bytes: int
     refusal: str
-    def __init__(self, engine_id: _Optional[str] = ..., engine_epoch: _Optional[int] = ..., transport: _Optional[str] = ..., blob: _Optional[bytes] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., refusal: _Optional[str] = ...) -> None: ...
+    probe_capability: bytes
+    def __init__(self, engine_id: _Optional[str] = ..., engine_epoch: _Optional[int] = ..., transport: _Optional[str] = ..., blob: _Optional[bytes] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., refusal: _Optional[str] = ..., probe_capability: _Optional[bytes] = ...) -> None: ...
 
 class Expect(_message.Message):
     __slots__ = ("key", "have_tokens")

@@ -37,17 +37,32 @@ def refusal(request: GenerateRequest, max_context_tokens: int, vocab_size: int) 
     """Why no engine of this model can take the request, or None."""
     if not request.prompt:
         return InvalidRequest("the prompt has no tokens", "prompt")
-    if len(request.prompt) >= max_context_tokens:
+    if len(request.known) >= max_context_tokens:
+        what = "prompt and resume have" if request.resume else "the prompt has"
         return ContextTooLong(
-            f"the prompt has {len(request.prompt)} tokens: "
+            f"{what} {len(request.known)} tokens: "
             f"the context of {max_context_tokens} tokens leaves no room for an answer"
         )
-    if (highest := max(request.prompt)) >= vocab_size:
-        # A tokenizer can know more ids than the weights have rows. In a step it would take all others down with it.
-        return InvalidRequest(
-            f"the prompt holds the token id {highest}; this model's ids go from 0 to {vocab_size - 1}", "prompt"
-        )
-    return None
+    for name, ids in (("prompt", request.prompt), ("resume", request.resume)):
+        if (highest := max(ids, default=0)) >= vocab_size:
+            # A tokenizer can know more ids than the weights have rows. In a step it would take all others down with it.
+            return InvalidRequest(
+                f"the {name} holds the token id {highest}; this model's ids go from 0 to {vocab_size - 1}", name
+            )
+    return _complete(request, max_context_tokens) if request.resume else None
+
+
+def _complete(request: GenerateRequest, max_context_tokens: int) -> DiptychError | None:
+    reason = finish_reason(
+        request.sampling,
+        request.resume[-1],
+        num_generated=len(request.resume),
+        num_prompt=len(request.prompt),
+        max_context_tokens=max_context_tokens,
+    )
+    if reason is None:
+        return None
+    return InvalidRequest(f"the answer is complete with the {len(request.resume)} tokens of resume: {reason}", "resume")
 
 
 def finish_reason(
@@ -92,7 +107,8 @@ class RowMaker:
         self._num_prompt = len(request.prompt)
         self._sampling = request.sampling
         self._history_due = True
-        self._told = 0  # the last prompt position whose logprobs are out
+        # The last prompt position whose logprobs are out. Whoever saw tokens of the answer has been told them all.
+        self._told = len(request.prompt) - 1 if request.resume else 0
         self.rules = logit_rules(request.sampling, len(request.prompt))
 
     def new_slot(self) -> None:
@@ -116,7 +132,7 @@ class RowMaker:
         """Positions start .. start + num_tokens - 1 of the sequence whose known ids are `tokens`.
 
         It samples exactly when it reaches the last known id; the sampled token's place in the sequence is then
-        len(tokens), whether the ids before it came from a prompt, a transfer or an earlier try.
+        len(tokens), whether the ids before it came from a prompt, a transfer, an earlier try or another engine's.
         """
         stop = start + num_tokens
         assert 0 <= start < stop <= len(tokens)

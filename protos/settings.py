@@ -76,7 +76,12 @@ class TransferSettings(Settings):
     slots: int = Field(16, ge=2, description="staging slots of a prefill engine")
     pair_min_slots: int = Field(2, ge=1, description="slots that every decode engine is sure of")
     lease_s: Seconds = Field(30.0, description="a prefill engine keeps staged KV this long without a heartbeat")
-    heartbeat_s: Seconds = Field(5.0, description="how often a decode engine renews its leases")
+    heartbeat_s: Seconds = Field(0.5, description="how often a decode engine tells that it lives and renews its leases")
+    silence_s: Seconds = Field(
+        1.2, description="an engine that says nothing to the other one of a pair this long is gone"
+    )
     stall_s: Seconds = Field(10.0, description="no progress for this long ends a transfer")
     abort_ack_s: Seconds = Field(2.0, description="wait for the other side to confirm an abort")
     dial_timeout_s: Seconds = Field(5.0, description="time to reach a prefill engine and agree on a pair")
+    fetch_timeout_s: Seconds = Field(2.0, description="time for one slot to come over gRPC")
+    min_mib_s: float = Field(50.0, ge=0, description="a transport that tries slower is left where there is another one")

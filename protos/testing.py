@@ -34,6 +34,7 @@ class RequestFields(TypedDict, total=False):
     priority: int
     tenant: str
     weight: float
+    resume: tuple[int, ...]
 
 
 class FakeClock:
@@ -57,6 +58,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
+        self.resumed: dict[TransferKey, int] = {}  # to be set: with how many tokens of its answer a request came
         self.tokens: dict[TransferKey, list[int]] = {}
         self.first_index: dict[TransferKey, int] = {}
         self.finishes: dict[TransferKey, Finish] = {}
@@ -74,7 +76,7 @@ class Ledger:
             assert key not in self.finishes, f"{key}: a token after the finish"
             first = self.first_index.setdefault(key, index)
             tokens = self.tokens.setdefault(key, [])
-            assert first in {0, 1}, f"{key}: the first token has index {first}"
+            assert first - self.resumed.get(key, 0) in {0, 1}, f"{key}: the first token has index {first}"
             assert index == first + len(tokens), f"{key}: token {index} after {len(tokens)} from {first}"
             tokens.append(token)
             if row in out.logprobs:
@@ -128,15 +130,20 @@ def _logprobs(guess: int, token: int, top: int, vocab_size: int) -> TokenLogprob
 
 
 def echo_reference(
-    prompt: Sequence[int], n: int, vocab_size: int = ECHO_VOCAB, *, rules: LogitRules | None = None
+    prompt: Sequence[int],
+    n: int,
+    vocab_size: int = ECHO_VOCAB,
+    *,
+    rules: LogitRules | None = None,
+    resume: Sequence[int] = (),
 ) -> list[int]:
-    """The `n` tokens that one undisturbed EchoRunner generates after `prompt`."""
-    cells = list(enumerate(prompt))
-    for at in range(n):
+    """The `n` tokens that one undisturbed EchoRunner generates after `prompt` and `resume`."""
+    cells = list(enumerate([*prompt, *resume]))
+    for at in range(len(resume), len(resume) + n):
         token = _obey(rules, _echo(cells, vocab_size), at, vocab_size)
         assert token is not None, "the rules leave no token"
         cells.append((len(cells), token))
-    return [token for _, token in cells[len(prompt) :]]
+    return [token for _, token in cells[len(prompt) + len(resume) :]]
 
 
 def echo_logprobs(before: Sequence[int], token: int, top: int, vocab_size: int = ECHO_VOCAB) -> TokenLogprobs:

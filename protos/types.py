@@ -88,14 +88,20 @@ class GenerateRequest:
     priority: int = 0  # lower is sooner, as in vLLM
     tenant: str = ""  # whose share of the engine it uses up
     weight: float = 1.0  # of the tenant: twice the weight is twice the share, while both have work
+    resume: tuple[int, ...] = ()  # generated elsewhere already; the next token is number len(resume) of the answer
 
     def __post_init__(self) -> None:
         assert 0 < self.weight < math.inf
 
+    @property
+    def known(self) -> tuple[int, ...]:
+        """Prompt and resume: the ids whose KV comes before the next token."""
+        return self.prompt + self.resume
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillOrder:
-    """Compute the prompt, sample token 0, stage the KV for `decode`."""
+    """Compute the known tokens, sample the next, stage the KV for `decode`."""
 
     request: GenerateRequest
     decode: EngineRef
@@ -103,7 +109,10 @@ class PrefillOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeOrder:
-    """Fetch the prompt's KV from `prefill` and generate from token 1; without `prefill`, compute the prompt here."""
+    """Fetch the known tokens' KV from `prefill` and go on after the token sampled there.
+
+    Without `prefill`, compute the known tokens here.
+    """
 
     request: GenerateRequest
     prefill: EngineRef | None
@@ -127,8 +136,8 @@ class Finish:
     key: TransferKey
     role: Role
     reason: FinishReason
-    num_tokens: int = 0  # generated in all, token 0 included
-    cached_tokens: int = 0  # of the prompt, found in this engine's prefix cache
+    num_tokens: int = 0  # generated in all, `resume` and the other engine's included
+    cached_tokens: int = 0  # of the known ones, found in this engine's prefix cache
     error_code: str = ""
     error_message: str = ""
     times: StageTimes = StageTimes()

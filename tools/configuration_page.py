@@ -60,6 +60,9 @@ def groups(cls: type[BaseModel] = DiptychConfig, path: str = "") -> Iterator[Gro
         below = f"{path}.{name}" if path else name
         plain, optional = _without_none(field.annotation)
         named = get_origin(plain) is dict
+        if get_origin(plain) is tuple:
+            keys.append(Key(below, _list(plain), "[]", field.description or ""))
+            continue
         settings = get_args(plain)[1] if named else plain
         if not (isinstance(settings, type) and issubclass(settings, BaseModel)):
             keys.append(Key(below, _kind(field.annotation, field), _default(field), field.description or ""))
@@ -114,6 +117,11 @@ def _kind(annotation: Any, field: FieldInfo) -> str:
         if getattr(bound, name, None) is not None
     ]
     return ", ".join([words, *limits]) + (", or null" if optional else "")
+
+
+def _list(annotation: Any) -> str:
+    """A key whose value is a list of groups."""
+    return "list of " + ", ".join(f"`{key}`" for key in get_args(annotation)[0].model_fields)
 
 
 def _default(field: FieldInfo) -> str:

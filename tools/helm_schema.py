@@ -20,7 +20,8 @@ BEGIN, END = "<!-- values: made by `make docs` -->", "<!-- end of values -->"
 # What the chart decides by itself, because it follows from the pods, or what has no meaning in them.
 CHARTS_OWN = {
     # All processes of a release share a pod, so their channels are unix sockets and the secret never leaves it.
-    "": {"run_dir", "cache_dir", "telemetry", "engines", "security"},
+    "": {"run_dir", "cache_dir", "telemetry", "security", "faults"},
+    "engines": {"host"},
     "router": {"host", "port", "serve_port"},
     "ray": {"address", "start_timeout_s", "object_store_mib"},
 }

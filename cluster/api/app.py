@@ -89,6 +89,7 @@ class _Pages:
             "engines": engines,
             "membership_version": self._router.view.version,
             "routers": [router],
+            "losses": [dataclasses.asdict(loss) for loss in self._router.losses],
             "last_requests": [dataclasses.asdict(entry) for entry in self._router.recent],
             "degraded": degraded,
             "versions": self._versions,

@@ -53,9 +53,8 @@ class Cluster:
         self._head: RayHead | None = None
         self._manager: Any = None
         self._router: Any = None
-        self._membership: Any = None
-        self._version = -1
-        self._known_dead: set[int] = set()
+        self._news: Any = None
+        self._num_news = -1
         self._ending = contextlib.ExitStack()  # what to undo, last first
         self.degraded: list[str] = []
 
@@ -93,8 +92,9 @@ class Cluster:
             notes += [_engine_note(engine) for engine in started]
         with stage("ready"):
             refs = [engine.info.ref for engine in started]
-            self._router.ready.remote(refs, config.router.connect_timeout_s * 2).result()
-            url = self._router.url.remote().result()
+            wait_s = config.router.connect_timeout_s * 2
+            self._router.ready.remote(refs, wait_s).result(timeout_s=wait_s + CALL_TIMEOUT_S)
+            url = self._router.url.remote().result(timeout_s=CALL_TIMEOUT_S)
         self.degraded = sorted({choice for engine in started for choice in engine.info.degraded})
         state = ClusterState(
             pid=os.getpid(),
@@ -110,26 +110,22 @@ class Cluster:
         return state
 
     def poll(self) -> list[str]:
-        """Sentences about engines that died since the last call. Raises StartupError when Ray itself is gone."""
+        """Sentences about engines that died or came back since the last call. Raises StartupError when Ray itself is
+        gone.
+        """
         import ray
 
         if self._head is not None and self._head.process.poll() is not None:
             raise StartupError(f"Ray ended by itself with code {self._head.process.returncode}; restart the cluster")
-        if self._membership is None:
-            self._membership = self._manager.wait_change.remote(self._version)
-        if not ray.wait([self._membership], timeout=0)[0]:
+        if self._news is None:
+            self._news = self._manager.news.remote(self._num_news)
+        if not ray.wait([self._news], timeout=0)[0]:
             return []
-        membership, self._membership = self._membership, None
+        news, self._news = self._news, None
         with contextlib.suppress(ray.exceptions.RayError):
-            self._version, _ = ray.get(membership)
-            members = ray.get(self._manager.members.remote(), timeout=CALL_TIMEOUT_S)
-            dead = [member for member in members if member.state == "dead" and member.epoch not in self._known_dead]
-            self._known_dead.update(member.epoch for member in dead)
-            return [
-                f"engine {member.engine_id} (epoch {member.epoch}) died: {member.reason.rstrip('.')}. "
-                "Its pool goes on without it; `diptych scale` starts another"
-                for member in dead
-            ]
+            told = ray.get(news)
+            self._num_news = max((number for number, _ in told), default=self._num_news)
+            return [sentence for _, sentence in told]
         return []
 
     def stop(self) -> None:

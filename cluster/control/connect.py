@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diptych.cluster.config import default_run_dir
 from diptych.protos.errors import DiptychError, StartupError
+from diptych.protos.status import EngineInfo
 from diptych.protos.types import Role
 
 from .host import is_reachable
@@ -71,10 +72,26 @@ def manager(address: str | None = None, url: str | None = None, run_dir: Path | 
 
 def scale(handle: Any, model: str, role: Role, engines: int, *, timeout_s: float) -> Scaled:
     """Ask the manager of `handle` for another pool size and wait; see Pools.scale. Raises its errors, StartupError."""
+    return cast("Scaled", _done(handle.scale.remote(model, role, engines), timeout_s))
+
+
+def restart(handle: Any, model: str | None, role: Role | None, *, timeout_s: float) -> Scaled:
+    """Ask the manager of `handle` for other engines and wait; see Pools.restart. Raises its errors, StartupError."""
+    return cast("Scaled", _done(handle.restart.remote(model, role), timeout_s))
+
+
+def set_role(handle: Any, engine: str, role: Role, *, timeout_s: float) -> EngineInfo:
+    """Ask the manager of `handle` for another role of an engine and wait; see Pools.set_role. Raises its errors,
+    StartupError.
+    """
+    return cast("EngineInfo", _done(handle.set_role.remote(engine, role), timeout_s))
+
+
+def _done(reference: Any, timeout_s: float) -> Any:
     import ray
 
     try:
-        done: Scaled = ray.get(handle.scale.remote(model, role, engines), timeout=timeout_s)
+        done = ray.get(reference, timeout=timeout_s)
     except ray.exceptions.RayTaskError as exc:
         if isinstance(exc.cause, DiptychError):
             raise exc.cause from exc

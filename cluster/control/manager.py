@@ -116,6 +116,11 @@ class PoolManager:
         if member.state is not EngineState.DRAINING:
             self._replace(replace(member, state=EngineState.DRAINING))
 
+    def report_roles(self, info: EngineInfo) -> None:
+        """A draining engine takes orders again, of the roles in `info`."""
+        member = self._living(info.ref.engine_id, info.ref.epoch)
+        self._replace(replace(member, state=EngineState.READY, roles=info.roles, info=info))
+
     def report_dead(self, engine_id: EngineId, epoch: int, reason: str) -> bool:
         """This life is over. False: that was known, or another life has begun since; nothing changes."""
         member = self._members.get(engine_id)

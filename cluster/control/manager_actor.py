@@ -7,22 +7,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import Any, cast
 
 import ray
 
+from diptych.protos.faults import FaultPlan, FaultSettings, Point, plan_of
 from diptych.protos.status import EngineInfo
-from diptych.protos.types import Role
+from diptych.protos.types import EngineId, Role
 
 from . import host
 from .engines import RayEngines
+from .faults import pass_point
 from .gcs import NAMESPACE, GcsStore
 from .manager import Member, PoolManager
 from .plan import ClusterPlan
 from .pools import Pools, Scaled
+from .readers import Readers
 
 MANAGER_NAME = "pool-manager"
 POLL_S = 10.0  # a long poll returns after this long at the latest
+KNOWN_TIMEOUT_S = 5.0  # a router that has not read a change by then is not waited for
 
 
 class PoolManagerActor:
@@ -32,11 +37,26 @@ class PoolManagerActor:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         store = GcsStore()
         self._changed = asyncio.Event()
+        self._read = asyncio.Event()
         self._manager = PoolManager(store)
-        self._pools = Pools(self._manager, store, RayEngines(), available=host.memory_with, changed=self._wake)
+        self._readers = Readers(time.monotonic, patience_s=2 * POLL_S)
+        self._pools = Pools(
+            self._manager,
+            store,
+            RayEngines(),
+            available=host.memory_with,
+            changed=self._wake,
+            known=self._known,
+            reporting=self._reporting,
+        )
+        self._faults: FaultPlan | None = None
 
     async def apply(self, plan: ClusterPlan, owner: str = "") -> None:
         """See Pools.apply."""
+        if self._faults is not None:
+            self._faults.close()
+        settings = plan.pools[0].template.faults if plan.pools else FaultSettings()  # the same in all of them
+        self._faults = plan_of(settings, "manager")
         await self._pools.apply(plan, owner)
 
     async def settled(self) -> Scaled:
@@ -47,6 +67,14 @@ class PoolManagerActor:
         """See Pools.scale."""
         return await self._pools.scale(model, role, engines)
 
+    async def restart(self, model: str | None, role: Role | None) -> Scaled:
+        """See Pools.restart."""
+        return await self._pools.restart(model, role)
+
+    async def set_role(self, engine: str, role: Role) -> EngineInfo:
+        """See Pools.set_role."""
+        return await self._pools.set_role(engine, role)
+
     async def release(self, owner: str, grace_s: float) -> bool:
         """See Pools.release."""
         return await self._pools.release(owner, grace_s)
@@ -56,16 +84,40 @@ class PoolManagerActor:
         self._pools.adopt()  # whatever lives: routers ask this first after a restart
         return self._manager.version, self._manager.engines()
 
-    async def wait_change(self, version: int) -> tuple[int, list[EngineInfo]]:
-        """`engines()` as soon as its version is newer, or after POLL_S."""
+    async def wait_change(self, version: int, reader: str) -> tuple[int, list[EngineInfo]]:
+        """`engines()` as soon as its version is newer, or after POLL_S. `reader` has taken in `version`."""
+        self._readers.note(reader, version)
+        self._read.set()
+        self._read = asyncio.Event()
         if self._manager.version <= version:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), POLL_S)
+            await self._wait(POLL_S)
         return await self.engines()
 
     async def members(self) -> list[Member]:
         """All known engines, the dead ones included."""
         return self._manager.members()
+
+    async def news(self, after: int) -> list[tuple[int, str]]:
+        """See Pools.news: as soon as there are any, or after POLL_S."""
+        deadline = time.monotonic() + POLL_S
+        while not (news := self._pools.news(after)) and (left := deadline - time.monotonic()) > 0:
+            await self._wait(left)
+        return news
+
+    async def _reporting(self, engine_id: EngineId, report: str) -> None:
+        if self._faults is not None:
+            await pass_point(self._faults, Point.MANAGER_REPORT, peer=engine_id, message=report)
+
+    async def _known(self, version: int) -> None:
+        """Until every router that asks has read `version`."""
+        deadline = time.monotonic() + KNOWN_TIMEOUT_S
+        while self._readers.is_behind(version) and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._read.wait(), left)
+
+    async def _wait(self, timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     def _wake(self) -> None:
         self._changed.set()

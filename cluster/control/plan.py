@@ -17,10 +17,12 @@ from diptych.protos.errors import StartupError
 from diptych.protos.types import EngineId, Role
 
 from . import host
+from .restarts import RestartTerms
 
 NO_BFLOAT16 = "float32 instead of bfloat16: this CPU has no native bfloat16"
 NO_SHM_OFF_UNIX = "KV crosses over gRPC instead of shared memory: engines.host is set"
 PLAINTEXT = "prompts and KV leave this machine unencrypted: security.allow_plaintext is on"
+FAULTS = "faults are injected: faults has rules or names a file"
 NO_SHM = "KV crosses over gRPC instead of shared memory: transfer.transport is grpc"
 
 
@@ -44,11 +46,13 @@ class Pool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
-    """All pools, and how long their engines may take to start and to end."""
+    """All pools, how long their engines may take to start, to answer and to end, and what follows a death."""
 
     pools: tuple[Pool, ...]
     start_timeout_s: float
     drain_grace_s: float
+    silence_s: float  # an engine that does not answer its manager this long is replaced
+    restarts: RestartTerms
 
     def with_secret(self, secret_id: str) -> ClusterPlan:
         """The same for engines that hold that secret."""
@@ -87,8 +91,13 @@ def plan_cluster(config: DiptychConfig, folders: Mapping[str, ModelFolder], run_
         for name, settings in config.models.items()
         for role, engines in settings.pools().items()
     )
+    engines = config.engines
     return ClusterPlan(
-        pools=pools, start_timeout_s=config.ray.engine_timeout_s, drain_grace_s=config.router.drain_grace_s
+        pools=pools,
+        start_timeout_s=config.ray.engine_timeout_s,
+        drain_grace_s=config.router.drain_grace_s,
+        silence_s=engines.silence_s,
+        restarts=RestartTerms(enabled=engines.restart, limit=engines.max_restarts, backoff_s=engines.restart_backoff_s),
     )
 
 
@@ -112,10 +121,13 @@ def _template(config: DiptychConfig, name: str, folder: ModelFolder, run_dir: Pa
         degraded += [NO_SHM_OFF_UNIX] if config.engines.host and config.transfer.transport == "auto" else []
     if config.engines.leaves_host and config.security.tls is None:
         degraded.append(PLAINTEXT)
+    degraded += [FAULTS] if not config.faults.is_empty else []
     return EngineSpec(
         engine_id=EngineId(""),
         epoch=0,
         roles=frozenset({role}),
+        # A certificate names one role, and an engine shows one certificate.
+        more_roles=frozenset(settings.pools()) - {role} if config.security.tls is None else frozenset(),
         model=name,
         settings=settings,
         transfer=config.transfer,
@@ -127,4 +139,6 @@ def _template(config: DiptychConfig, name: str, folder: ModelFolder, run_dir: Pa
         security=config.security,
         trace_file=config.telemetry.trace_file,
         degraded=tuple(degraded),
+        faults=config.faults,
+        step_stall_s=config.engines.step_stall_s,
     )

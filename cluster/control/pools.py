@@ -1,71 +1,41 @@
-"""Brings the engines of a cluster into being and takes them away again: one task per life, from launch to end.
+"""The engines of a cluster: brings them into being, starts others in place of those that die, takes them away again.
 
-    launch -> start -> ready -> (scale down) drain -> end -> forgotten
-                 `-> failed         `-> died: dead, with a reason
-
-The PoolManager actor is the shell around it; Ray is behind EngineProcesses. asyncio, one event loop.
+life.py is the course of a single one. The PoolManager actor is the shell around it; Ray is behind EngineProcesses.
+asyncio, one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+import math
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from diptych.cluster.engine.spec import EngineSpec, EngineStarted
 from diptych.protos.errors import EngineLost, Fenced, InvalidRequest, StartupError, UnknownModel
-from diptych.protos.status import EngineStatus
+from diptych.protos.status import EngineInfo
 from diptych.protos.types import EngineId, Role
 
+from .life import Course, EngineProcesses, Life
 from .manager import EngineState, KeyValue, Member, PoolManager
 from .memory import Available, check_more
 from .plan import ClusterPlan, Pool, cores_per_engine
+from .restarts import Restarts
 
 _PLAN_KEY = "plan"
 CALL_TIMEOUT_S = 5.0
+_NEWS_KEPT = 64
 
 log = logging.getLogger(__name__)
 
-
-class EngineProcess(Protocol):
-    """One life of an engine. Every call raises EngineLost when the process is gone."""
-
-    async def start(self) -> EngineStarted:
-        """Load and listen; asking again gives the same answer. Raises StartupError when it cannot."""
-
-    async def ended(self) -> str:
-        """Returns when the process is gone or was stopped: why, in words."""
-
-    async def status(self) -> EngineStatus:
-        """A reading of the engine."""
-
-    async def set_cores(self, cores: int) -> None:
-        """Its share of the machine's cores has changed."""
-
-    async def drain(self, grace_s: float) -> bool:
-        """Refuse new requests, wait for the running ones and their transfers. False: some were left."""
-
-    async def stop(self) -> None:
-        """End sessions and threads."""
-
-    def kill(self) -> None:
-        """End the process. Never raises."""
-
-
-class EngineProcesses(Protocol):
-    """Where engines run."""
-
-    def launch(self, spec: EngineSpec) -> EngineProcess:
-        """A new process; does not wait for it."""
-
-    def find(self, engine_id: EngineId, epoch: int) -> EngineProcess | None:
-        """The process of a life that another manager launched, or None when it is gone."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +46,23 @@ class Scaled:
     failed: tuple[str, ...] = ()  # sentences
     ended: tuple[EngineId, ...] = ()
 
+    def __add__(self, other: Scaled) -> Scaled:
+        return Scaled(self.started + other.started, self.failed + other.failed, self.ended + other.ended)
 
-@dataclass(eq=False, slots=True)
-class _Life:
-    engine_id: EngineId
-    epoch: int
-    process: EngineProcess
-    leave: asyncio.Event = field(default_factory=asyncio.Event)
-    grace_s: float = 0.0
-    settled: asyncio.Event = field(default_factory=asyncio.Event)  # ready, or never going to be
-    is_serving: bool = False  # it has been ready
-    started: EngineStarted | None = None
-    failure: str = ""
-    task: asyncio.Task[None] | None = None
+
+async def _nobody_reads(version: int) -> None:
+    pass
+
+
+async def _nothing_fails(engine_id: EngineId, report: str) -> None:
+    pass
 
 
 class Pools:
-    """`changed` is called after every change that a router or a waiting caller may want to know of."""
+    """`changed` is called after every change that a router or a waiting caller may want to know of; `known` returns
+    when the routers have read that version of the membership; `reporting` is awaited before an engine is reported ready
+    or draining, and may raise EngineLost.
+    """
 
     def __init__(
         self,
@@ -102,19 +72,36 @@ class Pools:
         *,
         available: Available,
         changed: Callable[[], None],
+        known: Callable[[int], Awaitable[None]] = _nobody_reads,
+        reporting: Callable[[EngineId, str], Awaitable[None]] = _nothing_fails,
     ) -> None:
         self._manager = manager
         self._store = store
         self._processes = processes
         self._available = available
         self._changed = changed
-        self._lives: dict[EngineId, _Life] = {}
-        self._latest: list[_Life] = []  # what the last `apply` launched or found
-        self._lock = asyncio.Lock()
+        self._known = known
+        self._course = Course(
+            manager=manager,
+            changed=changed,
+            known=known,
+            reporting=reporting,
+            died=self._died,
+            asked=self._asked,
+        )
+        self._restarts = Restarts()
+        self._lives: dict[EngineId, Life] = {}
+        self._latest: list[Life] = []  # what the last `apply` launched or found
+        self._exchange: asyncio.Task[None] | None = None  # the part of it that goes on
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._lock = asyncio.Lock()  # for moments
+        self._turn = asyncio.Lock()  # one engine after the other is replaced
         self._adopted = False
         self._owner = ""
         self._plan: ClusterPlan | None = None  # as it was applied
         self._pools: dict[tuple[str, Role], Pool] = {}  # as it stands, with the sizes that `scale` set
+        self._news: collections.deque[tuple[int, str]] = collections.deque(maxlen=_NEWS_KEPT)
+        self._num_news = manager.version  # larger in each life of the manager
         stored = store.get(_PLAN_KEY)
         if stored:
             self._owner, self._plan, pools = _kept_form().validate_json(stored)
@@ -132,15 +119,18 @@ class Pools:
             if process is None:
                 self._manager.report_dead(member.engine_id, member.epoch, "it ended while nobody watched")
                 continue
-            life = self._watch(member.engine_id, member.epoch, process)
+            life = self._watch(Life(member.engine_id, member.epoch, self._key_of(member.model, member.roles), process))
             life.is_serving = member.state is not EngineState.STARTING
             if member.state is EngineState.DRAINING and self._plan is not None:
-                self._send_away(life, self._plan.drain_grace_s)
+                life.send_away(self._plan.drain_grace_s)
+        if self._plan is not None:
+            self._go_on(self._even_out())
 
     async def apply(self, plan: ClusterPlan, owner: str = "") -> None:
         """Make the pools be `plan`'s; returns when missing engines are launched, see `settled`.
 
-        The plan that was applied last changes no sizes. Engines of pools that are gone or different are drained first.
+        The plan that was applied last changes no sizes. Engines of pools that are gone or different serve until their
+        successors do, where the memory holds both; else they are replaced one after the other.
         `owner` is who may `release` the pools.
         """
         self.adopt()
@@ -149,19 +139,23 @@ class Pools:
             if plan != self._plan:
                 old, self._plan = self._pools, plan
                 self._pools = {(pool.model, pool.role): pool for pool in plan.pools}
-                stale = [
-                    k for k, pool in old.items() if k not in self._pools or self._pools[k].template != pool.template
-                ]
-                leaving = [self._send_away(self._lives[m.engine_id]) for k in stale for m in self._present(*k)]
-                await _end_of(leaving)
+                for life in self._lives.values():
+                    before, now = old.get(life.pool), self._pools.get(life.pool)
+                    life.is_stale |= before is None or now is None or before.template != now.template
             self._keep()
-            for pool in self._pools.values():
-                for _ in range(pool.engines - len(self._present(pool.model, pool.role))):
-                    self._launch(pool)
-            self._latest = list(self._lives.values())
+            stale = [life for life in self._lives.values() if life.is_stale and not life.leave.is_set()]
+            if stale and not self._has_room_for_missing():
+                self._exchange = self._go_on(self._exchange_each(stale))
+            else:
+                self._launch_missing()
+                if stale:
+                    self._go_on(self._relieve(stale, list(self._lives.values())))
+            self._latest = [life for life in self._lives.values() if not life.is_stale]
 
     async def settled(self) -> Scaled:
         """Returns when every engine of the plan that was applied last is ready or has failed."""
+        if self._exchange is not None:
+            await asyncio.wait({self._exchange})
         lives = self._latest
         await asyncio.gather(*(life.settled.wait() for life in lives))
         return _told(lives)
@@ -184,7 +178,7 @@ class Pools:
             present = self._present(model, role)
             more = engines - len(present)
             if more > 0:
-                check_more(pool.template, more, self._planned(), self._pids(), self._available)
+                self._check_more(pool, more)
             self._pools[model, role] = replace(pool, engines=engines)
             self._keep()
             if more > 0:
@@ -203,6 +197,78 @@ class Pools:
                 await self._share_cores()
         return replace(done, ended=tuple(life.engine_id for life in dismissed))
 
+    async def restart(self, model: str | None = None, role: Role | None = None) -> Scaled:
+        """Replace every engine, of one model or role where they are given, one after the other.
+
+        The old one goes when the new one serves and the routers know. Ends at the first that cannot be replaced:
+        `failed` says why. Raises UnknownModel, InvalidRequest where there is no such pool.
+        """
+        self.adopt()
+        done = Scaled()
+        async with self._turn:
+            for life in [self._lives[m.engine_id] for key in self._keys(model, role) for m in self._present(*key)]:
+                done += await self._replace(life)
+                if done.failed:
+                    break
+        self._fill_gaps()
+        return done
+
+    async def set_role(self, name: str, role: Role) -> EngineInfo:
+        """Move an engine that serves to the other pool of its model; the model is not loaded again.
+
+        It takes no new requests meanwhile; running ones get the time that a drain has, and routers go on elsewhere with
+        what is left. Raises InvalidRequest for an engine that does not serve, that cannot have the role, or without
+        which no decode engine is left, EngineLost when it ends meanwhile.
+        """
+        self.adopt()
+        # A caller that goes away must not leave the engine between two roles.
+        return await asyncio.shield(self._go_on(self._set_role(name, role)))
+
+    async def _set_role(self, name: str, role: Role) -> EngineInfo:
+        async with self._turn:
+            async with self._lock:
+                life, info = self._serving(name)
+                pool, target = self._pools[life.pool], self._pool(info.model, role)
+                if pool is target:
+                    return info
+                if pool.role is Role.DECODE and len(self._present(*life.pool)) == 1:
+                    raise InvalidRequest(f"{name} is the last decode engine of {info.model}", "engine")
+                self._pools[life.pool] = replace(pool, engines=pool.engines - 1)
+                self._manager.report_draining(life.engine_id, life.epoch)
+                self._changed()
+            try:
+                await self._known(self._manager.version)
+                info = await life.set_roles(
+                    frozenset({role}), self._plan.drain_grace_s if self._plan is not None else 0.0
+                )
+            finally:
+                # Whatever came of it: it takes orders of the roles that it has now, if it lives and stays.
+                async with self._lock:
+                    self._settle_role(life, info)
+        return info
+
+    def _serving(self, name: str) -> tuple[Life, EngineInfo]:
+        life = self._lives.get(EngineId(name))
+        member = next((m for m in self._manager.members() if m.engine_id == name), None)
+        is_ready = member is not None and member.state is EngineState.READY
+        if life is None or life.leave.is_set() or life.is_stale or not is_ready:
+            ready = sorted(m.engine_id for m in self._manager.members() if m.state is EngineState.READY)
+            raise InvalidRequest(f"no engine {name} is ready; ready here: {', '.join(ready) or 'none'}", "engine")
+        assert member is not None
+        assert member.info is not None
+        return life, member.info
+
+    def _settle_role(self, life: Life, info: EngineInfo) -> None:
+        key = self._key_of(info.model, info.roles)
+        if key in self._pools and not life.leave.is_set():
+            life.pool = key
+            self._pools[key] = replace(self._pools[key], engines=self._pools[key].engines + 1)
+            self._keep()
+            with contextlib.suppress(Fenced):  # it died meanwhile: its pool lacks one
+                self._manager.report_roles(replace(info, draining=False))
+        self._changed()
+        self._fill_gaps()
+
     async def release(self, owner: str, grace_s: float) -> bool:
         """End all engines, if the pools still belong to `owner`. False: somebody else applied a plan since."""
         self.adopt()
@@ -211,95 +277,198 @@ class Pools:
         async with self._lock:
             self._plan, self._pools = None, {}
             self._keep()
-            await _end_of([self._send_away(life, grace_s) for life in list(self._lives.values())])
+            await _end_of([life.send_away(grace_s) for life in list(self._lives.values())])
         return True
+
+    def news(self, after: int) -> list[tuple[int, str]]:
+        """Numbered sentences about engines that died and came back, those with a number above `after`."""
+        return [(number, sentence) for number, sentence in self._news if number > after]
 
     # ---- one life ----
 
-    def _launch(self, pool: Pool) -> _Life:
-        engine_id = self._manager.free_id(pool.role)
+    def _launch(self, pool: Pool, name: EngineId | None = None, *, is_replacement: bool = False) -> Life:
+        engine_id = name or self._manager.free_id(pool.role)
         epoch = self._manager.register(engine_id, pool.template.roles, pool.model)
         total = sum(p.engines for p in self._pools.values())
         spec = replace(pool.template, engine_id=engine_id, epoch=epoch, cores=cores_per_engine(total))
-        return self._watch(engine_id, epoch, self._processes.launch(spec))
+        key = (pool.model, pool.role)
+        return self._watch(Life(engine_id, epoch, key, self._processes.launch(spec), is_replacement=is_replacement))
 
-    def _watch(self, engine_id: EngineId, epoch: int, process: EngineProcess) -> _Life:
-        life = _Life(engine_id, epoch, process)
-        self._lives[engine_id] = life
-        life.task = asyncio.create_task(self._live(life), name=f"life of {engine_id}-{epoch}")
+    def _watch(self, life: Life) -> Life:
+        self._lives[life.engine_id] = life
+        life.task = asyncio.create_task(self._live(life), name=f"life of {life.engine_id}-{life.epoch}")
         return life
 
-    def _send_away(self, life: _Life, grace_s: float | None = None) -> asyncio.Task[None]:
-        life.grace_s = grace_s if grace_s is not None else self._plan.drain_grace_s if self._plan is not None else 0.0
-        life.leave.set()
-        assert life.task is not None
-        return life.task
+    def _send_away(self, life: Life) -> asyncio.Task[None]:
+        return life.send_away(self._plan.drain_grace_s if self._plan is not None else 0.0)
 
-    async def _live(self, life: _Life) -> None:
-        leave = asyncio.create_task(life.leave.wait())
-        work = asyncio.create_task(self._run(life))
+    async def _live(self, life: Life) -> None:
+        plan = self._plan
         try:
-            await asyncio.wait({leave, work}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                fault = work.exception()
-                reason = work.result() if fault is None else repr(fault)
-                if self._manager.report_dead(life.engine_id, life.epoch, reason):
-                    log.warning("engine %s, epoch %d, is dead: %s", life.engine_id, life.epoch, reason)
-            else:
-                work.cancel()
-                await asyncio.gather(work, return_exceptions=True)
-                life.failure = "" if life.is_serving else f"engine {life.engine_id} was sent away before it was ready"
-                await self._dismiss(life)
+            await self._course.live(
+                life,
+                start_timeout_s=plan.start_timeout_s if plan is not None else None,
+                silence_s=plan.silence_s if plan is not None else math.inf,
+            )
         finally:
-            for task in (leave, work):
-                task.cancel()
-            life.process.kill()
-            life.settled.set()
             if self._lives.get(life.engine_id) is life:
                 del self._lives[life.engine_id]
-            self._changed()
 
-    async def _run(self, life: _Life) -> str:
-        """From launch to an end that nobody asked for: the reason."""
-        timeout_s = self._plan.start_timeout_s if self._plan is not None else None
-        try:
-            async with asyncio.timeout(timeout_s):  # not wait_for, which may lose a cancellation (Python 3.11)
-                started = await life.process.start()
-        except TimeoutError:
-            life.failure = (
-                f"engine {life.engine_id} was not ready within {timeout_s:g} s; on a slow machine raise "
-                "ray.engine_timeout_s"
-            )
-        except StartupError as error:
-            life.failure = f"engine {life.engine_id} cannot start: {error}"
-        except EngineLost as error:
-            life.failure = (
-                f"the process of engine {life.engine_id} ended while it started, most likely for lack of memory: "
-                f"{error}"
-            )
-        if life.failure:
-            life.settled.set()
-            return life.failure
-        with contextlib.suppress(Fenced):  # an adopted one is ready already
-            self._manager.report_ready(started.info)
-        life.started, life.is_serving = started, True
-        life.settled.set()
-        self._changed()
-        return await life.process.ended()
+    def _died(self, life: Life, reason: str) -> None:
+        sentence = f"engine {life.engine_id} (epoch {life.epoch}) died: {reason.rstrip('.')}. "
+        if self._plan is None or life.pool not in self._pools or not (life.is_serving or life.is_replacement):
+            return  # whoever launched it is told
+        if not self._plan.restarts.enabled:
+            self._tell(sentence + "Its pool goes on without it: engines.restart is off; `diptych scale` starts another")
+            return
+        wait_s = self._delay(life.engine_id, life.ready_at)
+        self._tell(sentence + f"Another one starts {f'in {wait_s:.1f} s' if wait_s else 'at once'}")
+        self._go_on(self._refill(life.pool, life.engine_id, wait_s))
 
-    async def _dismiss(self, life: _Life) -> None:
-        """The end that was asked for. What still runs after the grace ends with the sessions; routers retry it."""
-        with contextlib.suppress(Fenced):
-            self._manager.report_draining(life.engine_id, life.epoch)
-        self._changed()
-        with contextlib.suppress(EngineLost):
-            if life.is_serving:
-                if not await life.process.drain(life.grace_s):
-                    log.warning("engine %s still had requests after %g s", life.engine_id, life.grace_s)
-                await life.process.stop()
-        self._manager.report_left(life.engine_id, life.epoch)
+    def _delay(self, name: EngineId, ready_at: float | None) -> float:
+        assert self._plan is not None
+        now = asyncio.get_running_loop().time()
+        return self._restarts.delay(name, now - ready_at if ready_at else 0.0, now, self._plan.restarts)
+
+    async def _refill(self, key: tuple[str, Role], name: EngineId, wait_s: float) -> None:
+        """After `wait_s`, another engine for a pool that lacks one: by the name of the dead one, if it is free."""
+        while True:
+            await asyncio.sleep(wait_s)
+            async with self._lock:
+                pool = self._pools.get(key)
+                if self._plan is None or pool is None or len(self._present(*key)) >= pool.engines:
+                    return
+                try:
+                    self._check_more(pool, 1)
+                except StartupError as error:
+                    wait_s = self._delay(name, None)
+                    self._tell(f"engine {name} is not started again, the next try is in {wait_s:.1f} s: {error}")
+                    continue
+                is_free = all(m.state is EngineState.DEAD for m in self._manager.members() if m.engine_id == name)
+                life = self._launch(pool, name if is_free else None, is_replacement=True)
+                break
+        await life.settled.wait()
+        if not life.failure:
+            self._tell(f"engine {life.engine_id} serves again, in epoch {life.epoch}")
+
+    def _asked(self, life: Life) -> None:
+        """Its process was asked to end, not by us."""
+        if self._plan is None or life.leave.is_set():
+            return
+        self._tell(f"engine {life.engine_id} (epoch {life.epoch}) was asked to end: another one takes its place first")
+        self._go_on(self._replace_asked(life))
+
+    async def _replace_asked(self, life: Life) -> None:
+        async with self._turn:
+            done = await self._replace(life, must_end=True)
+        for sentence in done.failed:
+            self._tell(sentence)
+        self._fill_gaps()
+
+    async def _replace(self, life: Life, *, must_end: bool = False) -> Scaled:
+        """Another engine in place of one that serves, before it ends where the memory holds both.
+
+        Where it does not, the last decode engine of a pool is left alone, unless it `must_end`.
+        """
+        fresh: Life | None = None
+        async with self._lock:
+            pool = self._pools.get(life.pool)
+            if pool is None or life.is_stale or life.leave.is_set() or self._lives.get(life.engine_id) is not life:
+                return Scaled()  # it goes, or is gone: what takes its place is new
+            try:
+                self._check_more(pool, 1)
+                fresh = self._launch(pool)
+            except StartupError as error:
+                if not must_end and pool.role is Role.DECODE and len(self._present(*life.pool)) == 1:
+                    return Scaled(failed=(f"engine {life.engine_id} stays, it is the only one of its pool: {error}",))
+                leaving = self._send_away(life)
+        if fresh is None:
+            await _end_of([leaving])
+            fresh = await self._launch_one(life.pool)
+            if fresh is None:
+                return Scaled(ended=(life.engine_id,))
+            await fresh.settled.wait()
+            return replace(_told([fresh]), ended=(life.engine_id,))
+        await fresh.settled.wait()
+        if fresh.failure and not must_end:
+            return _told([fresh])
+        await self._known(self._manager.version)
+        await _end_of([self._send_away(life)])
+        return replace(_told([fresh]), ended=(life.engine_id,))
+
+    async def _launch_one(self, key: tuple[str, Role]) -> Life | None:
+        """One more, if the pool lacks any."""
+        async with self._lock:
+            pool = self._pools.get(key)
+            if pool is None or len(self._present(*key)) >= pool.engines:
+                return None
+            life = self._launch(pool, is_replacement=True)
+            self._latest.append(life)
+            return life
+
+    # ---- many lives ----
+
+    def _launch_missing(self) -> None:
+        for pool in self._pools.values():
+            for _ in range(pool.engines - len(self._present(pool.model, pool.role))):
+                self._launch(pool)
+
+    def _fill_gaps(self) -> None:
+        """What died while a pool had one more than it needed was not replaced then."""
+        if self._plan is None or not self._plan.restarts.enabled:
+            return
+        for key, pool in self._pools.items():
+            for _ in range(pool.engines - len(self._present(*key))):
+                self._go_on(self._refill(key, self._manager.free_id(pool.role), 0.0))
+
+    async def _relieve(self, stale: Sequence[Life], lives: Sequence[Life]) -> None:
+        """Stale engines end when all others serve; if one cannot start they stay."""
+        fresh = [life for life in lives if not life.is_stale]
+        await asyncio.gather(*(life.settled.wait() for life in fresh))
+        if any(life.failure for life in fresh):
+            return
+        await self._known(self._manager.version)
+        await _end_of([self._send_away(life) for life in stale])
+
+    async def _exchange_each(self, stale: Sequence[Life]) -> None:
+        """Without memory for both: those of pools that are gone end, the others one after the other."""
+        await _end_of([self._send_away(life) for life in stale if life.pool not in self._pools])
+        for life in stale:
+            if life.pool in self._pools:
+                await _end_of([self._send_away(life)])
+                if (fresh := await self._launch_one(life.pool)) is not None:
+                    await fresh.settled.wait()
+        for key, pool in list(self._pools.items()):
+            for _ in range(pool.engines - len(self._present(*key))):
+                await self._launch_one(key)
+
+    async def _even_out(self) -> None:
+        """After an earlier manager ended amid a change: the oldest beyond a pool's size go, what is missing comes."""
+        lives = list(self._lives.values())
+        await asyncio.gather(*(life.settled.wait() for life in lives))
+        async with self._lock:
+            for life in lives:
+                if life.pool not in self._pools and not life.leave.is_set():
+                    self._send_away(life)
+            for key, pool in self._pools.items():
+                present = sorted(self._present(*key), key=lambda member: member.epoch)
+                for member in present[: max(len(present) - pool.engines, 0)]:
+                    self._send_away(self._lives[member.engine_id])
+        self._fill_gaps()
 
     # ---- what there is ----
+
+    def _go_on(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # the event loop keeps no strong reference
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _tell(self, sentence: str) -> None:
+        log.warning("%s", sentence)
+        self._num_news += 1
+        self._news.append((self._num_news, sentence))
+        self._changed()
 
     async def _share_cores(self) -> None:
         """Tell the engines that serve how many cores each has now: more threads than cores is slower than fewer."""
@@ -317,16 +486,25 @@ class Pools:
             raise InvalidRequest(f"{model} has the layout colocated, which has no {role} pool", role.value)
         return self._pools[model, role]
 
+    def _keys(self, model: str | None, role: Role | None) -> list[tuple[str, Role]]:
+        if model is not None:
+            self._pool(model, role or Role.DECODE)  # raises where there is none
+        return [key for key in self._pools if model in (None, key[0]) and role in (None, key[1])]
+
+    def _key_of(self, model: str, roles: Collection[Role]) -> tuple[str, Role]:
+        """An engine of both roles belongs to the pool that there is."""
+        keys = [(model, role) for role in sorted(roles)]
+        return next((key for key in keys if key in self._pools), keys[0])
+
     def _present(self, model: str, role: Role) -> list[Member]:
         """Engines of a pool that serve or are about to."""
         return [
             member
             for member in self._manager.members()
-            if member.model == model
-            and role in member.roles
-            and member.state in (EngineState.STARTING, EngineState.READY)
+            if member.state in (EngineState.STARTING, EngineState.READY)
             and (life := self._lives.get(member.engine_id)) is not None
-            and not life.leave.is_set()
+            and life.pool == (model, role)
+            and not (life.leave.is_set() or life.is_stale)
         ]
 
     async def _least_loaded(self, members: list[Member], count: int) -> list[Member]:
@@ -346,11 +524,28 @@ class Pools:
             return -1
         return status.running + status.waiting
 
+    def _check_more(self, pool: Pool, count: int) -> None:
+        check_more(pool.template, count, self._planned(), self._pids(), self._available)
+
+    def _has_room_for_missing(self) -> bool:
+        """Beside all that serve now, the stale ones included."""
+        planned = self._planned()
+        try:
+            for key, pool in self._pools.items():
+                missing = pool.engines - len(self._present(*key))
+                if missing > 0:
+                    check_more(pool.template, missing, planned, self._pids(), self._available)
+                    planned += [pool.template] * missing
+        except StartupError:
+            return False
+        return True
+
     def _planned(self) -> list[EngineSpec]:
+        """Of the stale ones of a pool the present template stands for theirs."""
         return [
-            replace(pool.template, engine_id=member.engine_id)
-            for pool in self._pools.values()
-            for member in self._present(pool.model, pool.role)
+            replace(self._pools[life.pool].template, engine_id=life.engine_id)
+            for life in self._lives.values()
+            if life.pool in self._pools and not life.leave.is_set()
         ]
 
     def _pids(self) -> list[int]:
@@ -373,7 +568,7 @@ async def _end_of(tasks: Sequence[asyncio.Task[None]]) -> None:
         await asyncio.wait(tasks)
 
 
-def _told(lives: list[_Life]) -> Scaled:
+def _told(lives: Sequence[Life]) -> Scaled:
     return Scaled(
         started=tuple(life.started for life in lives if life.started is not None),
         failed=tuple(life.failure for life in lives if life.failure),

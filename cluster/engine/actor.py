@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from dataclasses import replace
 
-from diptych.protos.status import EngineStatus
+from diptych.cluster.control.sigterm import on_first_sigterm
+from diptych.protos.status import EngineInfo, EngineStatus
+from diptych.protos.types import Role
 
 from .spec import EngineSpec, EngineStarted
+
+UNHEARD_S = 5.0  # a manager pings more often
 
 
 class EngineActor:
@@ -22,6 +27,10 @@ class EngineActor:
         self._ended = threading.Event()
         self._starting = threading.Lock()
         self._started: EngineStarted | None = None
+        self._is_asked = False
+        self._is_taken = threading.Event()  # away, by a manager that drains it
+        self._pinged_at = time.monotonic()
+        on_first_sigterm(self._ask)
 
     def start(self) -> EngineStarted:
         """Load and listen; see Engine.start. Asked again, also by a restarted manager, it gives the same answer."""
@@ -42,15 +51,24 @@ class EngineActor:
         from .engine import Engine
 
         configure_tracing(self._spec.trace_file, self._spec.engine_id)
-        trust = trust_of(self._spec.security, fetch(GcsStore()), engine_name(self._spec.roles))
+        trust = trust_of(self._spec.security, fetch(GcsStore()), engine_name(self._spec.possible_roles))
         self._engine = Engine(self._spec, on_failure=self._fail, trust=trust)
         imports = ("imports", time.monotonic() - began)
         started = self._engine.start()
         return EngineStarted(started.info, (imports, *started.timeline))
 
-    def wait_ended(self) -> None:
-        """Returns after `stop`; raises at the caller when the process dies. The cheapest death notice that Ray has."""
-        self._ended.wait()
+    def wait_ended(self, timeout_s: float) -> bool:
+        """True after `stop`, False after `timeout_s`; raises at the caller when the process dies: the cheapest death
+        notice that Ray has.
+        """
+        return self._ended.wait(timeout_s)
+
+    def ping(self) -> bool:
+        """Answers while the process gets time. Whether it was asked to end, by SIGTERM: the manager then takes it away
+        as it does at a restart, with another engine in its place first.
+        """
+        self._pinged_at = time.monotonic()
+        return self._is_asked
 
     def status(self) -> EngineStatus:
         """A reading of the engine."""
@@ -60,8 +78,16 @@ class EngineActor:
         """The engine's share of the machine has changed; threads that the configuration names stay."""
         self._engine.set_threads(replace(self._spec, cores=cores).threads)
 
+    def set_roles(self, roles: frozenset[Role], grace_s: float) -> EngineInfo:
+        """See Engine.set_roles."""
+        info = self._engine.set_roles(roles, grace_s)
+        if self._started is not None:
+            self._started = replace(self._started, info=info)
+        return info
+
     def drain(self, grace_s: float) -> bool:
         """See Engine.drain."""
+        self._is_taken.set()
         return self._engine.drain(grace_s)
 
     def stop(self) -> None:
@@ -71,6 +97,16 @@ class EngineActor:
         self._engine.stop()
         flush_tracing()
         self._ended.set()
+
+    def _ask(self) -> None:
+        self._is_asked = True
+        threading.Thread(target=self._end_unheard, name="sigterm", daemon=True).start()
+
+    def _end_unheard(self) -> None:
+        """Without a manager nobody takes the engine away."""
+        while not self._is_taken.wait(1.0):
+            if time.monotonic() - self._pinged_at > UNHEARD_S:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _fail(self, error: BaseException) -> None:
         # An engine without its step thread is dead; the process must be, too, so that everyone learns of it at once.

@@ -22,12 +22,14 @@ from diptych.kvtransfer.send import SendDriver
 from diptych.prefill.worker import PrefillWorker
 from diptych.protos.channels import ENGINE_SERVICE, KV_SERVICE
 from diptych.protos.echo import ECHO
-from diptych.protos.ports import Clock, Runner, Worker
+from diptych.protos.faults import FaultPlan
+from diptych.protos.ports import Clock, ReceiveEvent, Runner, SendEvent, Worker
 from diptych.protos.status import EngineInfo
 from diptych.protos.step import SlotPool
 from diptych.protos.trust import Refusals, Trust
 from diptych.protos.types import Role
 
+from .faults import FaultyRunner, faulty_delivery
 from .inbox import Inbox, TransferNews
 from .outbox import Outbox
 from .spec import EngineSpec
@@ -55,7 +57,7 @@ class EngineParts:
     """An engine before its threads start."""
 
     info: EngineInfo
-    runner: Runner
+    runner: Runner  # without injected faults
     pool: BlockPool
     slots: SlotPool
     inbox: Inbox
@@ -63,6 +65,7 @@ class EngineParts:
     clock: Clock
     trust: Trust
     refused: dict[str, Refusals]  # calls, by gRPC service
+    faults: FaultPlan | None = None
     workers: dict[Role, Worker] = field(default_factory=dict)
     sender: SendDriver | None = None
     receiver: ReceiveDriver | None = None
@@ -132,6 +135,7 @@ def compose(
     brain: BrainFactory,
     mark: Callable[[str], None],
     trust: Trust | None = None,
+    faults: FaultPlan | None = None,
     clock: Clock = time.monotonic,
 ) -> EngineParts:
     """Raises StartupError when the settings leave no room for KV. `mark(name)` is called after each costly stage.
@@ -139,9 +143,10 @@ def compose(
     Without `trust` the engine talks to this process alone.
     """
     settings = spec.settings
-    slots = SlotPool(sum(_max_running(spec, role) for role in spec.roles))
+    slots = SlotPool(sum(_max_running(spec, role) for role in spec.possible_roles))
     step_tokens = max(
-        settings.prefill.step_tokens if role is Role.PREFILL else settings.decode.step_tokens for role in spec.roles
+        settings.prefill.step_tokens if role is Role.PREFILL else settings.decode.step_tokens
+        for role in spec.possible_roles
     )
     loaded = brain(spec)
     mark("weights")
@@ -166,14 +171,28 @@ def compose(
         inbox=Inbox(settings.prefill.max_waiting + settings.decode.max_waiting + slots.max_slots),
         outbox=Outbox(MAX_OUTPUTS_BEHIND),
         clock=clock,
-        trust=trust or Trust.alone(engine_name(spec.roles)),
+        trust=trust or Trust.alone(engine_name(spec.possible_roles)),
         refused={name: Refusals(f"engine {spec.engine_id} ({name})") for name in (ENGINE_SERVICE, KV_SERVICE)},
+        faults=faults,
     )
-    if Role.PREFILL in spec.roles:
+    if Role.PREFILL in spec.possible_roles:
         _add_prefill(parts, spec, arena, compat)
-    if Role.DECODE in spec.roles:
+    if Role.DECODE in spec.possible_roles:
         _add_decode(parts, spec, arena, compat)
     return parts
+
+
+def _stepper(parts: EngineParts) -> Runner:
+    return parts.runner if parts.faults is None else FaultyRunner(parts.runner, parts.faults)
+
+
+def _delivery(parts: EngineParts, role: Role) -> Callable[[SendEvent | ReceiveEvent], None]:
+    """Where a transfer driver puts its news."""
+
+    def deliver(event: SendEvent | ReceiveEvent) -> None:
+        parts.inbox.put(TransferNews(role, event))
+
+    return deliver if parts.faults is None else faulty_delivery(parts.faults, deliver)
 
 
 def _add_prefill(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: bytes) -> None:
@@ -184,12 +203,13 @@ def _add_prefill(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: b
         arena=arena,
         settings=spec.transfer,
         run_dir=spec.run_dir,
-        deliver=lambda event: parts.inbox.put(TransferNews(Role.PREFILL, event)),
+        deliver=_delivery(parts, Role.PREFILL),
         clock=parts.clock,
+        faults=parts.faults,
     )
     parts.workers[Role.PREFILL] = PrefillWorker(
         settings=spec.settings.prefill,
-        runner=parts.runner,
+        runner=_stepper(parts),
         pool=parts.pool,
         slots=parts.slots,
         sender=parts.sender,
@@ -207,13 +227,14 @@ def _add_decode(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: by
         compat=compat,
         arena=arena,
         settings=spec.transfer,
-        deliver=lambda event: parts.inbox.put(TransferNews(Role.DECODE, event)),
+        deliver=_delivery(parts, Role.DECODE),
         clock=parts.clock,
         trust=parts.trust,
+        faults=parts.faults,
     )
     parts.workers[Role.DECODE] = DecodeWorker(
         settings=spec.settings.decode,
-        runner=parts.runner,
+        runner=_stepper(parts),
         pool=parts.pool,
         slots=parts.slots,
         receiver=parts.receiver,

@@ -9,8 +9,9 @@ import asyncio
 import dataclasses
 import logging
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import grpc
@@ -18,6 +19,8 @@ import torch
 
 from diptych.cluster.control.host import free_ports
 from diptych.protos.channels import ENGINE_SERVICE, KV_SERVICE, listen, make_server
+from diptych.protos.errors import EngineFault, InvalidRequest
+from diptych.protos.faults import FaultPlan, Point, plan_of
 from diptych.protos.ports import Runner, Worker
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.step import SampleSpec, StepPlan, StepRow
@@ -25,21 +28,24 @@ from diptych.protos.trust import Trust
 from diptych.protos.types import Role
 
 from .compose import BrainFactory, EngineParts, brain_of, compose
+from .faults import pass_point
 from .loop import StepLoop
 from .session import EngineSessions
 from .spec import EngineSpec, EngineStarted
+from .stall import StallWatch
 from .thread import AsyncioThread, StepThread
 
 # The step thread holds the GIL in short pieces; with Python's 5 ms it would wait that long to get it back.
 SWITCH_INTERVAL_S = 0.0005
 STOP_TIMEOUT_S = 10.0
 WARM_UP_TOKENS = 64
+BUSY_POLL_S = 0.02
 
 log = logging.getLogger(__name__)
 
 
 class Engine:
-    """`start` once, then `stop` once. `on_failure` is called in the step thread when that thread cannot go on."""
+    """`start` once, then `stop` once. `on_failure` is called when the step thread cannot go on, or does not."""
 
     def __init__(
         self,
@@ -62,9 +68,14 @@ class Engine:
         self._server: grpc.aio.Server
         self._asyncio_thread: AsyncioThread
         self._step_thread = StepThread()
+        self._stall_watch: StallWatch
+        self._role_change = threading.Lock()
+        self._faults = plan_of(spec.faults, spec.engine_id)
 
     def start(self) -> EngineStarted:
         """Load, warm up, listen, step. Seconds to minutes. Raises StartupError and what loading raises."""
+        if self._faults is not None:
+            pass_point(self._faults, Point.ENGINE_START)
         timeline: list[tuple[str, float]] = []
         last = time.monotonic()
 
@@ -74,7 +85,8 @@ class Engine:
             timeline.append((stage, now - last))
             last = now
 
-        self._parts = parts = self._step_thread.call(partial(build, self._spec, self._brain, mark, self._trust))
+        build_parts = partial(build, self._spec, self._brain, mark, trust=self._trust, faults=self._faults)
+        self._parts = parts = self._step_thread.call(build_parts)
         self._loop = StepLoop(
             workers=parts.workers,
             inbox=parts.inbox,
@@ -87,8 +99,10 @@ class Engine:
             inbox=parts.inbox,
             outbox=parts.outbox,
             reading=self.status,
+            possible_roles=self._spec.possible_roles,
             prefix_root=parts.pool.prefix_root,
             abandon=parts.sender.abort if parts.sender is not None else None,
+            faults=self._faults,
             clock=time.monotonic,
         )
         self._asyncio_thread = AsyncioThread()
@@ -96,6 +110,10 @@ class Engine:
             parts.sender.start()
         self._asyncio_thread.call(self._listen(), STOP_TIMEOUT_S)
         self._step_thread.begin(self._run_steps)
+        self._stall_watch = StallWatch(
+            lambda: self._loop.phase, limit_s=self._spec.step_stall_s, on_stall=self._fail_stalled
+        )
+        self._stall_watch.start()
         mark("listen")
         return EngineStarted(parts.info, tuple(timeline))
 
@@ -112,6 +130,10 @@ class Engine:
                     counters[name] = counters.get(name, 0.0) + value
         busy = sender.ring_slots_busy if sender is not None else 0
         counters["engine_outputs_lost_total"] = float(self._parts.outbox.outputs_lost)
+        counters["engine_duplicate_orders_total"] = float(self._sessions.duplicates)
+        counters["engine_routers_lost_total"] = float(self._sessions.routers_lost)
+        if self._faults is not None:
+            counters |= self._faults.counters()
         counters["engine_refused_calls_total"] = float(self._parts.refused[ENGINE_SERVICE].total)
         counters["kv_refused_calls_total"] = float(self._parts.refused[KV_SERVICE].total)
         return dataclasses.replace(reading, transfers=transfers, ring_slots_busy=busy, counters=counters)
@@ -135,11 +157,41 @@ class Engine:
 
         False: some were left after `grace_s`.
         """
+        if self._faults is not None:
+            pass_point(self._faults, Point.ENGINE_DRAIN)
         self._sessions.draining = True
         deadline = time.monotonic() + grace_s
         while (busy := self._is_busy()) and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(BUSY_POLL_S)
         return not busy
+
+    def set_roles(self, roles: Collection[Role], grace_s: float) -> EngineInfo:
+        """Be a prefill engine, a decode engine or both from now on; model, KV and sessions stay. Gives the new info.
+
+        Requests of a role that goes may take `grace_s` to end; what is left ends with EngineLost, for other engines to
+        go on with. Raises InvalidRequest for a role that it cannot have. Not from the asyncio or step thread.
+        """
+        wanted, possible = frozenset(roles), self._spec.possible_roles
+        if not wanted or not wanted <= possible:
+            able = " and ".join(sorted(possible))
+            raise InvalidRequest(
+                f"engine {self._spec.engine_id} can be {able}, not {' and '.join(sorted(wanted)) or 'nothing'}"
+            )
+        with self._role_change:
+            leaving = self._sessions.info.roles - wanted
+            self._asyncio_thread.call(self._sessions.leave_roles(leaving), STOP_TIMEOUT_S)
+            deadline = time.monotonic() + grace_s
+            while any(map(self._is_busy_as, leaving)) and time.monotonic() < deadline:
+                time.sleep(BUSY_POLL_S)
+            for role in leaving:
+                self._asyncio_thread.call(self._sessions.give_away(role), STOP_TIMEOUT_S)
+            info = dataclasses.replace(self._sessions.info, roles=wanted)
+            self._asyncio_thread.call(self._sessions.take_roles(info), STOP_TIMEOUT_S)
+        return info
+
+    def _is_busy_as(self, role: Role) -> bool:
+        end = self._parts.sender if role is Role.PREFILL else self._parts.receiver
+        return bool(self._sessions.num_requests_of(role) or (end is not None and end.open_transfers))
 
     def _is_busy(self) -> bool:
         ends = (self._parts.sender, self._parts.receiver)
@@ -147,6 +199,9 @@ class Engine:
 
     def stop(self) -> None:
         """End sessions (their requests are cancelled), drivers and threads."""
+        self._stall_watch.stop()
+        if self._faults is not None:
+            self._faults.close()
         self._asyncio_thread.call(self._unlisten(), STOP_TIMEOUT_S)
         if self._parts.sender is not None:
             self._parts.sender.stop()
@@ -162,6 +217,9 @@ class Engine:
         except BaseException as exc:
             log.exception("the step thread of engine %s ends", self._spec.engine_id)
             self._on_failure(exc)
+
+    def _fail_stalled(self, seconds: float) -> None:
+        self._on_failure(EngineFault(f"a step has taken more than {seconds:.1f} s"))
 
     async def _listen(self) -> None:
         trust = self._parts.trust
@@ -180,12 +238,17 @@ class Engine:
 
 
 def build(
-    spec: EngineSpec, brain: BrainFactory, mark: Callable[[str], None], trust: Trust | None = None
+    spec: EngineSpec,
+    brain: BrainFactory,
+    mark: Callable[[str], None],
+    *,
+    trust: Trust | None = None,
+    faults: FaultPlan | None = None,
 ) -> EngineParts:
     """The parts of an engine, warm. Call it in the step thread, which alone computes. Raises what `compose` raises."""
     torch.set_num_threads(spec.threads)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    parts = compose(spec, brain=brain, mark=mark, trust=trust)
+    parts = compose(spec, brain=brain, mark=mark, trust=trust, faults=faults)
     warm_up(parts.runner, parts.info)
     mark("warm-up")
     return parts

@@ -42,6 +42,7 @@ class StepLoop:
         self._names = names
         self._stopping = threading.Event()
         self._calls: deque[Callable[[], None]] = deque()
+        self.phase = 0  # odd within a turn, see StallWatch
         self._steps = 0
         self._busy = 0.0
         self._read_at = float("-inf")
@@ -57,6 +58,7 @@ class StepLoop:
     def turn(self, wait_s: float) -> bool:
         """Take what arrives within `wait_s` seconds, then let each role step once. False: nothing happened."""
         items = self._inbox.take_all(wait_s)
+        self.phase += 1
         while self._calls:
             self._calls.popleft()()
         for item in items:
@@ -74,6 +76,7 @@ class StepLoop:
             self._read()
         if self._names is not None:
             self._tell_names(*self._names)
+        self.phase += 1
         return happened
 
     def call(self, action: Callable[[], None]) -> None:

@@ -1,17 +1,16 @@
 """The gRPC Engine service: one stream per router, every request multiplexed, one StepTokens message per step.
 
 Lives in the asyncio thread. It knows inbox, outbox and the engine's readings; of workers and devices it knows nothing.
-A broken stream cancels the requests that came through it.
+A stream that breaks, and one whose router has fallen silent, cancels the requests that came through it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
 
 import grpc
@@ -20,11 +19,21 @@ from google.protobuf.message import DecodeError
 from diptych.cluster.observability.tracing import record_phase
 from diptych.protos import codec, engine_pb2_grpc
 from diptych.protos import engine_pb2 as pb
-from diptych.protos.errors import DiptychError, EngineError, InvalidRequest, Overloaded
+from diptych.protos.errors import (
+    CapacityError,
+    DiptychError,
+    EngineError,
+    EngineLost,
+    InvalidRequest,
+    Overloaded,
+    ShuttingDown,
+)
+from diptych.protos.faults import FaultPlan
 from diptych.protos.ports import Clock
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.types import Finish, FinishReason, Role, StepOutput, TransferKey
 
+from .faults import FaultyFrames, FaultyLine
 from .inbox import CancelRequest, Inbox
 from .outbox import Outbox
 
@@ -32,6 +41,8 @@ STATUS_PERIOD_S = 0.25
 LOAD_CHECK_S = 0.05  # a change of load is told after this long at most
 MAX_FRAMES_BEHIND = 4096  # a router that reads so slowly loses its session
 MAX_NAMES_PER_FRAME = 65_536
+MAX_ENDED = 1024  # orders of a session that are known to have ended, so that a late copy of one begins nothing
+ROUTER_SILENCE_S = 3.0  # a router that pings sends something twice a second
 
 log = logging.getLogger(__name__)
 
@@ -55,20 +66,35 @@ class _Session:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     handles: dict[int, tuple[Role, TransferKey]] = field(default_factory=dict)
     failure: SessionRefused | None = None
+    ended: dict[int, TransferKey] = field(default_factory=dict)  # the last handles that were given up, and their keys
     has_names: bool = False  # told all block names, and every change since
+    pings: bool = False  # the router has shown that it pings; other callers are told by their stream's end alone
+    silent_s: float = 0.0
+    send: Callable[[pb.EngineFrame], None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.send = self.put
 
     @property
     def is_slow(self) -> bool:
         """A router that lags behind needs its tokens more than readings."""
         return len(self.frames) >= MAX_FRAMES_BEHIND // 2
 
-    def send(self, frame: pb.EngineFrame) -> None:
+    def put(self, frame: pb.EngineFrame) -> None:
+        """Send `frame`, in order; never blocks."""
         if len(self.frames) >= MAX_FRAMES_BEHIND:
             self.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "the router does not read its session")
             self.writer.cancel()  # it waits for the router to read
         else:
             self.frames.append(frame)
             self.ready.set()
+
+    def give_up(self, handle: int, key: TransferKey) -> None:
+        """The order of `handle` has ended, or was refused."""
+        self.handles.pop(handle, None)
+        self.ended[handle] = key
+        if len(self.ended) > MAX_ENDED:
+            del self.ended[next(iter(self.ended))]
 
     def fail(self, code: grpc.StatusCode, message: str) -> None:
         self.failure = self.failure or SessionRefused(code, message)
@@ -118,12 +144,15 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         inbox: Inbox,
         outbox: Outbox,
         reading: Callable[[], EngineStatus],
+        possible_roles: Collection[Role] = (),  # that it may have later; empty: the present ones
         prefix_root: bytes = b"",
         abandon: Callable[[TransferKey, DiptychError], None] | None = None,
+        faults: FaultPlan | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._abandon = abandon  # SendPort.abort, where there is one
         self._info = info
+        self._open_roles = info.roles  # those that take orders
         self._inbox = inbox
         self._outbox = outbox
         self._reading = reading
@@ -131,9 +160,12 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         self._names: set[int] = set()  # of the blocks that can be found by their prefix, as told by the step thread
         self._clock = clock
         self._sessions: set[_Session] = set()
-        self._routes: dict[Role, dict[TransferKey, _Route]] = {role: {} for role in info.roles}
+        self._routes: dict[Role, dict[TransferKey, _Route]] = {role: {} for role in possible_roles or info.roles}
         self._ticker: asyncio.Task[None] | None = None
+        self._faults = faults
         self.draining = False
+        self.duplicates = 0  # orders that came twice
+        self.routers_lost = 0  # sessions that ended because their router fell silent
 
     def attach(self, server: grpc.aio.Server) -> None:
         """Register the service; call in the asyncio thread before the server starts."""
@@ -148,6 +180,34 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             await asyncio.gather(self._ticker, return_exceptions=True)
         for session in self._sessions:
             session.fail(grpc.StatusCode.UNAVAILABLE, f"engine {self._info.ref.engine_id} is shutting down")
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine is, with its present roles."""
+        return self._info
+
+    def num_requests_of(self, role: Role) -> int:
+        """Those of one role."""
+        return len(self._routes.get(role, ()))
+
+    # Coroutines, so that they run in the asyncio thread, between two frames.
+
+    async def leave_roles(self, roles: Collection[Role]) -> None:
+        """Refuse new orders of these roles."""
+        self._open_roles = self._open_roles - frozenset(roles)
+
+    async def give_away(self, role: Role) -> None:
+        """End what is left of a role with EngineLost, so that other engines go on with it."""
+        lost = EngineLost(f"engine {self._info.ref.engine_id} is {role} no more")
+        for key, route in self._routes[role].items():
+            if route.session in self._sessions:  # what the worker still says of it reaches a handle that nobody holds
+                route.session.give_up(route.handle, key)
+                route.session.send(self._refusal(route.handle, role, lost))
+            self._inbox.put(CancelRequest(role, key))
+
+    async def take_roles(self, info: EngineInfo) -> None:
+        """The engine is what `info` says from now on."""
+        self._info, self._open_roles = info, info.roles
 
     @property
     def num_sessions(self) -> int:
@@ -202,16 +262,27 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             )
         handler = asyncio.current_task()
         assert handler is not None
-        return _Session(first.open.router_id, handler)
+        session = _Session(first.open.router_id, handler)
+        if self._faults is not None:
+            session.send = FaultyFrames(
+                self._faults,
+                router=session.router_id,
+                line=FaultyLine(session.put, asyncio.get_running_loop().call_later),
+                fail=lambda: session.fail(grpc.StatusCode.UNAVAILABLE, "injected fault"),
+            )
+        return session
 
     async def _read(self, session: _Session, frames: AsyncIterator[pb.RouterFrame]) -> None:
         try:
             async for frame in frames:
+                session.silent_s = 0.0
                 match frame.WhichOneof("frame"):
                     case "submit":
                         self._submit(session, frame.submit)
                     case "cancel":
                         self._cancel(session, frame.cancel)
+                    case "ping":
+                        session.pings = True
                     case other:
                         raise SessionRefused(grpc.StatusCode.INVALID_ARGUMENT, f"unexpected frame {other}")
         except SessionRefused as refused:
@@ -224,9 +295,10 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             session.ready.set()
 
     def _submit(self, session: _Session, msg: pb.Submit) -> None:
-        if msg.handle in session.handles:
-            raise SessionRefused(grpc.StatusCode.INVALID_ARGUMENT, f"handle {msg.handle} is in use")
         role = Role.PREFILL if msg.phase == pb.PHASE_PREFILL else Role.DECODE
+        if self._is_duplicate(session, msg, role):
+            self.duplicates += 1
+            return
         try:
             order = codec.order_from_pb(msg, self._clock())
             key = order.request.key
@@ -234,17 +306,31 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
                 raise EngineError(f"engine {self._info.ref.engine_id} has no {role} worker")
             if key in self._routes[role]:
                 raise InvalidRequest(f"{key} is in work already", "transfer_id")
+            if role not in self._open_roles:
+                raise ShuttingDown(f"engine {self._info.ref.engine_id} takes no new {role} requests")
             if self.draining:
-                raise Overloaded(f"engine {self._info.ref.engine_id} takes no new requests: it is shutting down")
+                raise ShuttingDown(f"engine {self._info.ref.engine_id} takes no new requests: it is shutting down")
             if not self._inbox.try_put(order):
                 raise Overloaded(f"the inbox of engine {self._info.ref.engine_id} is full")
         except DiptychError as error:
-            if isinstance(error, Overloaded) and role is Role.PREFILL and self._abandon is not None:
-                self._abandon(key, error)  # else the decode engine would wait for it as long as a lease lasts
+            if isinstance(error, CapacityError):  # a copy of the order must not find room where this one did not
+                session.give_up(msg.handle, key)
+                if role is Role.PREFILL and self._abandon is not None:
+                    self._abandon(key, error)  # else the decode engine would wait for it as long as a lease lasts
             session.send(self._refusal(msg.handle, role, error))
             return
         session.handles[msg.handle] = (role, key)
         self._routes[role][key] = _Route(session, msg.handle, order.request.traceparent, time.time_ns())
+
+    def _is_duplicate(self, session: _Session, msg: pb.Submit, role: Role) -> bool:
+        """Whether this order came before. One that has ended since does not begin again."""
+        key = TransferKey(msg.transfer_id, msg.attempt)
+        live = session.handles.get(msg.handle)
+        if live is None:
+            return session.ended.get(msg.handle) == key
+        if live != (role, key):
+            raise SessionRefused(grpc.StatusCode.INVALID_ARGUMENT, f"handle {msg.handle} is in use")
+        return True
 
     def _cancel(self, session: _Session, msg: pb.Cancel) -> None:
         try:
@@ -303,7 +389,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             ended = routes.pop(finish.key, None)
             if ended is None:
                 continue
-            ended.session.handles.pop(ended.handle, None)
+            ended.session.give_up(ended.handle, finish.key)
             engine = self._info.ref.engine_id
             record_phase(finish, ended.traceparent, engine, ended.started_ns, time.time_ns())
             if ended.session in self._sessions:
@@ -332,19 +418,34 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
 
     async def _tell_status(self) -> None:
         """To every session, each STATUS_PERIOD_S and soon after a change of load."""
-        told: tuple[int, int] | None = None
-        for tick in itertools.count():
+        loop = asyncio.get_running_loop()
+        told, told_at = (-1, -1), 0.0
+        while True:
+            began = loop.time()
             await asyncio.sleep(LOAD_CHECK_S)
+            now = loop.time()
+            # Time that this process itself did not get, be it stopped or starved, is no router's silence.
+            self._end_silent(min(now - began, 2 * LOAD_CHECK_S))
             self._tell_names()
             reading = self._reading()
             load = (reading.running, reading.waiting)
-            if load == told and tick % round(STATUS_PERIOD_S / LOAD_CHECK_S):
+            if load == told and now - told_at < STATUS_PERIOD_S - LOAD_CHECK_S / 2:
                 continue
-            told = load
+            told, told_at = load, now
             frame = pb.EngineFrame(status=codec.status_to_pb(reading))
             for session in self._sessions:
                 if not session.is_slow:
                     session.send(frame)
+
+    def _end_silent(self, elapsed_s: float) -> None:
+        for session in self._sessions:
+            if session.pings and session.failure is None:
+                session.silent_s += elapsed_s
+                if session.silent_s > ROUTER_SILENCE_S:
+                    self.routers_lost += 1
+                    log.warning("router %s fell silent; its requests are cancelled", session.router_id)
+                    session.fail(grpc.StatusCode.UNAVAILABLE, "the router fell silent")
+                    session.writer.cancel()  # it may wait for a router that reads nothing either
 
     def _tell_names(self) -> None:
         """What the prefix index gained and lost since the last time, to every session; all of it to a new one."""

@@ -10,6 +10,7 @@ from diptych.cluster.config import ModelSettings, SecuritySettings
 from diptych.cluster.models import ModelFacts
 from diptych.kvtransfer.layout import KvLayout
 from diptych.protos.errors import StartupError
+from diptych.protos.faults import FaultSettings
 from diptych.protos.settings import KvSettings, TransferSettings
 from diptych.protos.status import EngineInfo
 from diptych.protos.types import EngineId, EngineRef, Role
@@ -17,11 +18,15 @@ from diptych.protos.types import EngineId, EngineRef, Role
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """Everything that `compose` needs. `dtype` is decided (never auto); paths are absolute."""
+    """Everything that `compose` needs. `dtype` is decided (never auto); paths are absolute.
+
+    The arena's size and all else that a pool sets are those of the roles at birth, whatever roles come later.
+    """
 
     engine_id: EngineId
     epoch: int
     roles: frozenset[Role]
+    more_roles: frozenset[Role] = frozenset()  # that it can take later, without loading the model again
     model: str
     settings: ModelSettings
     transfer: TransferSettings
@@ -36,6 +41,13 @@ class EngineSpec:
     cores: int = 0  # this engine's share of the machine; 0: all that the process may use
     trace_file: Path | None = None
     degraded: tuple[str, ...] = ()
+    faults: FaultSettings = field(default_factory=FaultSettings)
+    step_stall_s: float = 60.0  # a step that takes longer ends the engine
+
+    @property
+    def possible_roles(self) -> frozenset[Role]:
+        """What `Engine.set_roles` may ask for."""
+        return self.roles | self.more_roles
 
     @property
     def kv(self) -> KvSettings:

@@ -82,6 +82,30 @@ ROUTER_METRICS: dict[str, MetricSpec] = {
     "retries": MetricSpec(
         "diptych_retries_total", "counter", "Further attempts, by the error before", ("model", "code")
     ),
+    "migrations": MetricSpec(
+        "diptych_migrations_total",
+        "counter",
+        "Answers that lost an engine after their first token: done (they went on elsewhere) or failed, by the error",
+        ("model", "outcome", "cause"),
+    ),
+    "recovery": MetricSpec(
+        "diptych_recovery_seconds",
+        "histogram",
+        "From a failed attempt to the next token, of requests that went on",
+        ("model",),
+    ),
+    "retry_budget_refused": MetricSpec(
+        "diptych_retry_budget_refused_total",
+        "counter",
+        "Requests that failed because their tenant's retry budget was used up",
+        ("model", "tenant"),
+    ),
+    "disagreements": MetricSpec(
+        "diptych_disagreements_total", "counter", "Answers of which two engines told different tokens"
+    ),
+    "quarantined": MetricSpec(
+        "diptych_quarantined_total", "counter", "Requests refused from then on because engines died with them"
+    ),
     "refused": MetricSpec(
         "diptych_listener_refused_total",
         "counter",
@@ -146,6 +170,10 @@ ENGINE_COUNTERS: dict[str, str] = {
     "kv_refused_attachments_total": "Attachments to the staging ring turned away: without an invitation",
     "kv_thread_faults_total": "Exceptions in the transfer thread",
     "kv_transport_downgrades_total": "Pairs that fell back to a slower transport",
+    "kv_probe_failures_total": "Transports left before their first use: altered bytes, or slow",
+    "kv_pair_probed_mib_s": "Speed of the last pair formed, in MiB/s, by a read of known bytes",
+    "kv_pairs_lost_total": "Pairs given up because the other engine was silent",
+    "kv_transports_blamed_total": "Transports left because they altered bytes",
     "kv_pairs_shm_total": "Pairs formed over shared memory",
     "kv_pairs_grpc_total": "Pairs formed over gRPC",
 }

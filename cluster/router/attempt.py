@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 
-from diptych.protos.errors import DeadlineExceeded, DiptychError
+from diptych.protos.errors import DeadlineExceeded, DiptychError, EngineLost
+from diptych.protos.lifecycle import finish_reason
 from diptych.protos.types import (
     DecodeOrder,
+    EngineRef,
     Finish,
     FinishReason,
     GenerateRequest,
@@ -47,7 +49,9 @@ class Attempt:
         self.placement = placement
         wants_prompt = request.sampling.prompt_logprobs is not None
         self.merge = TokenMerge(
-            has_prefill=prefill is not None, prompt_logprobs=len(request.prompt) - 1 if wants_prompt else 0
+            has_prefill=prefill is not None,
+            prompt_logprobs=len(request.prompt) - 1 if wants_prompt else 0,
+            emitted=request.resume,
         )
         self._prefill = prefill
         self._decode = decode
@@ -62,12 +66,19 @@ class Attempt:
         """Tell both engines at once. Raises EngineLost, Overloaded."""
         # Decode first: when its engine is lost, the prefill engine never hears of the request.
         wanted = DecodeOrder(request=self.request, prefill=self.placement.prefill, allow_local_prefill=True)
-        self._handles.append((self._decode, self._decode.submit(wanted, self)))
+        self._submit(Role.DECODE, self._decode, wanted)
         if self._prefill is not None:
             order = PrefillOrder(request=self.request, decode=self.placement.decode)
-            self._handles.append((self._prefill, self._prefill.submit(order, self)))
+            self._submit(Role.PREFILL, self._prefill, order)
         if timeout_s is not None:
             self._deadline = asyncio.get_running_loop().call_later(max(timeout_s, 0), self._expire)
+
+    def _submit(self, role: Role, session: EngineSession, order: PrefillOrder | DecodeOrder) -> None:
+        try:
+            self._handles.append((session, session.submit(order, self)))
+        except DiptychError:
+            self.merge.blame = role
+            raise
 
     async def next(self) -> list[int]:
         """New tokens in order; empty once, when the attempt is over. Raises what ended it."""
@@ -76,11 +87,14 @@ class Attempt:
             if tokens := self.merge.take():
                 return tokens
             if self.merge.error is not None:
-                raise self.merge.error
+                if (reason := self._whole()) is None:
+                    raise self.merge.error
+                self.merge.conclude(self._end(reason, len(self.merge.tokens)))
             if self.merge.finish is not None:
                 return []
             lost = self.merge.over.get(Role.PREFILL)
             if isinstance(lost, DiptychError) and not self.merge.has_begun and not self._is_last:
+                self.merge.blame = Role.PREFILL
                 raise lost
             if self._is_late:
                 raise DeadlineExceeded("the request's deadline passed")
@@ -88,7 +102,7 @@ class Attempt:
 
     async def linger(self) -> None:
         """Wait a moment for the prefill engine's report, after the end."""
-        if self._prefill is None or Role.PREFILL in self.merge.over:
+        if self._prefill is None or not self._prefill.is_ready or Role.PREFILL in self.merge.over:
             return
         try:
             async with asyncio.timeout(LINGER_S):
@@ -97,18 +111,33 @@ class Attempt:
         except TimeoutError:
             pass
 
-    def failed_engines(self) -> set[str]:
-        """Whom another attempt should avoid: the prefill engine when that one was lost, else the decode engine."""
-        engine, over = self._decode, self.merge.over
-        if self._prefill is not None and self._decode.is_ready and Role.DECODE not in over:
-            is_lost = not self._prefill.is_ready or isinstance(over.get(Role.PREFILL), DiptychError)
-            engine = self._prefill if is_lost else self._decode
-        return {engine.info.ref.engine_id}
+    @property
+    def engines(self) -> list[EngineRef]:
+        """The one or two of the placement."""
+        placement = self.placement
+        return [placement.decode] if placement.prefill is None else [placement.prefill, placement.decode]
+
+    def failed_engines(self) -> set[EngineRef]:
+        """Whom another attempt should avoid: who is not connected, and who ended its part with the attempt's error."""
+        return {
+            session.info.ref for role, session in self._sessions() if not session.is_ready or role is self.merge.blame
+        }
+
+    def killed(self) -> EngineRef | None:
+        """The engine that died at work on this attempt, as far as the stream to it shows; the decode engine first."""
+        for role, session in self._sessions():
+            if isinstance(self.merge.over.get(role), EngineLost) and session.is_loss_a_death:
+                return session.info.ref
+        return None
+
+    def _sessions(self) -> list[tuple[Role, EngineSession]]:
+        prefill = [] if self._prefill is None else [(Role.PREFILL, self._prefill)]
+        return [(Role.DECODE, self._decode), *prefill]
 
     def stop(self, num_tokens: int) -> None:
         """The answer is complete after `num_tokens`: the decode engine may stop, and the end counts as an engine's."""
         self._decode.cancel(self.request.key)
-        self.merge.stop(Finish(key=self.request.key, role=Role.DECODE, reason=FinishReason.STOP, num_tokens=num_tokens))
+        self.merge.stop(self._end(FinishReason.STOP, num_tokens))
 
     def close(self) -> None:
         """Cancel on every engine that has not ended its part; idempotent."""
@@ -136,6 +165,22 @@ class Attempt:
         """Sink: one engine's part is over."""
         self.merge.end(role, outcome)
         self._wake()
+
+    def _end(self, reason: FinishReason, num_tokens: int) -> Finish:
+        return Finish(key=self.request.key, role=Role.DECODE, reason=reason, num_tokens=num_tokens)
+
+    def _whole(self) -> FinishReason | None:
+        """Why nothing can follow the tokens that came, by the rule that the engines follow."""
+        tokens = self.merge.tokens
+        if not self.merge.has_begun:
+            return None
+        return finish_reason(
+            self.request.sampling,
+            tokens[-1],
+            num_generated=len(tokens),
+            num_prompt=len(self.request.prompt),
+            max_context_tokens=self._decode.info.max_context_tokens,
+        )
 
     def _expire(self) -> None:
         self._is_late = True

@@ -32,7 +32,7 @@ class Explanation:
     reason: FinishReason
     num_tokens: int
     cached_tokens: int  # of the prompt, that no engine had to compute for this request
-    attempts: int
+    attempts: int  # placements up to the first token
     policy: str  # that chose the engines: the configured one, or `pin`
     choice: str  # why these engines, in words
     path: str  # `pd`: prompt and answer on two engines; `local`: both on the decode engine
@@ -49,6 +49,17 @@ class Explanation:
     transfer_s: float
     transport: str
     preemptions: int  # times that an engine took the request's blocks away and computed it again
+    migrations: int = 0  # times that it went on elsewhere after its first token; the engines are the last ones
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """One time that the stream to an engine broke. `cause`: see session.LossCause; `at_unix` in seconds."""
+
+    engine: str
+    epoch: int
+    at_unix: float
+    cause: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,15 @@
 
 prefill engine:  the prompt's logprobs, 0, then HANDOFF (decode goes on) or STOP/LENGTH (token 0 was the last)
 decode engine:   1, 2, 3, ... then STOP/LENGTH; also the prompt's logprobs and 0 when it computed the prompt itself
+
+An answer that was moved begins at the number of its tokens that exist already; 0 above stands for that one.
 """
 
 from __future__ import annotations
 
-from diptych.protos.errors import DiptychError, EngineFault, EngineLost, error_from_code
+from collections.abc import Sequence
+
+from diptych.protos.errors import DiptychError, Disagreement, EngineFault, EngineLost, error_from_code
 from diptych.protos.types import Finish, FinishReason, Role, TokenLogprobs
 
 MAX_EARLY = 65_536  # tokens that wait for an earlier one; a healthy engine leaves none
@@ -17,16 +21,18 @@ class TokenMerge:
     """Feed events as they come, in any order; then `settle`, `take` and look at `finish` and `error`.
 
     At most one of `finish` and `error` is ever set, and once. `prompt_logprobs` is how many of the prompt's tokens must
-    be told before the first token is given out.
+    be told before the first token is given out. `emitted` were taken from an earlier attempt: they are not given out,
+    and no engine may contradict them.
     """
 
-    def __init__(self, *, has_prefill: bool, prompt_logprobs: int = 0) -> None:
-        self.tokens: list[int] = []
+    def __init__(self, *, has_prefill: bool, prompt_logprobs: int = 0, emitted: Sequence[int] = ()) -> None:
+        self.tokens: list[int] = list(emitted)
         self.finish: Finish | None = None
         self.error: DiptychError | None = None
+        self.blame: Role | None = None  # whose engine `error` comes from, where it is one's
         self.over: dict[Role, Finish | DiptychError] = {}
         self._early: dict[int, int] = {}
-        self._taken = 0
+        self._begin = self._taken = len(self.tokens)
         self._roles = (Role.PREFILL, Role.DECODE) if has_prefill else (Role.DECODE,)
         self._logprobs: dict[int, TokenLogprobs] = {}  # by index, of tokens not taken
         self._prompt: dict[int, TokenLogprobs] = {}  # by position
@@ -40,7 +46,7 @@ class TokenMerge:
     @property
     def has_begun(self) -> bool:
         """Whether there is, or was, something to take."""
-        return bool(self.tokens) and len(self._prompt) == self._num_prompt
+        return len(self.tokens) > self._begin and len(self._prompt) == self._num_prompt
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs]:
@@ -55,13 +61,13 @@ class TokenMerge:
             self._logprobs.setdefault(index, logprobs)
         if index < len(self.tokens):
             if self.tokens[index] != token:
-                self._fail(EngineFault(f"two engines disagree about token {index} of this answer"))
+                self._fail(Disagreement(f"two engines disagree about token {index} of this answer"))
         elif index == len(self.tokens):
             self.tokens.append(token)
             while self._early and len(self.tokens) in self._early:
                 self.tokens.append(self._early.pop(len(self.tokens)))
         elif self._early.setdefault(index, token) != token:
-            self._fail(EngineFault(f"an engine changed token {index} of this answer"))
+            self._fail(Disagreement(f"an engine changed token {index} of this answer"))
         elif len(self._early) > MAX_EARLY:
             self._fail(EngineFault(f"token {len(self.tokens)} of this answer is missing"))
 
@@ -80,6 +86,10 @@ class TokenMerge:
         """The router itself ends the answer."""
         if not self.is_over:
             self.finish = finish
+
+    def conclude(self, finish: Finish) -> None:
+        """All tokens had come when the engines failed: their end is the answer's."""
+        self.error, self.finish = None, finish
 
     def take(self) -> list[int]:
         """Tokens in order since the last call; none beyond the end that an engine named."""
@@ -104,23 +114,25 @@ class TokenMerge:
                 return
         prefill, decode = self.over.get(Role.PREFILL), self.over.get(Role.DECODE)
         if isinstance(decode, DiptychError):
-            self._fail(decode)
+            self._fail(decode, Role.DECODE)
         elif decode is not None and decode.reason is FinishReason.ERROR:
-            self._fail(error_from_code(decode.error_code, decode.error_message))
+            self._fail(error_from_code(decode.error_code, decode.error_message), Role.DECODE)
         elif len(self.over) == len(self._roles):
             missing = "the whole answer" if is_told else "the prompt's logprobs"
-            self._fail(_cause(prefill) or EngineLost(f"the engines ended without {missing}"))
+            cause = _cause(prefill)
+            error = cause or EngineLost(f"the engines ended without {missing}")
+            self._fail(error, Role.PREFILL if cause is not None else Role.DECODE)
         elif _handed_over(prefill) and not is_told:  # decode knows tokens only
-            self._fail(EngineLost("the prefill engine handed over without the prompt's logprobs"))
-        elif prefill is not None and not self.tokens and (self._early or _handed_over(prefill)):
-            self._fail(_cause(prefill) or EngineLost("the first token was lost with its engine"))
+            self._fail(EngineLost("the prefill engine handed over without the prompt's logprobs"), Role.PREFILL)
+        elif prefill is not None and len(self.tokens) == self._begin and (self._early or _handed_over(prefill)):
+            self._fail(_cause(prefill) or EngineLost("the first token was lost with its engine"), Role.PREFILL)
 
     def _is_reached(self, end: Finish) -> bool:
         return end.reason in _ENDS and len(self.tokens) >= end.num_tokens
 
-    def _fail(self, error: DiptychError) -> None:
+    def _fail(self, error: DiptychError, blame: Role | None = None) -> None:
         if not self.is_over:
-            self.error = error
+            self.error, self.blame = error, blame
 
 
 def _handed_over(outcome: Finish | DiptychError | None) -> bool:

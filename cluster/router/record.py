@@ -26,6 +26,11 @@ class CallRecord:
         self.num_tokens = 0
         self.queue_s = 0.0
         self.ttft_s = 0.0
+        self.tries = 0  # further placements before the first token
+        self.moves = 0  # and after it
+        self._failed_at: float | None = None  # the attempt before, while no token came since
+        self._lost_code = ""  # its error, if the client had tokens by then
+        self._cached: int | None = None  # prompt tokens in the caches of the first engines, once it was moved
         self._metrics = metrics
         self._call = call
         self._tenant = tenant
@@ -63,9 +68,27 @@ class CallRecord:
         """No engines were chosen."""
         self._metrics.counters["decisions"].labels(self._call.model, "reject", reason).inc()
 
+    def interrupted(self, attempt: Attempt, code: str) -> None:
+        """An attempt failed with `code`; another one may follow."""
+        self._failed_at = self._clock()
+        if self.num_tokens:
+            self._lost_code = code
+            if self._cached is None:
+                self._cached = _cached(*(_report(attempt, role) for role in (Role.PREFILL, Role.DECODE)))
+
+    def again(self) -> None:
+        """Another attempt does follow."""
+        if self.num_tokens:
+            self.moves += 1
+        else:
+            self.tries += 1
+
     def tokens(self, count: int) -> None:
         """So many tokens go to the client now."""
         now, before = self._clock(), self.num_tokens
+        if self._failed_at is not None:
+            self._metrics.histograms["recovery"].labels(self._call.model).observe(now - self._failed_at)
+            self._moved("done")
         self.num_tokens += count
         if before == 0:
             self.ttft_s = now - self._begin
@@ -81,6 +104,7 @@ class CallRecord:
         """The call has its whole answer."""
         explanation = self._explain(attempt, decision)
         self.outcome = "ok"
+        self._moved("done")
         self._explanation = explanation
         model = self._call.model
         counters = self._metrics.counters
@@ -105,6 +129,8 @@ class CallRecord:
     def close(self, span: trace.Span) -> None:
         """The call is over, however it ended."""
         model = self._call.model
+        if self.outcome != "cancelled":
+            self._moved("failed")
         self._metrics.counters["requests"].labels(model, self._tenant, self.outcome).inc()
         if self._is_admitted:
             self._metrics.gauges["in_flight"].labels(model).dec()
@@ -115,9 +141,16 @@ class CallRecord:
             span.set_attribute("output_tokens", self.num_tokens)
             told = self._explanation
             if told is not None:
-                names = ("prefill_engine", "decode_engine", "attempts", "cached_tokens", "transfer_bytes", "transport")
-                span.set_attributes({name: getattr(told, name) for name in (*names, "path", "choice")})
+                names = ("prefill_engine", "decode_engine", "attempts", "migrations", "cached_tokens")
+                more = ("transfer_bytes", "transport", "path", "choice")
+                span.set_attributes({name: getattr(told, name) for name in names + more})
         span.end()
+
+    def _moved(self, outcome: str) -> None:
+        """What was interrupted has come to something."""
+        self._failed_at, code, self._lost_code = None, self._lost_code, ""
+        if code:
+            self._metrics.counters["migrations"].labels(self._call.model, outcome, code).inc()
 
     def _histogram(self, name: str, seconds: float) -> None:
         self._metrics.histograms[name].labels(self._call.model, self._tenant, self._path).observe(seconds)
@@ -133,8 +166,9 @@ class CallRecord:
         return Explanation(
             reason=end.reason,
             num_tokens=end.num_tokens,
-            cached_tokens=max(prefill.cached_tokens, decode.cached_tokens if not decode.transfer_bytes else 0),
-            attempts=attempt.request.key.attempt + 1,
+            cached_tokens=self._cached if self._cached is not None else _cached(prefill, decode),
+            attempts=self.tries + 1,
+            migrations=self.moves,
             policy=decision.policy,
             choice=decision.choice,
             path=decision.path,
@@ -152,6 +186,10 @@ class CallRecord:
             transport=decode.transport or prefill.transport,
             preemptions=prefill.preemptions + decode.preemptions,
         )
+
+
+def _cached(prefill: Finish, decode: Finish) -> int:
+    return max(prefill.cached_tokens, decode.cached_tokens if not decode.transfer_bytes else 0)
 
 
 def _report(attempt: Attempt, role: Role) -> Finish:

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from diptych.cluster.config import LimitSettings, PlacementSettings, RouterSettings, TenantSettings
+from diptych.cluster.config import LimitSettings, RouterSettings, TenantSettings
 from diptych.protos.types import Role, SamplingParams
 
 from .call import Explanation, GenerateCall, TokenDelta
@@ -82,10 +82,11 @@ async def rig(
     *,
     step_s: float = 0.0,
     tokens_per_step: int = 1,
-    placement: PlacementSettings | None = None,
-    max_attempts: int = 3,
+    **router_settings: object,
 ) -> AsyncIterator[Rig]:
-    """Everything started and connected; afterwards nothing may be in flight any more."""
+    """Everything started and connected; afterwards nothing may be in flight any more. Further keywords are the
+    router's settings.
+    """
     async with AsyncExitStack() as stack:
         engines = {}
         for name, role in roles.items():
@@ -96,13 +97,12 @@ async def rig(
             stack.push_async_callback(engine.stop)
             engines[name] = engine
         directory = StaticDirectory([engine.info for engine in engines.values()])
-        settings = RouterSettings(
-            limits=LimitSettings(request_timeout_s=30),
-            connect_timeout_s=2,
-            placement=placement or PlacementSettings(),
-            max_attempts=max_attempts,
-            tenants={"gold": TenantSettings(weight=4)},
-        )
+        plain = {
+            "limits": LimitSettings(request_timeout_s=30),
+            "connect_timeout_s": 2,
+            "tenants": {"gold": TenantSettings(weight=4)},
+        }
+        settings = RouterSettings.model_validate(plain | router_settings)
         router = Router(directory=directory, settings=settings)
         await router.start()
         stack.push_async_callback(router.stop)
@@ -111,3 +111,4 @@ async def rig(
         yield made
         await until(lambda: router.in_flight == {} and router.admission.running == 0)
         assert all(session.in_flight == 0 for session in router.view.sessions())
+        assert router.recovery.num_unproven == 0

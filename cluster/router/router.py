@@ -5,53 +5,42 @@ Called by cluster/api. Knows nothing of HTTP and text. Every call ends in one de
 
 from __future__ import annotations
 
-import os
+import random
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from opentelemetry import trace
 
 from diptych.cluster.config import RouterSettings
 from diptych.cluster.observability.metrics import EngineReading, RouterMetrics
 from diptych.cluster.observability.tracing import context_from, traceparent_of
-from diptych.protos.errors import CapacityError, DeadlineExceeded, DiptychError, EngineLost
+from diptych.protos.errors import DeadlineExceeded, DiptychError, EngineLost
+from diptych.protos.faults import FaultPlan, Point
 from diptych.protos.status import EngineDirectory
-from diptych.protos.trust import Trust
-from diptych.protos.types import GenerateRequest, Role, TransferKey
+from diptych.protos.trust import ROUTER, Trust
+from diptych.protos.types import EngineRef, GenerateRequest, Role, TransferKey
 
 from .admission import Admission
 from .attempt import Attempt
-from .call import Explanation, GenerateCall, TokenDelta
+from .call import Explanation, GenerateCall, Loss, TokenDelta
 from .estimate import PairMeter
+from .faults import pass_point
 from .mirror import PromptNames
 from .placement import Ask, Decision, EngineLoad
 from .policies.configured import placer_of
 from .record import CallRecord
-from .view import ClusterView
+from .recovery import Recovery, Work
+from .session import EngineSession, SessionTerms
+from .view import COMEBACK_S, ClusterView, SessionFactory
 
 __all__ = ["Explanation", "GenerateCall", "Router", "TokenDelta"]
 
 KEPT_EXPLANATIONS = 16
+KEPT_LOSSES = 64
 _TRACER = trace.get_tracer("diptych.router")
-
-
-@dataclass(slots=True)
-class _Work:
-    """One call on its way through its attempts."""
-
-    call: GenerateCall
-    request: GenerateRequest
-    ask: Ask
-    record: CallRecord
-    deadline: float
-    avoid: set[str] = field(default_factory=set)  # engines that failed it
-
-    @property
-    def attempt(self) -> int:
-        return self.request.key.attempt
 
 
 class Router:
@@ -64,33 +53,41 @@ class Router:
         settings: RouterSettings,
         metrics: RouterMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
-        entropy: Callable[[int], bytes] = os.urandom,
+        rng: random.Random | None = None,
         trust: Trust | None = None,
+        connect: SessionFactory = EngineSession,
+        faults: FaultPlan | None = None,
     ) -> None:
-        """Without `trust` it reaches engines of this process only, or servers that ask for no proof."""
+        """Without `trust` it reaches engines of this process only, or servers that ask for no proof. `rng` names the
+        router and its requests: the operating system's, unless a run is to be repeated. `connect` makes the sessions.
+        """
         self.settings = settings
         self.metrics = metrics or RouterMetrics()
-        self.router_id = f"router-{entropy(6).hex()}"
+        self._rng = rng or random.SystemRandom()
+        self.router_id = f"router-{self._rng.randbytes(6).hex()}"
         self._clock = clock
-        self._entropy = entropy
+        self._faults = faults
         self._pairs = PairMeter()
         self._placer = placer_of(settings.placement, pairs=self._pairs, clock=clock)
         limits = settings.limits
         self.admission = Admission(max_running=limits.max_running, max_waiting=limits.max_waiting, clock=clock)
-        self.view = ClusterView(
-            directory,
+        terms = SessionTerms(
             router_id=self.router_id,
             connect_timeout_s=settings.connect_timeout_s,
+            silence_s=settings.silence_s,
+            faults=faults,
             clock=clock,
-            on_loss=lambda engine: self.metrics.counters["sessions_lost"].labels(engine).inc(),
-            trust=trust,
+            trust=trust or Trust.alone(ROUTER),
         )
+        self.view = ClusterView(directory, terms, on_loss=self._lost, connect=connect)
+        self.recovery = Recovery(settings, view=self.view, metrics=self.metrics, clock=clock, rng=self._rng)
         self.metrics.add_engines(self._readings)
         self.metrics.gauges["running_limit"].set(limits.max_running)
         self.metrics.gauges["waiting_limit"].set(limits.max_waiting)
         self.metrics.gauges["waiting"].set_function(lambda: self.admission.waiting)
         self._in_flight: dict[str, int] = {}
         self.recent: deque[Explanation] = deque(maxlen=KEPT_EXPLANATIONS)  # of answered requests, newest last
+        self.losses: deque[Loss] = deque(maxlen=KEPT_LOSSES)  # of engines, newest last
 
     async def start(self) -> None:
         """Follow the directory and dial the engines."""
@@ -115,16 +112,16 @@ class Router:
         """The answer's tokens as they come. Close the generator to cancel: both engines are told. Send True to end the
         answer after the tokens received so far (a stop string): the reply is the delta with `finish`.
 
-        Raises Overloaded, DeadlineExceeded, or what ended the last attempt; a retry is tried only while nothing was
-        yielded.
+        Raises Overloaded, DeadlineExceeded, Quarantined, or what ended the last attempt. An attempt that fails after
+        tokens were yielded is followed by one that goes on behind them: none is lost, none comes twice.
         """
+        self.recovery.quarantine.check(call)
         limit = self.settings.limits.request_timeout_s
         timeout_s = limit if call.timeout_s is None else min(call.timeout_s, limit)
         deadline = self._clock() + timeout_s
         span = _TRACER.start_span("router", context_from(call.traceparent), attributes={"model": call.model})
-        tenant = call.tenant if call.tenant in self.settings.tenants else "other"
-        record = CallRecord(self.metrics, call, tenant=tenant, clock=self._clock)
-        work = self._work(call, deadline, traceparent_of(span) or call.traceparent, record)
+        work = self._work(call, deadline, traceparent_of(span) or call.traceparent)
+        record = work.record
         try:
             await self._enter(work, span)
             self._in_flight[call.model] = self._in_flight.get(call.model, 0) + 1
@@ -144,7 +141,7 @@ class Router:
         finally:
             record.close(span)
 
-    async def _enter(self, work: _Work, span: trace.Span) -> None:
+    async def _enter(self, work: Work, span: trace.Span) -> None:
         try:
             with _TRACER.start_span("queue", trace.set_span_in_context(span)):
                 await self.admission.enter(work.request)
@@ -152,10 +149,13 @@ class Router:
             work.record.refused(exc.code)
             raise
         work.record.admitted()
+        self.recovery.budget.admitted(work.tenant)
 
-    def _work(self, call: GenerateCall, deadline: float, traceparent: str, record: CallRecord) -> _Work:
+    def _work(self, call: GenerateCall, deadline: float, traceparent: str) -> Work:
+        tenant = call.tenant if call.tenant in self.settings.tenants else "other"
+        record = CallRecord(self.metrics, call, tenant=tenant, clock=self._clock)
         request = GenerateRequest(
-            key=TransferKey(self._entropy(16)),
+            key=TransferKey(self._rng.randbytes(16)),
             prompt=call.prompt,
             sampling=call.sampling,
             salt=call.salt,
@@ -171,19 +171,28 @@ class Router:
             session=(call.tenant, call.session) if call.session else None,
             reads_cache=call.sampling.prompt_logprobs is None,
         )
-        return _Work(call, request, ask, record, deadline)
+        return Work(call, request, ask, record, deadline, tenant)
 
     def _weight(self, tenant: str) -> float:
         known = self.settings.tenants.get(tenant)
         return known.weight if known is not None else 1.0
 
-    async def _attempts(self, work: _Work) -> AsyncGenerator[TokenDelta, bool | None]:
-        record, sampling = work.record, work.request.sampling
+    async def _attempts(self, work: Work) -> AsyncGenerator[TokenDelta, bool | None]:
+        record, sampling, recovery = work.record, work.call.sampling, self.recovery
         while True:
-            attempt, decision = await self._place(work)
+            seat = await recovery.enter(work)
             try:
+                attempt, decision = await self._place(work)
+            except BaseException:
+                seat.release()
+                raise
+            try:
+                recovery.placed(work, attempt)
+                seat.release_later()
                 attempt.start(timeout_s=work.deadline - self._clock())
                 while tokens := await attempt.next():
+                    recovery.told(work, attempt, tokens)
+                    seat.release()
                     logprobs = None if sampling.logprobs is None else attempt.merge.take_logprobs(len(tokens))
                     prompt = None
                     if sampling.prompt_logprobs is not None and record.num_tokens == 0:
@@ -198,41 +207,49 @@ class Router:
                 yield TokenDelta([], explanation, placement=decision.placement)
                 return
             except DiptychError as exc:
-                work.avoid |= attempt.failed_engines()
-                if record.num_tokens or not self._may_retry(exc, work):
-                    raise
-                self.metrics.counters["retries"].labels(work.call.model, exc.code).inc()
-                work.request = replace(work.request, key=replace(work.request.key, attempt=work.attempt + 1))
+                failure = exc
+                recovery.failed(work, attempt)
             finally:
                 attempt.close()
+                seat.release()
+                recovery.closed(work, attempt)
+            await recovery.prepare(work, attempt, failure)
+            work.request = self._resumed(work)
+            if work.emitted:
+                work.ask = replace(work.ask, names=PromptNames(work.request.known, work.call.salt), reads_cache=True)
 
-    def _may_retry(self, error: DiptychError, work: _Work) -> bool:
-        if not error.retryable or work.attempt + 1 >= self.settings.max_attempts:
-            return False
-        if isinstance(error, CapacityError):  # asking the same full engine again at once only adds load
-            live = self.view.live(work.call.model, Role.DECODE)
-            return any(engine.ref.engine_id not in work.avoid for engine in live)
-        return True
+    def _resumed(self, work: Work) -> GenerateRequest:
+        """The next attempt's: what the client has is known, and the prompt's logprobs are told."""
+        request, sampling = work.request, work.request.sampling
+        if work.emitted:
+            sampling = replace(sampling, prompt_logprobs=None)
+        key = replace(request.key, attempt=request.key.attempt + 1)
+        return replace(request, key=key, sampling=sampling, resume=tuple(work.emitted))
 
-    async def _place(self, work: _Work) -> tuple[Attempt, Decision]:
-        """Choose engines; after a loss, wait for one to come back as long as dialling may take."""
-        began = self._clock()
-        give_up = min(work.deadline, began + self.settings.connect_timeout_s)
+    async def _place(self, work: Work) -> tuple[Attempt, Decision]:
+        """Choose engines. Without any it waits as long as dialling may take, for the answer's rest as long as an engine
+        may need to come back.
+        """
+        if self._faults is not None:
+            await pass_point(self._faults, Point.ROUTER_PLACE)
+        began, model = self._clock(), work.call.model
+        patience = COMEBACK_S if work.emitted and self.view.expects(model) else self.settings.connect_timeout_s
+        give_up = min(work.deadline, began + patience)
         while True:
             decision = self._choose(work)
             if decision is not None:
                 work.record.placed(decision, began)
                 return self._attempt(work, decision), decision
             left = give_up - self._clock()
-            if work.attempt == 0 or left <= 0:
+            if left <= 0 or self.view.is_stopped or not (work.failures or self.view.expects(model)):
                 break
             await self.view.wait_change(left)
         work.record.refused(EngineLost.code)
         if self._clock() >= work.deadline:
             raise DeadlineExceeded("the request's deadline passed while no engine was reachable")
-        raise EngineLost(f"no decode engine of {work.call.model} is reachable")
+        raise EngineLost(f"no decode engine of {model} is reachable")
 
-    def _choose(self, work: _Work) -> Decision | None:
+    def _choose(self, work: Work) -> Decision | None:
         model = work.call.model
         decode = self.view.live(model, Role.DECODE)
         if not decode:
@@ -245,7 +262,7 @@ class Router:
             is_colocated=not self.view.has_pool(model, Role.PREFILL),
         )
 
-    def _attempt(self, work: _Work, decision: Decision) -> Attempt:
+    def _attempt(self, work: Work, decision: Decision) -> Attempt:
         placement = decision.placement
         decode = self.view.session(placement.decode)
         prefill = self.view.session(placement.prefill) if placement.prefill is not None else None
@@ -253,13 +270,18 @@ class Router:
         now, lacks = self._clock(), decision.lacks
         if prefill is not None:
             prefill.meter.reserve(now, prompt_tokens=lacks, kv_tokens=0)
-        decode.meter.reserve(now, prompt_tokens=0 if prefill else lacks, kv_tokens=len(work.call.prompt))
-        is_last = work.attempt + 1 >= self.settings.max_attempts
-        return Attempt(work.request, placement, prefill, decode, is_last=is_last)
+        decode.meter.reserve(now, prompt_tokens=0 if prefill else lacks, kv_tokens=work.ask.names.num_tokens)
+        return Attempt(work.request, placement, prefill, decode, is_last=self.recovery.is_last(work))
 
-    def _learn(self, work: _Work, told: Explanation) -> None:
+    def _lost(self, session: EngineSession) -> None:
+        ref = session.info.ref
+        self.metrics.counters["sessions_lost"].labels(ref.engine_id).inc()
+        loss = Loss(engine=ref.engine_id, epoch=ref.epoch, at_unix=time.time(), cause=session.loss_cause)
+        self.losses.append(loss)
+
+    def _learn(self, work: Work, told: Explanation) -> None:
         if told.transfer_bytes:
-            moved = len(work.call.prompt) - told.decode_cached_tokens
+            moved = len(work.request.known) - told.decode_cached_tokens
             self._pairs.learn(told.prefill_engine, told.decode_engine, moved, told.transfer_s)
 
     def _readings(self) -> Iterable[EngineReading]:
@@ -268,5 +290,5 @@ class Router:
             yield EngineReading(session.info.ref.engine_id, roles, session.info.model, session.is_ready, session.status)
 
 
-def _without(engines: list[EngineLoad], avoid: set[str]) -> list[EngineLoad]:
-    return [engine for engine in engines if engine.ref.engine_id not in avoid]
+def _without(engines: list[EngineLoad], avoid: set[EngineRef]) -> list[EngineLoad]:
+    return [engine for engine in engines if engine.ref not in avoid]

@@ -3,7 +3,8 @@
     submit/cancel -> outbox -> writer --gRPC--> engine
     sinks <- one call per token, one wake-up per step <- reader <--gRPC-- engine
 
-A broken stream fails its open requests at once and is dialled again until the view stops the session.
+A broken stream fails its open requests at once and is dialled again until the view stops the session. So does one
+that is silent: a stopped process keeps its connections, and nothing but its frames shows that it lives.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import grpc
 
@@ -28,16 +31,21 @@ from diptych.protos.codec import (
 )
 from diptych.protos.engine_pb2_grpc import EngineStub
 from diptych.protos.errors import DiptychError, EngineLost, Fenced, Overloaded
+from diptych.protos.faults import FaultPlan, Point
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.trust import ROUTER, Trust
 from diptych.protos.types import DecodeOrder, Finish, PrefillOrder, PromptLogprobs, Role, TokenLogprobs, TransferKey
 
 from .estimate import EngineMeter
+from .faults import faulty_post, pass_point
 from .mirror import PrefixMirror
 
 log = logging.getLogger(__name__)
 
 MAX_OUTBOX = 4096  # frames waiting for the stream; an engine that reads none for so long is as good as lost
+PING_PERIOD_S = 0.5
+_OWN_WORDS = re.compile(r"is shutting down|fell silent")  # of engines that end a stream; else its connection broke
+LossCause = Literal["broken", "silent", "removed", "ended"]  # ended: by the engine itself, with a word of its own
 _BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # a new dial after a loss must not wait for the old channel's back-off
@@ -61,37 +69,49 @@ class Sink(Protocol):
         """The phase is over, or its engine is lost; nothing follows."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionTerms:
+    """What all sessions of one router share. Times in seconds."""
+
+    router_id: str
+    connect_timeout_s: float  # from the dial to the engine's welcome
+    silence_s: float  # without a frame for so long the engine is lost; it sends its status several times a second
+    clock: Callable[[], float]
+    trust: Trust = field(default_factory=lambda: Trust.alone(ROUTER))  # reaches only servers that ask for no proof
+    faults: FaultPlan | None = None
+
+
 class EngineSession:
     """One engine life. `start` once, `stop` once; owns its task."""
 
-    def __init__(
-        self,
-        info: EngineInfo,
-        *,
-        router_id: str,
-        connect_timeout_s: float,
-        clock: Callable[[], float],
-        on_change: Callable[[], None],
-        trust: Trust | None = None,
-    ) -> None:
-        """Without `trust` it reaches engines of this process only, or servers that ask for no proof."""
-        self._trust = trust or Trust.alone(ROUTER)
+    def __init__(self, info: EngineInfo, terms: SessionTerms, *, on_change: Callable[[], None]) -> None:
+        self._trust = terms.trust
         self.info = info
         self.status = EngineStatus()
         self.mirror = PrefixMirror()
         self.meter = EngineMeter()
         self.losses = 0
-        self._router_id = router_id
-        self._connect_timeout_s = connect_timeout_s
-        self._clock = clock
+        self.loss_cause: LossCause = "broken"  # of the last one
+        self._router_id = terms.router_id
+        self._connect_timeout_s = terms.connect_timeout_s
+        self._silence_s = terms.silence_s
+        self._clock = terms.clock
         self._on_change = on_change  # after every change of `is_ready`
         self._sinks: dict[int, tuple[Sink, Role, TransferKey]] = {}
         self._per_role = dict.fromkeys(Role, 0)
         self._outbox: deque[pb.RouterFrame] = deque()
         self._has_mail = asyncio.Event()
         self._next_handle = 1
+        self._faults = terms.faults
+        self._post = self._put if self._faults is None else faulty_post(self._faults, info.ref.engine_id, self._put)
         self._task: asyncio.Task[None] | None = None
+        self._heard_at = 0.0
         self.is_ready = False
+
+    @property
+    def is_loss_a_death(self) -> bool:
+        """Whether the last loss was none that the engine, or whoever drains it, wanted."""
+        return self.loss_cause != "ended" and not self.info.draining
 
     @property
     def in_flight(self) -> int:
@@ -122,9 +142,9 @@ class EngineSession:
         handle = self._next_handle
         self._next_handle = handle + 1 & 0xFFFF_FFFF or 1
         role = Role.PREFILL if isinstance(order, PrefillOrder) else Role.DECODE
+        self._post(pb.RouterFrame(submit=submit_to_pb(handle, order, self._clock())))
         self._sinks[handle] = (sink, role, order.request.key)
         self._per_role[role] += 1
-        self._post(pb.RouterFrame(submit=submit_to_pb(handle, order, self._clock())))
         return handle
 
     def cancel(self, key: TransferKey) -> None:
@@ -142,7 +162,7 @@ class EngineSession:
             self._per_role[entry[1]] -= 1
         return entry
 
-    def _post(self, frame: pb.RouterFrame) -> None:
+    def _put(self, frame: pb.RouterFrame) -> None:
         self._outbox.append(frame)
         self._has_mail.set()
 
@@ -150,6 +170,7 @@ class EngineSession:
         failures = 0
         try:
             while True:
+                self.loss_cause = "broken"
                 try:
                     await self._live()
                 except (grpc.RpcError, DiptychError, OSError, TimeoutError) as exc:
@@ -163,10 +184,14 @@ class EngineSession:
             log.exception("the session to engine %s ends", self.info.ref.engine_id)
             raise
         finally:
+            if self.is_ready:
+                self.loss_cause = "removed"
             self._fail_open(EngineLost(f"engine {self.info.ref.engine_id} was removed"))
 
     async def _live(self) -> None:
         """One stream from dial to loss; raises what ended it."""
+        if self._faults is not None:
+            await pass_point(self._faults, Point.SESSION_OPEN, self.info.ref.engine_id)
         ref, role = self.info.ref, min(self.info.roles).value
         async with open_channel(self._trust, ref.target, role=role, options=_OPTIONS) as channel:
             stub = EngineStub(channel)  # type: ignore[no-untyped-call]
@@ -186,16 +211,33 @@ class EngineSession:
                 call.cancel()
 
     async def _pump(self, call: Any) -> None:
-        writer = asyncio.create_task(self._write_all(call))
-        reader = asyncio.create_task(self._read_all(call))
+        parts = (self._write_all(call), self._read_all(call), self._watch(), self._ping())
+        tasks = [asyncio.create_task(part) for part in parts]
         try:
-            done, _ = await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            writer.cancel()
-            reader.cancel()
-            await asyncio.gather(writer, reader, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        """Raises EngineLost when the engine was silent too long. Time in which this loop stood does not count."""
+        self._heard_at, pause = self._clock(), self._silence_s / 8
+        while True:
+            began = self._clock()
+            await asyncio.sleep(pause)
+            now = self._clock()
+            self._heard_at = min(self._heard_at + max(now - began - pause, 0), now)
+            if now - self._heard_at > self._silence_s:
+                self.loss_cause = "silent"
+                raise EngineLost(f"no word for {now - self._heard_at:.2f} s")
+
+    async def _ping(self) -> None:
+        while True:
+            await asyncio.sleep(PING_PERIOD_S)
+            self._post(pb.RouterFrame(ping=pb.Ping()))
 
     def _check(self, frame: pb.EngineFrame) -> pb.Welcome:
         me, ref = frame.welcome.me, self.info.ref
@@ -204,10 +246,17 @@ class EngineSession:
         return frame.welcome
 
     async def _read(self, call: Any) -> pb.EngineFrame:
-        frame = await call.read()
+        try:
+            frame = await call.read()
+        except grpc.aio.AioRpcError as exc:
+            if exc.code() is not grpc.StatusCode.UNAVAILABLE or _OWN_WORDS.search(exc.details() or ""):
+                self.loss_cause = "ended"
+            raise
         if frame is grpc.aio.EOF:
+            self.loss_cause = "ended"
             raise EngineLost(f"the engine ended the stream: {await call.details()}")
         assert isinstance(frame, pb.EngineFrame)
+        self._heard_at = self._clock()
         return frame
 
     async def _write_all(self, call: Any) -> None:
@@ -228,6 +277,7 @@ class EngineSession:
                 try:
                     self._deliver(frame.tokens)
                 except ValueError as exc:
+                    self.loss_cause = "ended"
                     raise EngineLost(f"the engine sent a step that makes no sense: {exc}") from exc
             elif kind == "status":
                 self.status = status_from_pb(frame.status)

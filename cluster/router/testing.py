@@ -44,6 +44,7 @@ from diptych.protos.types import (
     TransferKey,
 )
 
+STATUS_PERIOD_S = 0.25
 ECHO_ROOT = b"echo"  # of an echo engine's block names
 
 
@@ -55,12 +56,15 @@ class Faults:
     error: DiptychError | None = None  # end each order with it ...
     error_at: int = 0  # ... before this token index
     error_count: int = 1 << 30  # ... for so many orders
-    drop_stream_at: int | None = None  # break the session before this index
+    drop_stream_at: int | None = None  # end the session before this index, or the end, with all tokens before it sent
     no_first_token: bool = False  # prefill: hand over without having sent token 0
     also_first_token: bool = False  # decode: send token 0 although prefill did
     swap_pairs: bool = False  # decode: tokens 2,1, 4,3, ...
     no_prompt_logprobs: bool = False  # although they were asked for
     wrong_first_token: bool = False  # decode: with also_first_token, another one than prefill's
+    dies_at: int | None = None  # the whole engine ends before this index, and takes with it what is not sent yet
+    poison: int | None = None  # it ends when it gets an order whose prompt holds this token
+    is_stopped: bool = False  # it keeps its connections, and neither reads nor writes
 
 
 class _Tokens(NamedTuple):
@@ -80,6 +84,7 @@ class _Session:
     outbox: asyncio.Queue[pb.EngineFrame | _Tokens | None] = field(default_factory=asyncio.Queue)
     jobs: dict[TransferKey, set[asyncio.Task[None]]] = field(default_factory=dict)
     kept: pb.EngineFrame | _Tokens | None = None  # taken from the outbox, but part of the next frame
+    is_dead: bool = False  # its engine was killed: nothing more goes out
 
     def end_job(self, key: TransferKey, task: asyncio.Task[None]) -> None:
         """A phase is over."""
@@ -153,12 +158,14 @@ class EchoEngine(EngineServicer):
         self.faults = Faults()
         self.orders: list[PrefillOrder | DecodeOrder] = []
         self.cancels: list[TransferKey] = []
+        self.on_death: Callable[[], None] = lambda: None
         self.on_order: Callable[[], None] = lambda: None
         self._step_s = step_s
         self._tokens_per_step = tokens_per_step
         self._sessions: set[_Session] = set()
         self._server: grpc.aio.Server | None = None
         self._steps = 0
+        self._death: asyncio.Task[None] | None = None
         self._keeps_orders = keeps_orders
 
     async def start(self) -> None:
@@ -169,11 +176,25 @@ class EchoEngine(EngineServicer):
         await self._server.start()
 
     async def stop(self) -> None:
-        """Break all sessions, as a killed process would."""
+        """End all sessions and the server."""
+        self.faults.is_stopped = False
+        if self._death is not None:
+            await self._death
         self.drop_streams()
-        if self._server is not None:
-            await self._server.stop(grace=None)
-            self._server = None
+        await self._close()
+
+    def die(self) -> None:
+        """As a killed process does: connections break in mid-frame, nothing is said."""
+        if self._death is None:
+            for session in self._sessions:
+                session.is_dead = True
+            self._death = asyncio.create_task(self._close())
+            self.on_death()
+
+    async def _close(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(grace=None)
 
     @property
     def open_orders(self) -> int:
@@ -209,17 +230,31 @@ class EchoEngine(EngineServicer):
         if first.open.engine_epoch not in (0, self.info.ref.epoch):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another life of this engine was meant")
         session = _Session()
+        await self._continued()
         self._sessions.add(session)
         session.outbox.put_nowait(pb.EngineFrame(welcome=self._welcome()))
         session.outbox.put_nowait(pb.EngineFrame(status=status_to_pb(self.status())))
-        reader = asyncio.create_task(self._read(requests, session))
+        tasks = [asyncio.create_task(part) for part in (self._read(requests, session), self._tell(session))]
         try:
             while (frame := await session.next_frame()) is not None:
+                await self._continued()
+                if session.is_dead:
+                    await asyncio.Event().wait()  # until the server has broken the connection
                 yield frame
         finally:
             self._end(session)
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _continued(self) -> None:
+        while self.faults.is_stopped:  # noqa: ASYNC110 - tests set a plain flag
+            await asyncio.sleep(0.01)
+
+    async def _tell(self, session: _Session) -> None:
+        while True:
+            await asyncio.sleep(STATUS_PERIOD_S)
+            session.outbox.put_nowait(pb.EngineFrame(status=status_to_pb(self.status())))
 
     def _welcome(self) -> pb.Welcome:
         info = self.info
@@ -242,11 +277,14 @@ class EchoEngine(EngineServicer):
 
     async def _read(self, requests: AsyncIterator[pb.RouterFrame], session: _Session) -> None:
         async for frame in requests:
+            await self._continued()
             if frame.WhichOneof("frame") == "submit":
                 order = order_from_pb(frame.submit, asyncio.get_running_loop().time())
                 if self._keeps_orders:
                     self.orders.append(order)
                 self.on_order()
+                if self.faults.poison in order.request.prompt:
+                    self.die()
                 task = asyncio.create_task(self._work(session, frame.submit.handle, order))
                 session.jobs.setdefault(order.request.key, set()).add(task)
                 task.add_done_callback(partial(session.end_job, order.request.key))
@@ -263,21 +301,21 @@ class EchoEngine(EngineServicer):
         is_prefill = isinstance(order, PrefillOrder)
         has_peer = isinstance(order, PrefillOrder) or order.prefill is not None
         total, reason = _length(request.prompt, request.sampling.max_tokens, request.sampling.stop_token_ids)
-        begin = 0 if is_prefill or not has_peer or self.faults.also_first_token else 1
-        end = 1 if is_prefill else total
+        first = len(request.resume)
+        begin = first if is_prefill or not has_peer or self.faults.also_first_token else first + 1
+        end = first + 1 if is_prefill else total
         if self.faults.silent:
             return
         if is_prefill and self.faults.no_first_token:
-            begin = 1
-        if not is_prefill and has_peer and total == 1:
+            begin = first + 1
+        if not is_prefill and has_peer and total == first + 1:
             self._finish(session, handle, order, FinishReason.CANCELLED, 0)
             return
-        if (is_prefill or begin == 0) and not self.faults.no_prompt_logprobs:
+        if (is_prefill or begin == first) and not self.faults.no_prompt_logprobs:
             self._tell_prompt(session, handle, order)
         for index in range(begin, end, self._tokens_per_step):
             await asyncio.sleep(self._step_s)
-            if self.faults.drop_stream_at is not None and index >= self.faults.drop_stream_at:
-                self._end(session)
+            if self._breaks(session, index):
                 return
             if self.faults.error is not None and index >= self.faults.error_at and self.faults.error_count > 0:
                 self.faults.error_count -= 1
@@ -286,9 +324,20 @@ class EchoEngine(EngineServicer):
             indexes = list(range(index, min(index + self._tokens_per_step, end)))
             self._steps += 1
             session.outbox.put_nowait(self._tokens(handle, order, indexes, end))
-        if is_prefill and total > 1:
+        if is_prefill and total > end:
             reason = FinishReason.HANDOFF
-        self._finish(session, handle, order, reason, end if not is_prefill else 1)
+        if not self._breaks(session, end):
+            self._finish(session, handle, order, reason, end)
+
+    def _breaks(self, session: _Session, index: int) -> bool:
+        """Whether nothing is sent any more, from token `index` on."""
+        faults = self.faults
+        if faults.drop_stream_at is not None and index >= faults.drop_stream_at:
+            self._end(session)
+            return True
+        if faults.dies_at is not None and index >= faults.dies_at:
+            self.die()
+        return session.is_dead
 
     def _tokens(self, handle: int, order: PrefillOrder | DecodeOrder, indexes: list[int], end: int) -> _Tokens:
         prompt = order.request.prompt

@@ -5,17 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from diptych.protos.status import EngineDirectory, EngineInfo
-from diptych.protos.trust import Trust
 from diptych.protos.types import EngineRef, Role
 
 from .placement import EngineLoad
-from .session import EngineSession
+from .session import EngineSession, SessionTerms
 
 log = logging.getLogger(__name__)
 
 _DIRECTORY_RETRY_S = 0.5
+COMEBACK_S = 30.0  # an engine that died unasked is expected back for so long
+
+
+class SessionFactory(Protocol):
+    """Makes the session to one engine life; it is started and stopped by the view."""
+
+    def __call__(self, info: EngineInfo, terms: SessionTerms, *, on_change: Callable[[], None]) -> EngineSession:
+        """`on_change` is to be called after every change of `is_ready`."""
 
 
 class ClusterView:
@@ -24,24 +32,23 @@ class ClusterView:
     def __init__(
         self,
         directory: EngineDirectory,
+        terms: SessionTerms,
         *,
-        router_id: str,
-        connect_timeout_s: float,
-        clock: Callable[[], float],
-        on_loss: Callable[[str], None],
-        trust: Trust | None = None,
+        on_loss: Callable[[EngineSession], None],
+        connect: SessionFactory = EngineSession,
     ) -> None:
-        self._trust = trust
         self._directory = directory
-        self._router_id = router_id
-        self._connect_timeout_s = connect_timeout_s
-        self._clock = clock
+        self._terms = terms
+        self._connect = connect
+        self._clock = terms.clock
         self._on_loss = on_loss
         self._sessions: dict[EngineRef, EngineSession] = {}
         self._losses: dict[EngineRef, int] = {}
+        self._died_at: dict[str, float] = {}  # by model: when the last decode engine vanished that was not draining
         self._version = 0
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self.is_stopped = False
         self.is_complete = False  # it has known all engines that were asked for when it began; stays true
 
     async def start(self) -> None:
@@ -53,12 +60,14 @@ class ClusterView:
 
     async def stop(self) -> None:
         """End all sessions."""
+        self.is_stopped = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
         await asyncio.gather(*(session.stop() for session in self._sessions.values()))
         self._sessions.clear()
+        self._changed.set()
 
     @property
     def version(self) -> int:
@@ -88,6 +97,11 @@ class ClusterView:
     def has_pool(self, model: str, role: Role) -> bool:
         """Whether any member, connected or not, has this role for this model."""
         return any(s.info.model == model and role in s.info.roles for s in self._sessions.values())
+
+    def expects(self, model: str) -> bool:
+        """Whether a decode engine of `model` may be connected soon: it is being dialled, or it has just died."""
+        died_at = self._died_at.get(model)
+        return self.has_pool(model, Role.DECODE) or (died_at is not None and self._clock() - died_at < COMEBACK_S)
 
     def capacity_tokens(self, model: str) -> int | None:
         """Tokens that every decode engine of a model can hold for one request; None while there is no engine."""
@@ -128,7 +142,7 @@ class ClusterView:
                 log.warning("the engine directory does not answer; nobody knows which engines are starting")
                 await asyncio.sleep(_DIRECTORY_RETRY_S)
         missing = {info.ref for info in members}
-        give_up = self._clock() + 2 * self._connect_timeout_s
+        give_up = self._clock() + 2 * self._terms.connect_timeout_s
         while missing and (left := give_up - self._clock()) > 0:
             if self._version >= version:
                 missing = {ref for ref in missing if (s := self._sessions.get(ref)) is not None and not s.is_ready}
@@ -139,29 +153,33 @@ class ClusterView:
     async def _apply(self, version: int, members: list[EngineInfo]) -> None:
         wanted = {info.ref: info for info in members}
         gone = [self._sessions.pop(ref) for ref in list(self._sessions) if ref not in wanted]
+        for session in gone:
+            self._note_death(session)
         for ref, info in wanted.items():
             if ref in self._sessions:
                 self._sessions[ref].info = info  # a draining engine keeps its session, and what runs on it
             else:
-                session = EngineSession(
-                    info,
-                    router_id=self._router_id,
-                    connect_timeout_s=self._connect_timeout_s,
-                    clock=self._clock,
-                    on_change=self._on_change,
-                    trust=self._trust,
-                )
+                session = self._connect(info, self._terms, on_change=self._on_change)
                 self._sessions[ref] = session
                 session.start()
         self._version = version
         await asyncio.gather(*(session.stop() for session in gone))
         self._on_change()
 
+    def _note_death(self, session: EngineSession) -> None:
+        if session.info.draining:
+            return
+        if Role.DECODE in session.info.roles:
+            self._died_at[session.info.model] = self._clock()
+        if session.is_ready:  # the directory knew before the stream broke
+            session.loss_cause = "removed"
+            self._on_loss(session)
+
     def _on_change(self) -> None:
         for ref, session in self._sessions.items():
             if session.losses > self._losses.get(ref, 0):
                 self._losses[ref] = session.losses
-                self._on_loss(ref.engine_id)
+                self._on_loss(session)
         self._losses = {ref: count for ref, count in self._losses.items() if ref in self._sessions}
         self._changed.set()
 

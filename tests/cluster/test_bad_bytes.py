@@ -25,7 +25,7 @@ import grpc
 import pytest
 from small_cluster import SmallCluster, connected, small_cluster
 
-from diptych.cluster.router.session import EngineSession
+from diptych.cluster.router.session import EngineSession, SessionTerms
 from diptych.protos import engine_pb2 as pb
 from diptych.protos import kv_pb2
 from diptych.protos.channels import (
@@ -317,14 +317,14 @@ async def test_a_recorded_session_opens_nothing_when_it_is_played_again(
         ready = asyncio.Event()
         infos = {session.info.ref: session.info for session in cluster.router.view.sessions()}
         heard = replace(infos[ref], ref=replace(ref, target=f"unix:{run_dir / 'ear.sock'}"))
-        session = EngineSession(
-            heard,
+        terms = SessionTerms(
             router_id="listened to",
             connect_timeout_s=ANSWER_S,
+            silence_s=ANSWER_S,
             clock=asyncio.get_running_loop().time,
-            on_change=ready.set,
             trust=Trust(cluster.secret, "router"),
         )
+        session = EngineSession(heard, terms, on_change=ready.set)
         session.start()
         async with asyncio.timeout(ANSWER_S):
             await ready.wait()

@@ -54,6 +54,18 @@ def refusal(*overrides: str) -> str:
         ("models={}", "models: should have at least 1 entry, not {}"),
         ("run_dir=/a/very/long/path/that/goes/on/and/on/and/on", "run_dir: "),
         ('models."a b"={}', "models: 'a b' is not a model name"),
+        ("faults.rules=3", "faults.rules: should be a list, not 3"),
+        ("faults.rules=[{point: engine.step, action: kill}]", "faults.rules.0: a fault needs nth or a probability"),
+        (
+            "faults.rules=[{point: hinge.out, action: corrupt, nth: [1]}]",
+            "faults.rules.0: corrupt cannot happen at hinge.out; what can: delay,",
+        ),
+        (
+            "faults.rules=[{point: hinge.out, action: drop, nth: [1], delay: 1}]",
+            "faults.rules.0.delay is not a known key (did you mean delay_s?)",
+        ),
+        ("faults.rules=[{point: engine.step, action: kill, nth: [0]}]", "faults.rules.0.nth.0: should be greater"),
+        ("router.retry_budget=1.5", "router.retry_budget: should be less than or equal to 1, not 1.5"),
         ("models={1: {}}", "models: the name 1 is not a text; write it in quotes"),
     ],
 )

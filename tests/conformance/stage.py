@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hinge import Hinge, assert_every_layer_filled, read_kv
@@ -42,6 +42,7 @@ TURN_S = 0.002  # of the fake clock
 MAX_IDLE_TURNS = 500
 SENSITIVE = 1e-3  # a logit changes by more than this when a layer's KV is gone; rounding is a hundred times smaller
 PROBES = 3  # rows per engine whose logits are computed without each layer
+GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 FINAL = {FinishReason.STOP, FinishReason.LENGTH}
 
 
@@ -188,13 +189,16 @@ class Stage:
         """Those that take part, the one that computes prompts first."""
         return [self.decode] if self.prefill is None else [self.prefill, self.decode]
 
-    def submit(self, prompt: Prompt, max_tokens: int) -> TransferKey:
-        """Tell both engines, in an order that the seed decides."""
+    def submit(
+        self, prompt: Prompt, max_tokens: int, *, sampling: SamplingParams = GREEDY, resume: Sequence[int] = ()
+    ) -> TransferKey:
+        """Tell both engines, in an order that the seed decides. `sampling` but for max_tokens."""
         key = TransferKey((len(self.requests) + 1).to_bytes(16, "big"))
-        request = GenerateRequest(
-            key=key, prompt=prompt, sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        )
+        sampling = replace(sampling, max_tokens=max_tokens)
+        request = GenerateRequest(key=key, prompt=prompt, sampling=sampling, resume=tuple(resume))
         self.requests[key] = request
+        for engine in self.engines:
+            engine.ledger.resumed[key] = len(resume)
         if self.hinge is None:
             self.decode_worker.submit(DecodeOrder(request=request, prefill=None))
             return key
@@ -243,8 +247,8 @@ class Stage:
         return self.decode.ledger.finishes[key]
 
     def answer(self, key: TransferKey) -> list[int]:
-        """All tokens so far, merged by index as the router does."""
-        merged: dict[int, int] = {}
+        """All tokens so far, those it came with included, merged by index as the router does."""
+        merged = dict(enumerate(self.requests[key].resume))
         for engine in self.engines:
             first = engine.ledger.first_index.get(key, 0)
             for index, token in enumerate(engine.ledger.tokens.get(key, []), first):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,19 +12,29 @@ from hinge import Hinge, read_kv
 
 from diptych.decode.worker import DecodeWorker
 from diptych.kernels.echo.runner import EchoRunner
-from diptych.kernels.echo.testing import expected, expected_prompt_logprobs, expected_tokens
+from diptych.kernels.echo.testing import ExpectedToken, expected, expected_prompt_logprobs, expected_tokens
 from diptych.kvtransfer.arena import KvArena
 from diptych.kvtransfer.layout import KvLayout
 from diptych.kvtransfer.pool import BlockPool
 from diptych.prefill.worker import PrefillWorker
 from diptych.protos.echo import BAD, END, STOP, VOCAB_SIZE
+from diptych.protos.ports import WorkerLoad
 from diptych.protos.settings import DecodeSettings, PrefillSettings
 from diptych.protos.step import SlotPool
 from diptych.protos.testing import FakeClock, Ledger
-from diptych.protos.types import DecodeOrder, FinishReason, GenerateRequest, PrefillOrder, SamplingParams, TransferKey
+from diptych.protos.types import (
+    DecodeOrder,
+    FinishReason,
+    GenerateRequest,
+    PrefillOrder,
+    SamplingParams,
+    TokenLogprobs,
+    TransferKey,
+)
 
 MAX_SLOTS = 16
 CONTEXT = 400
+NOTHING = WorkerLoad(running=0, waiting=0)
 FINAL = {FinishReason.STOP, FinishReason.LENGTH}
 
 
@@ -89,11 +99,23 @@ class Pair:
         )
         self.hinge.p.deliver, self.hinge.d.deliver = self.prefill.on_transfer, self.decode.on_transfer
 
-    def submit(self, prompt: tuple[int, ...], sampling: SamplingParams) -> TransferKey:
+    def submit(
+        self,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        *,
+        resume: Sequence[int] = (),
+        local: bool = False,
+        salt: bytes = b"",
+    ) -> TransferKey:
         key = TransferKey((len(self.requests) + 1).to_bytes(16, "big"))
-        request = self.requests[key] = GenerateRequest(key=key, prompt=prompt, sampling=sampling)
-        self.decode.submit(DecodeOrder(request=request, prefill=self.hinge.p.ref))
-        self.prefill.submit(PrefillOrder(request=request, decode=self.hinge.d.ref))
+        request = GenerateRequest(key=key, prompt=prompt, sampling=sampling, resume=tuple(resume), salt=salt)
+        self.requests[key] = request
+        for engine in (self.p, self.d):
+            engine.ledger.resumed[key] = len(resume)
+        self.decode.submit(DecodeOrder(request=request, prefill=None if local else self.hinge.p.ref))
+        if not local:
+            self.prefill.submit(PrefillOrder(request=request, decode=self.hinge.d.ref))
         return key
 
     def turn(self) -> bool:
@@ -103,18 +125,23 @@ class Pair:
 
     def settle(self) -> None:
         idle = 0
-        while any(key not in engine.ledger.finishes for engine in (self.p, self.d) for key in self.requests):
+        while self.prefill.load() != NOTHING or any(key not in self.d.ledger.finishes for key in self.requests):
             idle = 0 if self.turn() else idle + 1
             assert idle < 500, "requests are left and nobody does anything"
         while self.turn():
             pass
 
     def answer(self, key: TransferKey) -> list[int]:
-        merged: dict[int, int] = {}
+        """The whole of it, with what the request came with."""
+        merged = dict(enumerate(self.requests[key].resume))
         for engine in (self.p, self.d):
             for index, token in enumerate(engine.ledger.tokens.get(key, []), engine.ledger.first_index.get(key, 0)):
                 assert merged.setdefault(index, token) == token, "two engines disagree on a token"
         return [merged[index] for index in range(len(merged))]
+
+    def logprobs(self, key: TransferKey) -> list[TokenLogprobs]:
+        """Of the tokens that came here, in order."""
+        return [*self.p.ledger.logprobs.get(key, []), *self.d.ledger.logprobs.get(key, [])]
 
     def close(self) -> None:
         for engine in (self.p, self.d):
@@ -170,8 +197,7 @@ def test_random_requests_get_the_expected_tokens(
         wanted = expected(request.prompt, sampling.max_tokens, sampling)
         assert pair.answer(key) == [at.token for at in wanted]
         if sampling.logprobs is not None:
-            told = [*pair.p.ledger.logprobs[key], *pair.d.ledger.logprobs.get(key, [])]
-            assert told == [at.logprobs(sampling.logprobs) for at in wanted]
+            assert pair.logprobs(key) == [at.logprobs(sampling.logprobs) for at in wanted]
         if sampling.prompt_logprobs is not None:
             told = max((engine.ledger.prompt_logprobs.get(key, []) for engine in (pair.p, pair.d)), key=len)
             assert told == expected_prompt_logprobs(request.prompt, sampling.prompt_logprobs)
@@ -181,6 +207,75 @@ def test_random_requests_get_the_expected_tokens(
     assert sum(finish.cached_tokens > 0 for finish in finishes) > num_requests // 10
     assert (preempted > num_requests // 50) == (blocks[1] == 13), preempted
     assert pair.hinge.compared_tokens > 10 * num_requests
+    pair.close()
+
+
+RULED = SamplingParams(
+    max_tokens=14,
+    temperature=0.9,
+    top_k=6,
+    seed=77,
+    min_tokens=7,
+    stop_token_ids=frozenset({END}),
+    repetition_penalty=1.3,
+    presence_penalty=0.4,
+    frequency_penalty=0.6,
+    logit_bias=((17, 4.0), (18, 3.0)),
+    bad_words=((17, 18), (19,)),
+    logprobs=2,
+    prompt_logprobs=1,
+)
+CUT_ANSWERS = {
+    "greedy": replace(RULED, temperature=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0),
+    "seeded": RULED,
+    "chooses": SamplingParams(max_tokens=10, seed=3, allowed_token_ids=(3, 17, 18, 19), frequency_penalty=0.9),
+    "short": SamplingParams(max_tokens=2, temperature=0.0, logprobs=0),
+}
+
+
+@pytest.mark.parametrize(("sizes", "blocks"), [((16, 5), (60, 400)), ((3, 4), (300, 16))], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("asked", CUT_ANSWERS)
+def test_an_answer_cut_after_any_token_goes_on_as_it_was(
+    asked: str, sizes: tuple[int, int], blocks: tuple[int, int]
+) -> None:
+    """Twice each, by transfer and computed by the decode engine, all at once; whoever comes later hits the caches."""
+    sampling = CUT_ANSWERS[asked]
+    pair = Pair(random.Random(9), sizes=sizes, blocks=blocks, dtype="float32")
+    moved: dict[TransferKey, list[ExpectedToken]] = {}
+    for prompt in [tuple(range(200, 217)), (5, 6, 7, STOP, 4, 7), (9,)]:
+        whole = expected(prompt, sampling.max_tokens, sampling)
+        for cut in range(len(whole)):
+            resume = [at.token for at in whole[:cut]]
+            assert expected(prompt, sampling.max_tokens, sampling, generated=resume) == whole[cut:]
+            for local in (False, True):
+                salt = bytes([cut]) if cut % 2 else b""  # with one of its own it finds no block of the others
+                moved[pair.submit(prompt, sampling, resume=resume, local=local, salt=salt)] = whole
+                pair.turn()
+    pair.settle()
+    for key, whole in moved.items():
+        cut = len(pair.requests[key].resume)
+        assert pair.answer(key) == [at.token for at in whole]
+        top = sampling.logprobs
+        assert pair.logprobs(key) == ([] if top is None else [at.logprobs(top) for at in whole[cut:]])
+        told = [engine.ledger.prompt_logprobs.get(key, []) for engine in (pair.p, pair.d)]
+        assert not (cut and any(told)), "whoever goes on with an answer tells nothing of the prompt"
+        ends = [engine.ledger.finishes[key] for engine in (pair.p, pair.d) if key in engine.ledger.finishes]
+        (end,) = [finish for finish in ends if finish.reason in FINAL]
+        assert end.num_tokens == len(whole)
+    preempted = sum(finish.preemptions for finish in pair.d.ledger.finishes.values())
+    assert (preempted > 0) == (blocks[1] == 16 and sampling.max_tokens > 2), preempted
+    hits = any(finish.cached_tokens for finish in pair.d.ledger.finishes.values())
+    assert hits == (sampling.max_tokens > 2)
+    pair.close()
+
+
+def test_an_answer_goes_on_after_tokens_that_this_model_would_not_have_chosen() -> None:
+    pair = Pair(random.Random(3), sizes=(4, 4), blocks=(40, 40), dtype="bfloat16")
+    prompt, resume = tuple(range(300, 310)), [11, 12, 13]
+    keys = [pair.submit(prompt, RULED, resume=resume, local=local) for local in (False, True)]
+    pair.settle()
+    tokens = resume + expected_tokens(prompt, RULED.max_tokens, RULED, generated=resume)
+    assert [pair.answer(key) for key in keys] == [tokens, tokens]
     pair.close()
 
 

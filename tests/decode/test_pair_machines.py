@@ -1,4 +1,5 @@
-"""Both workers, joined by the real state machines of the hinge: a thousand requests, a fifth of them cancelled.
+"""Both workers, joined by the real state machines of the hinge: a thousand requests, some cancelled, some given up in
+the middle of their answer and taken up again.
 
 Only memory and network are made up: KV lies in two echo runners whose next token depends on every cell of it, and
 messages and copies take random time, come twice, get lost with their stream or arrive corrupted.
@@ -31,6 +32,7 @@ from diptych.protos.types import EngineId, EngineRef, FinishReason, SamplingPara
 
 PREFILL_REF = EngineRef(EngineId("p0"), 1, "unix:/nowhere/p0.sock")
 TICK_S = 0.1
+MAX_OPEN = 60  # a broken stream ends all transfers that are open
 FINAL = {FinishReason.STOP, FinishReason.LENGTH}
 
 
@@ -118,6 +120,23 @@ class MachinePair:
         self.submitted.append(key)
         return key
 
+    def move(self, key: TransferKey) -> TransferKey | None:
+        """Give an attempt up and go on with what a client has of its answer. None: that is all of it."""
+        self.cancel(key)
+        resume = self.so_far(key)
+        if len(resume) == len(self.decode.expected(key)):
+            return None
+        for bench in self.rng.sample(self.engines, 2):
+            again = bench.again(key, resume)
+            self._settle()
+        self.submitted.append(again)
+        return again
+
+    @property
+    def num_open(self) -> int:
+        """Attempts that have not ended on the decode engine."""
+        return len(self.submitted) - len(self.decode.ledger.finishes)
+
     def turn(self) -> bool:
         """Both engines do a step and read their mail. False: nobody had anything to do."""
         busy = [self.prefill.step(), self.decode.step()]
@@ -132,7 +151,7 @@ class MachinePair:
         self.prefill.pool.check_integrity()
         self._settle()
         if self.rough and self.rng.random() < 0.002:
-            self._break_stream()
+            self._break_stream(self._pair_epoch)
         return any(busy) or bool(sent or received) or bool(self.sender.num_open or self.receiver.num_open)
 
     def cancel(self, key: TransferKey) -> None:
@@ -147,13 +166,17 @@ class MachinePair:
 
     def answer(self, key: TransferKey) -> tuple[list[int], FinishReason]:
         """What a router makes of both streams: tokens by index, decode's end unless token 0 was the end."""
-        merged: dict[int, int] = {}
+        prefill, decode = self.prefill.ledger.finishes[key].reason, self.decode.ledger.finishes[key].reason
+        return self.so_far(key), prefill if prefill in FINAL else decode
+
+    def so_far(self, key: TransferKey) -> list[int]:
+        """What a client has of an answer, with what the request came with."""
+        merged = dict(enumerate(self.decode.requests[key].resume))
         for ledger in (self.prefill.ledger, self.decode.ledger):
             for index, token in enumerate(ledger.tokens.get(key, []), ledger.first_index.get(key, 0)):
                 assert merged.setdefault(index, token) == token, "two engines disagree on a token"
         assert sorted(merged) == list(range(len(merged))), "a gap in the answer"
-        prefill, decode = self.prefill.ledger.finishes[key].reason, self.decode.ledger.finishes[key].reason
-        return [merged[index] for index in sorted(merged)], prefill if prefill in FINAL else decode
+        return [merged[index] for index in range(len(merged))]
 
     # ---- the world ----------------------------------------------------------------------------
 
@@ -195,8 +218,7 @@ class MachinePair:
             machine = self.receiver if by is PREFILL_REF else self.sender
             machine.on_message(self._link(by, pair_epoch), message, self.now)
 
-    def _break_stream(self) -> None:
-        epoch = self._pair_epoch
+    def _break_stream(self, epoch: int) -> None:
         if epoch in self._up:
             self._up.discard(epoch)
             self._after(0.2, lambda: self.sender.pair_down(self._link(DECODE_REF, epoch), self.now))
@@ -213,7 +235,7 @@ class MachinePair:
             case Retire(slot, slot_gen):
                 self._slots[slot] = Slot(slot_gen)
             case HangUp(link):
-                self._up.discard(link.pair_epoch)
+                self._break_stream(link.pair_epoch)
 
     def _do_decode(self, action: ReceiveAction) -> None:
         match action:
@@ -224,7 +246,7 @@ class MachinePair:
             case Dial():
                 self._after(0.05, self._dial)
             case HangUp(link):
-                self._up.discard(link.pair_epoch)
+                self._break_stream(link.pair_epoch)
             case Fetch(_, ready):
                 before = self._slots[ready.slot]
                 self._after(0.05, lambda: self._fetch(ready, before))
@@ -259,48 +281,81 @@ class MachinePair:
         self.receiver.scattered(ready, None, self.now)
 
 
+class Storm:
+    """Random requests; some are given up at a random moment, and most of those are taken up again, maybe often."""
+
+    def __init__(self, pair: MachinePair) -> None:
+        self.pair, self.rng = pair, pair.rng
+        self.doomed: list[TransferKey] = []
+        self.given_up: set[TransferKey] = set()
+        self.asked: dict[TransferKey, TransferKey] = {}  # by attempt: the first attempt at the same request
+        self.moves: list[int] = []  # after how many tokens
+
+    def blow(self, num_requests: int) -> None:
+        rng, pair = self.rng, self.pair
+        for _ in range(num_requests):
+            head, tail = rng.choice([0, 4, 12]), rng.choice([1, 2, 9])
+            prompt = [rng.randrange(2)] * head + [rng.randrange(9) for _ in range(tail)]
+            sampling = SamplingParams(
+                max_tokens=rng.choice([1, 2, 9, 20]),
+                repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+                logprobs=rng.choice([None, None, 2]),
+            )
+            key = pair.submit(prompt, sampling, tenant=rng.choice("ab"), priority=rng.choice([0, 0, 0, 1, -1]))
+            self.asked[key] = key
+            if rng.random() < 0.3:
+                self.doomed.append(key)
+            for _ in range(rng.randrange(5)):
+                self.turn()
+            while pair.num_open > MAX_OPEN:
+                self.turn()
+        turns = 0
+        while self.turn():
+            turns += 1
+            assert turns < 20_000, "the pair does not come to rest"
+
+    def turn(self) -> bool:
+        """Whether anything was done; maybe one of the doomed meets its fate, mostly in the middle of its answer."""
+        if self.doomed and self.rng.random() < 0.3:
+            begun = [key for key in self.doomed if self.pair.so_far(key)]
+            if begun or self.rng.random() < 0.2:
+                victim = self.rng.choice(begun or self.doomed)
+                self.doomed.remove(victim)
+                self.give_up(victim)
+        return self.pair.turn() or bool(self.doomed)
+
+    def give_up(self, key: TransferKey) -> None:
+        self.given_up.add(key)
+        if self.rng.random() < 0.4:
+            self.pair.cancel(key)
+        elif (again := self.pair.move(key)) is not None:
+            self.asked[again] = self.asked[key]
+            self.moves.append(len(self.pair.decode.requests[again].resume))
+            if self.rng.random() < 0.3:
+                self.doomed.append(again)
+
+
 @pytest.mark.parametrize(("blocks", "rough"), [((24, 28), False), ((14, 20), True)])
-def test_a_thousand_requests_of_which_a_fifth_is_cancelled_leave_both_pools_as_they_were(
+def test_a_thousand_requests_some_cancelled_and_some_moved_leave_both_pools_as_they_were(
     blocks: tuple[int, int], rough: bool
 ) -> None:
-    rng = random.Random(11)
-    pair = MachinePair(rng, blocks=blocks, rough=rough)
-    doomed: list[TransferKey] = []
-    cancelled: set[TransferKey] = set()
-    for _ in range(1000):
-        prompt = [rng.randrange(2)] * rng.choice([0, 4, 12]) + [rng.randrange(9) for _ in range(rng.choice([1, 2, 9]))]
-        sampling = SamplingParams(
-            max_tokens=rng.choice([1, 2, 9, 20]),
-            repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
-            logprobs=rng.choice([None, None, 2]),
-        )
-        key = pair.submit(prompt, sampling, tenant=rng.choice("ab"), priority=rng.choice([0, 0, 0, 1, -1]))
-        if rng.random() < 0.2:
-            doomed.append(key)
-        for _ in range(rng.randrange(5)):
-            pair.turn()
-            if doomed and rng.random() < 0.3:
-                cancelled.add(victim := doomed.pop(rng.randrange(len(doomed))))
-                pair.cancel(victim)
-    cancelled |= set(doomed)
-    for victim in doomed:
-        pair.cancel(victim)
-    turns = 0
-    while pair.turn():
-        turns += 1
-        assert turns < 20_000, "the pair does not come to rest"
+    pair = MachinePair(random.Random(11), blocks=blocks, rough=rough)
+    storm = Storm(pair)
+    storm.blow(1000)
     for key in pair.submitted:
         pair.decode.assert_tokens(key)
         tokens, reason = pair.answer(key)
-        if key not in cancelled:
-            assert tokens == pair.decode.expected(key)
+        if key not in storm.given_up:
+            assert tokens == pair.decode.expected(storm.asked[key])
             assert reason is FinishReason.LENGTH
     for bench in pair.engines:
         assert set(bench.ledger.finishes) == set(pair.submitted)
     pair.assert_idle()
     counters = {**pair.prefill.worker.counters(), **pair.decode.worker.counters()}
-    assert 150 < len(cancelled) < 250
-    assert sum(finish.transfer_bytes > 0 for finish in pair.decode.ledger.finishes.values()) > 300
+    assert 250 < len(storm.given_up) < 450
+    assert sum(cut > 0 for cut in storm.moves) > 50
+    assert max(key.attempt for key in pair.submitted) > 1
+    assert sum(finish.transfer_bytes > 0 for finish in pair.decode.ledger.finishes.values()) > 200
     assert counters["decode_preemptions_total"] > (20 if rough else 0)
     assert counters["prefill_cached_tokens_total"] > 500
     if rough:

@@ -1,4 +1,4 @@
-"""A prefill and a decode engine of the echo model, a router and its HTTP listener in this process, without Ray.
+"""Prefill and decode engines of the echo model, a router and its HTTP listener in this process, without Ray.
 
 Echo tokens hash all KV that was read: one altered byte changes the answer, or is the token BAD.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import httpx2
-from pair import FixedDirectory, raise_failure
+from pair import raise_failure
 
 from diptych.cluster.api.app import create_app
 from diptych.cluster.api.listener import Listener, start_listener
@@ -24,8 +24,10 @@ from diptych.cluster.engine.engine import Engine
 from diptych.cluster.engine.spec import EngineSpec
 from diptych.cluster.models import ModelFolder, resolve
 from diptych.cluster.router.router import Router
+from diptych.cluster.router.testing import StaticDirectory
 from diptych.cluster.security import engine_name, trust_of
 from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
+from diptych.protos.status import EngineInfo
 from diptych.protos.trust import ROUTER, Trust
 from diptych.protos.types import EngineId, EngineRef, PoolCounts, Role
 
@@ -37,17 +39,35 @@ SETTINGS = ModelSettings(
     decode=DecodeSettings(step_tokens=32, threads=1),
 )
 WAIT_S = 30
+ONE_EACH = dict.fromkeys(Role, 1)
 
 
 @dataclass
 class SmallCluster:
-    """Running; made by `small_cluster`."""
+    """Running; made by `small_cluster`. `engines` and `refs` are the first of each role; `alive` are all."""
 
     engines: dict[Role, Engine]
     refs: dict[Role, EngineRef]
     router: Router
     listener: Listener
     secret: bytes
+    alive: dict[EngineRef, Engine]
+    directory: StaticDirectory
+    begin: Callable[[Role, int, int], Awaitable[Engine]]
+    infos: dict[EngineRef, EngineInfo]
+
+    async def kill(self, ref: EngineRef) -> None:
+        """Cut its connections in mid-frame, as the death of its process does; it is a member until `replace`."""
+        engine = self.alive.pop(ref)
+        await asyncio.to_thread(engine._asyncio_thread.call, engine._server.stop(None), WAIT_S)
+        await asyncio.to_thread(engine.stop)
+
+    async def replace(self, ref: EngineRef) -> None:
+        """Start the next life of a killed engine and tell the router of it."""
+        role, number = ref.engine_id.split("-")
+        del self.infos[ref]
+        await self.begin(Role(role), int(number), ref.epoch + 1)
+        self.directory.set(list(self.infos.values()))
 
     async def answer(self, prompt: str) -> list[int]:
         """The generated tokens of one greedy completion over HTTP; 429, 503 and the like are assertions."""
@@ -59,12 +79,18 @@ class SmallCluster:
         return [int(word.removeprefix("t")) for word in str(choice["text"]).split()]
 
     async def at_rest(self) -> dict[Role, PoolCounts]:
-        """The pools once nothing runs, waits or is transferred."""
+        """The fullest pool of each role once nothing runs, waits or is transferred."""
         async with asyncio.timeout(WAIT_S):
             while True:
-                readings = {role: engine.status() for role, engine in self.engines.items()}
+                readings = {ref: engine.status() for ref, engine in self.alive.items()}
                 if not any(r.running or r.waiting or r.transfers or r.ring_slots_busy for r in readings.values()):
-                    return {role: reading.blocks for role, reading in readings.items()}
+                    return {
+                        role: max(
+                            (reading.blocks for ref, reading in readings.items() if ref.engine_id.startswith(role)),
+                            key=lambda blocks: blocks.used,
+                        )
+                        for role in self.refs
+                    }
                 await asyncio.sleep(0.01)
 
     def count(self, role: Role, name: str) -> float:
@@ -87,8 +113,12 @@ async def small_cluster(
     host: str | None = None,
     security: SecuritySettings | None = None,
     trust: Callable[[str], Trust] | None = None,
+    num: Mapping[Role, int] = ONE_EACH,
+    settings: ModelSettings = SETTINGS,
 ) -> AsyncIterator[SmallCluster]:
-    """`trust` makes each process's by its name; without it all share one secret and the files of `security`."""
+    """`trust` makes each process's by its name; without it all share one secret and the files of `security`. `num`
+    engines of each role.
+    """
     folder = await asyncio.to_thread(resolve, ECHO, cache_dir)
     security, secret = security or SecuritySettings(), os.urandom(32)
 
@@ -96,29 +126,43 @@ async def small_cluster(
         return trust(name) if trust is not None else trust_of(security, secret, name)
 
     async with AsyncExitStack() as stack:
-        engines: dict[Role, Engine] = {}
-        infos = []
-        for role in Role:
-            spec = replace(_spec(folder, run_dir, role, transport), host=host, security=security)
+        alive: dict[EngineRef, Engine] = {}
+        infos: dict[EngineRef, EngineInfo] = {}
+
+        async def begin(role: Role, number: int, epoch: int) -> Engine:
+            name = EngineId(f"{role.value}-{number}")
+            spec = replace(_spec(folder, run_dir, role, transport), engine_id=name, epoch=epoch, settings=settings)
+            spec = replace(spec, host=host, security=security)
             engine = Engine(spec, on_failure=raise_failure, trust=own(engine_name(spec.roles)))
-            infos.append((await asyncio.to_thread(engine.start)).info)
-            stack.push_async_callback(asyncio.to_thread, engine.stop)
-            engines[role] = engine
-        settings = RouterSettings()
-        router = Router(directory=FixedDirectory(infos), settings=settings, trust=own(ROUTER))
+            info = (await asyncio.to_thread(engine.start)).info
+            alive[info.ref], infos[info.ref] = engine, info
+            return engine
+
+        async def end() -> None:
+            for engine in alive.values():
+                await asyncio.to_thread(engine.stop)
+
+        stack.push_async_callback(end)
+        for role, count in num.items():
+            for number in range(count):
+                await begin(role, number, 5)
+        directory = StaticDirectory(list(infos.values()))
+        limits = RouterSettings().limits
+        router = Router(directory=directory, settings=RouterSettings(), trust=own(ROUTER))
         await router.start()
         stack.push_async_callback(router.stop)
         app = create_app(router, [ServedModel.load(ECHO, folder, max_context_tokens=None, seed=None)])
-        listener = await start_listener(app, host="127.0.0.1", port=0, limits=settings.limits, metrics=router.metrics)
+        listener = await start_listener(app, host="127.0.0.1", port=0, limits=limits, metrics=router.metrics)
         stack.push_async_callback(listener.stop, 0.2)
-        refs = {role: info.ref for role, info in zip(Role, infos, strict=True)}
-        yield SmallCluster(engines, refs, router, listener, secret)
+        refs = {role: next(ref for ref in infos if ref.engine_id == f"{role.value}-0") for role in num}
+        engines = {role: alive[ref] for role, ref in refs.items()}
+        yield SmallCluster(engines, refs, router, listener, secret, alive, directory, begin, infos)
 
 
 async def connected(cluster: SmallCluster) -> SmallCluster:
-    """Once the router has a session to both engines."""
+    """Once the router has a session to all engines."""
     async with asyncio.timeout(WAIT_S):
-        while not all(cluster.router.view.live(ECHO, role) for role in Role):  # noqa: ASYNC110  the view tells nobody
+        while sum(session.is_ready for session in cluster.router.view.sessions()) < len(cluster.alive):  # noqa: ASYNC110  the view tells nobody
             await asyncio.sleep(0.01)
     return cluster
 

@@ -24,8 +24,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @pytest.fixture
 def own(default_model: ModelFolder, tmp_path: Path) -> Iterator[Cluster]:
-    """A cluster that the test may ruin."""
-    running = start_cluster(tmp_path, "--set", f"models.{MODEL}.dtype=float32")
+    """A cluster that the test may ruin: engines that die in it stay away."""
+    options = (f"models.{MODEL}.dtype=float32", "engines.restart=false")
+    running = start_cluster(tmp_path, *(word for option in options for word in ("--set", option)))
     yield running
     stop_cluster(running)
     until(lambda: not alive(running.tree), f"left behind: {alive(running.tree)}")
@@ -118,6 +119,7 @@ def test_without_the_decode_engine_streams_end_in_an_error_and_new_requests_are_
     assert httpx2.get(own.url + "/health").status_code == 200
     until(lambda: nothing_held(own), "the prefill engine still holds blocks")
     until(lambda: "engine decode-0" in own.printed(), "nobody told the terminal")
+    assert "engines.restart is off; `diptych scale` starts another" in own.printed()
     assert "Traceback" not in own.printed()
 
 

@@ -247,7 +247,7 @@ async def test_both_roles_may_live_in_one_engine(tmp_path: Path) -> None:
     async with make_hinge(tmp_path) as hinge:
         p = await hinge.prefill(make_layout(16), settings("auto"))
         d = hinge.decode(make_layout(16), settings("auto"), name=p.me.engine_id, epoch=p.me.epoch)
-        d.driver._arena = p.arena
+        d.driver._arena, d.driver._unpack = p.arena, p.arena.unpack
         source, target = list(range(10)), list(range(20, 30))
         p.driver.open(make_key(1), d.me, 150)
         d.driver.expect(make_key(1), p.me, 150, 0)

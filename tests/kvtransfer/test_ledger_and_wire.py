@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import pytest
 
-from diptych.kvtransfer.history import Ended, History
 from diptych.kvtransfer.ledger import SlotLedger
 from diptych.kvtransfer.messages import (
     Abort,
@@ -21,7 +20,7 @@ from diptych.kvtransfer.messages import (
 )
 from diptych.kvtransfer.wire import from_pb, layout_from_pb, to_pb
 from diptych.protos import kv_pb2 as pb
-from diptych.protos.errors import Cancelled, TransferError
+from diptych.protos.errors import TransferError
 from diptych.protos.types import EngineId, TransferKey
 
 KEY = TransferKey(bytes(range(16)), 3)
@@ -134,18 +133,3 @@ def test_random_use_keeps_the_sums() -> None:
                 ledger.retire(held.pop(rng.randrange(len(held))))
         ledger.check_integrity()
         assert ledger.num_busy == len(held)
-
-
-def test_history_is_bounded_and_the_first_word_stands() -> None:
-    history = History()
-    history.end(KEY, Ended(Cancelled("first")))
-    history.end(KEY, Ended())
-    ended = history.find(KEY)
-    assert ended is not None
-    assert str(ended.error) == "first"
-    for number in range(10_000):
-        other = TransferKey(number.to_bytes(16, "big"), 0)
-        history.end(other, Ended())
-        assert not history.is_stale(other)
-    assert history.find(KEY) is None
-    assert len(history._ended) == len(history._newest) == 8192

@@ -188,7 +188,7 @@ def test_an_abort_at_p_releases_at_once_and_keeps_announced_slots_until_the_answ
 
 
 def test_an_abort_that_nobody_answers_ends_in_quarantine_and_a_new_generation() -> None:
-    pair = HingePair(auto_grant=False)
+    pair = HingePair(auto_grant=False, settings=TransferSettings(slots=4, silence_s=1000))
     pair.whole(key(), 8)
     pair.run(1)
     generations = [slot.generation for slot in pair.sender.ledger.slots]
@@ -335,7 +335,7 @@ def test_a_placement_that_names_a_dead_life_fails_at_once_and_a_new_life_replace
 
 
 def test_a_silent_peer_costs_a_lease_and_its_late_fetch_is_torn() -> None:
-    pair = HingePair(auto_grant=False, settings=TransferSettings(slots=4, stall_s=1000))
+    pair = HingePair(auto_grant=False, settings=TransferSettings(slots=4, stall_s=1000, silence_s=1000))
     pair.whole(key(), 8)
     pair.run(1)
     pair._up.clear()  # P hears nothing of D any more, though the stream seems to stand
@@ -377,8 +377,8 @@ def test_a_request_that_p_was_never_given_ends_after_a_lease() -> None:
     pair.check_quiet()
 
 
-def test_a_p_that_hangs_is_a_stall() -> None:
-    pair = HingePair()
+def test_a_p_that_says_nothing_of_a_transfer_is_a_stall() -> None:
+    pair = HingePair(settings=TransferSettings(slots=4, silence_s=1000))
     pair.open(key(), 10)
     pair.expect(key(), 10)
     pair.run(1)

@@ -76,11 +76,13 @@ def test_no_weather_leaks_a_block_or_commits_a_wrong_token(seed: int, breaks: bo
     one_life(pair, rng, keys, breaks)
     pair.run(80)  # every lease, stall and quarantine is over: nothing may need longer
     pair.check_quiet()
+    assert pair.sender.counters["kv_pairs_lost_total"] == pair.receiver.counters["kv_pairs_lost_total"] == 0
     assert set(pair.released) == set(pair.outcomes) == set(keys)
     for k in keys:
         if pair.committed(k) and pair.released[k].error is not None:
             # D has its verified copy; only the last word to P was lost or crossed an abort.
-            assert breaks or isinstance(pair.released[k].error, EngineFault)
+            broken = breaks or pair.receiver.counters["kv_transports_blamed_total"]
+            assert broken or isinstance(pair.released[k].error, EngineFault)
 
 
 def test_in_fair_weather_everything_arrives() -> None:

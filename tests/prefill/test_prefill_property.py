@@ -39,13 +39,16 @@ class Storm:
         match rng.choice("sssttttttccrrrrrlafp"):
             case "s":
                 prompt = [rng.randrange(2) for _ in range(rng.choice([1, 2, 4, 7, 12, 25]))]
-                stop = echo_reference(prompt, 1) if rng.random() < 0.1 else []
+                max_tokens = rng.choice([1, 5])
+                num_resumed = rng.randrange(max_tokens) if rng.random() < 0.4 else 0
+                resume = tuple(rng.randrange(2) for _ in range(num_resumed))
+                stop = echo_reference(prompt, 1, resume=resume) if rng.random() < 0.1 else []
                 deadline = bench.clock() + rng.choice([0.0, 1.0, 30.0]) if rng.random() < 0.3 else None
                 salt = rng.choice([b"", b"x"])
-                max_tokens = rng.choice([1, 5])
                 key = bench.submit(
                     prompt,
                     max_tokens=max_tokens,
+                    resume=resume,
                     stop=stop,
                     salt=salt,
                     deadline=deadline,
@@ -95,17 +98,17 @@ class Storm:
         ledger = self.bench.ledger
         assert set(ledger.finishes) == set(self.prompts), "exactly one finish per order"
         for key, tokens in ledger.tokens.items():
-            assert tokens == echo_reference(self.prompts[key], 1), "a wrong token"
-            assert ledger.first_index[key] == 0
-            sampling = self.bench.requests[key].sampling
-            known = [*self.prompts[key], *tokens]
+            sampling, resume = self.bench.requests[key].sampling, self.bench.requests[key].resume
+            assert tokens == echo_reference(self.prompts[key], 1, resume=resume), "a wrong token"
+            assert ledger.first_index[key] == len(resume)
+            known = [*self.prompts[key], *resume, *tokens]
             if sampling.logprobs is not None:
                 assert ledger.logprobs[key] == [echo_logprobs(known[:-1], known[-1], 1)]
             if sampling.prompt_logprobs is not None:
-                told = [echo_logprobs(known[:at], known[at], 1) for at in range(1, len(known) - 1)]
+                told = [] if resume else [echo_logprobs(known[:at], known[at], 1) for at in range(1, len(known) - 1)]
                 assert ledger.prompt_logprobs.get(key, []) == told
         for key, finish in ledger.finishes.items():
-            assert (finish.num_tokens == 1) == (key in ledger.tokens)
+            assert finish.num_tokens == len(self.bench.requests[key].resume) + (key in ledger.tokens)
             assert bool(finish.error_code) == (finish.reason is FinishReason.ERROR)
             if finish.reason in {FinishReason.HANDOFF, FinishReason.STOP, FinishReason.LENGTH}:
                 assert key in ledger.tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -65,6 +66,7 @@ LOGPROBS = st.builds(
     weight=st.floats(0.001, 1000),
     role=st.sampled_from(Role),
     has_peer=st.booleans(),
+    resume=st.lists(IDS, max_size=4).map(tuple),
 )
 def test_an_order_survives_the_way(
     sampling: SamplingParams,
@@ -74,7 +76,9 @@ def test_an_order_survives_the_way(
     weight: float,
     role: Role,
     has_peer: bool,
+    resume: tuple[int, ...],
 ) -> None:
+    sampling = replace(sampling, max_tokens=max(sampling.max_tokens, len(resume) + 1))
     request = GenerateRequest(
         key=KEY,
         prompt=prompt,
@@ -85,6 +89,7 @@ def test_an_order_survives_the_way(
         priority=priority,
         tenant=tenant,
         weight=weight,
+        resume=resume,
     )
     order: PrefillOrder | DecodeOrder = PrefillOrder(request=request, decode=PEER)
     if role is Role.DECODE:
@@ -122,6 +127,21 @@ def test_a_finish_survives_the_way() -> None:
     )
     sent = pb.Finish.FromString(codec.finish_to_pb(1, finish).SerializeToString())
     assert codec.finish_from_pb(sent, lambda _: KEY, Role.DECODE) == finish
+
+
+def test_an_order_whose_answer_is_complete_is_refused() -> None:
+    good = GenerateRequest(key=KEY, prompt=(1,), sampling=SamplingParams(max_tokens=3), resume=(4, 5))
+    msg = codec.submit_to_pb(7, DecodeOrder(request=good, prefill=None), 0.0)
+    assert codec.order_from_pb(msg, 0.0).request.known == (1, 4, 5)
+    msg.resume.append(6)
+    with pytest.raises(InvalidRequest, match="3 tokens are generated already") as refused:
+        codec.order_from_pb(msg, 0.0)
+    assert refused.value.param == "resume"
+
+
+def test_a_ping_survives_the_way() -> None:
+    sent = pb.RouterFrame.FromString(pb.RouterFrame(ping=pb.Ping()).SerializeToString())
+    assert sent.WhichOneof("frame") == "ping"
 
 
 def test_nonsense_is_refused_in_words() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from diptych.protos.errors import EngineFault
-from diptych.protos.lifecycle import Deadlines, RowMaker, StageTimer, execute, finish_reason, logit_rules
+from diptych.protos.lifecycle import Deadlines, RowMaker, StageTimer, execute, finish_reason, logit_rules, refusal
 from diptych.protos.ports import Runner
 from diptych.protos.step import LogitRules, SampleSpec, StepPlan, StepResult, StepRow
 from diptych.protos.types import FinishReason, GenerateRequest, SamplingParams, StageTimes, TokenLogprobs, TransferKey
@@ -218,6 +218,38 @@ def test_a_prompt_that_another_engine_told_of_is_like_any_other() -> None:
     maker.prompt_is_told()
     assert maker.max_cached_tokens(8) == 7
     assert maker.next_row(range(8), 0, 8, slot=0, blocks=[0]).prompt_logprobs is None
+
+
+def test_an_answer_that_goes_on_tells_no_prompt_and_counts_from_the_same_rules() -> None:
+    asked = replace(PARAMS, max_tokens=9, prompt_logprobs=1, presence_penalty=0.5)
+    maker = RowMaker(GenerateRequest(key=key(1), prompt=(7, 8, 9), sampling=asked, resume=(4, 5)))
+    assert maker.max_cached_tokens(5) == 4
+    row = maker.next_row((7, 8, 9, 4, 5), 0, 5, slot=0, blocks=[0])
+    assert row.prompt_logprobs is None
+    assert row.sample is not None
+    assert (row.sample.position, row.sample.history) == (5, (7, 8, 9, 4, 5))
+    assert row.sample.rules == logit_rules(asked, 3), "the penalties count what was generated, wherever that was"
+
+
+@pytest.mark.parametrize(
+    ("resume", "changes", "words"),
+    [
+        ((4, 5), {}, None),
+        ((4, 2, 5), {"max_tokens": 4}, None),
+        ((4, 2), {"min_tokens": 2}, None),
+        ((4, 2), {}, "complete with the 2 tokens of resume: stop"),
+        ((4, 5, 6), {}, "complete with the 3 tokens of resume: length"),
+        ((1,) * 7, {"max_tokens": 20}, "prompt and resume have 10 tokens: the context of 10 tokens"),
+        ((4, 100), {}, "the resume holds the token id 100"),
+    ],
+)
+def test_who_goes_on_with_an_answer_must_have_something_to_add(
+    resume: tuple[int, ...], changes: dict[str, int], words: str | None
+) -> None:
+    sampling = replace(PARAMS, **changes)  # type: ignore[arg-type]
+    request = GenerateRequest(key=key(1), prompt=(7, 8, 9), sampling=sampling, resume=resume)
+    error = refusal(request, 10, 100)
+    assert (error is None) if words is None else (words in str(error))
 
 
 def test_a_stop_token_counts_only_after_min_tokens() -> None:

@@ -9,6 +9,7 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from diptych.cluster.api.testing import FrontDoor, until
+from diptych.cluster.router.call import Loss
 
 ASK = {"model": "echo", "prompt": "hello world, hello hello", "max_tokens": 9}
 
@@ -80,6 +81,10 @@ async def test_info_names_engines_choices_versions_and_the_last_requests(
     last = info["last_requests"][-1]
     assert (last["prefill_engine"], last["decode_engine"], last["transport"]) == ("prefill-0", "decode-0", "echo")
     assert last["transfer_bytes"] > 0
+    assert info["losses"] == []
+    door.router.losses.append(Loss(engine="decode-7", epoch=3, at_unix=1.5, cause="silent"))
+    told = {"engine": "decode-7", "epoch": 3, "at_unix": 1.5, "cause": "silent"}
+    assert (await http.get("/info")).json()["losses"] == [told]
     door.directory.set([door.decode.info])
     await until(lambda: not list(door.router.view.live("echo", next(iter(door.prefill.info.roles)))))
     assert any("no prefill engine" in choice for choice in (await http.get("/info")).json()["degraded"])

@@ -4,166 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from diptych.cluster.config import load_config
-from diptych.cluster.control.manager import EngineState, PoolManager
+from diptych.cluster.control.manager import EngineState
 from diptych.cluster.control.memory import MIB
-from diptych.cluster.control.plan import ClusterPlan, plan_cluster
-from diptych.cluster.control.pools import Pools
-from diptych.cluster.engine.spec import EngineSpec, EngineStarted
-from diptych.cluster.models import ModelFacts, ModelFolder
-from diptych.protos.errors import DiptychError, EngineLost, InvalidRequest, StartupError, UnknownModel
-from diptych.protos.status import EngineInfo, EngineStatus
-from diptych.protos.types import EngineId, Role
-
-FACTS = ModelFacts(
-    name="m",
-    architecture="LlamaForCausalLM",
-    layers=2,
-    kv_heads=1,
-    head_dim=8,
-    vocab_size=100,
-    max_context_tokens=512,
-    weights_bytes=1,
-    num_parameters=100,
-    eos_token_ids=(2,),
-    bos_token_id=1,
-    dtype="float32",
-    chat_template=None,
-)
-
-
-class FakeStore(dict[str, bytes]):
-    def put(self, key: str, value: bytes) -> None:
-        self[key] = value
-
-
-class FakeProcess:
-    """Starts at once unless held; the test lets it die or finish its requests."""
-
-    def __init__(self, spec: EngineSpec) -> None:
-        self.spec = spec
-        self.may_start = asyncio.Event()
-        self.may_start.set()
-        self.start_error: DiptychError | None = None
-        self.death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.may_finish = asyncio.Event()
-        self.may_finish.set()
-        self.running = 0
-        self.calls: list[str] = []
-        self.cores = [spec.cores]
-
-    async def start(self) -> EngineStarted:
-        self.calls.append("start")
-        await self.may_start.wait()
-        if self.start_error is not None:
-            raise self.start_error
-        info = EngineInfo(
-            ref=self.spec.ref,
-            roles=self.spec.roles,
-            model=self.spec.model,
-            pid=1,
-            host="h",
-            block_tokens=16,
-            num_blocks=10,
-            max_context_tokens=100,
-            dtype="float32",
-        )
-        return EngineStarted(info, ())
-
-    async def ended(self) -> str:
-        return await asyncio.shield(self.death)
-
-    async def status(self) -> EngineStatus:
-        return EngineStatus(running=self.running)
-
-    async def set_cores(self, cores: int) -> None:
-        self.cores.append(cores)
-
-    async def drain(self, grace_s: float) -> bool:
-        self.calls.append("drain")
-        try:
-            async with asyncio.timeout(grace_s):
-                await self.may_finish.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    async def stop(self) -> None:
-        self.calls.append("stop")
-
-    def kill(self) -> None:
-        self.calls.append("kill")
-
-
-class World:
-    """What outlives a manager: the store and the processes."""
-
-    def __init__(self) -> None:
-        self.store = FakeStore()
-        self.made: list[FakeProcess] = []
-        self.on_launch: Callable[[FakeProcess], None] = lambda process: None
-        self.memory = 100_000 * MIB
-        self.changes = 0
-        self.begin()
-
-    def begin(self) -> None:
-        """A (new) life of the manager."""
-        self.manager = PoolManager(self.store)
-        self.pools = Pools(
-            self.manager,
-            self.store,
-            self,
-            available=lambda pids: (self.memory, "free memory of the machine"),
-            changed=self.changed,
-        )
-
-    def changed(self) -> None:
-        self.changes += 1
-
-    def launch(self, spec: EngineSpec) -> FakeProcess:
-        process = FakeProcess(spec)
-        self.on_launch(process)
-        self.made.append(process)
-        return process
-
-    def find(self, engine_id: EngineId, epoch: int) -> FakeProcess | None:
-        for process in self.made:
-            if (process.spec.engine_id, process.spec.epoch) == (engine_id, epoch) and "kill" not in process.calls:
-                return process
-        return None
-
-    def process(self, engine_id: str) -> FakeProcess:
-        [found] = [p for p in self.made if p.spec.engine_id == engine_id and "kill" not in p.calls]
-        return found
-
-    def states(self) -> dict[str, str]:
-        return {member.engine_id: member.state.value for member in self.manager.members()}
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
-            while not condition():  # noqa: ASYNC110 - fakes tell nobody
-                await asyncio.sleep(0)
-
-
-def plan(*overrides: str, names: tuple[str, ...] = ("m",)) -> ClusterPlan:
-    sources = [f"models.{name}.source=/{name}" for name in names]
-    config = load_config(None, [*sources, *overrides])
-    only = config.model_copy(update={"models": {name: config.models[name] for name in names}})
-    folders = {name: ModelFolder(Path(f"/{name}"), dataclasses.replace(FACTS, name=name)) for name in names}
-    return plan_cluster(only, folders, Path("/r"))
-
-
-async def started(*overrides: str, names: tuple[str, ...] = ("m",)) -> World:
-    world = World()
-    await world.pools.apply(plan(*overrides, names=names))
-    done = await world.pools.settled()
-    assert not done.failed
-    return world
+from diptych.cluster.control.testing import FakeProcess, World, plan, started
+from diptych.protos.errors import EngineLost, InvalidRequest, StartupError, UnknownModel
+from diptych.protos.types import Role
 
 
 async def test_a_plan_brings_up_every_engine_of_every_model_once() -> None:
@@ -346,6 +194,8 @@ async def test_another_plan_replaces_only_what_differs() -> None:
     world = await started(names=("a", "b"))
     await world.pools.apply(plan("models.b.kv.memory_mib=64", names=("b", "c")))
     await world.pools.settled()
+    assert [p.spec.model for p in world.made if "kill" in p.calls] == [], "those before serve until the new ones do"
+    await world.until(lambda: len(world.states()) == 4)
     models = [(m.model, m.state.value) for m in world.manager.members()]
     assert sorted(models) == [("b", "ready"), ("b", "ready"), ("c", "ready"), ("c", "ready")]
     ended = [p for p in world.made if "kill" in p.calls]

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from diptych.cluster.engine.engine import Engine
 from diptych.cluster.engine.spec import EngineSpec
 from diptych.cluster.models import ModelFacts
 from diptych.cluster.router.mirror import PromptNames
-from diptych.cluster.router.session import EngineSession
+from diptych.cluster.router.session import EngineSession, SessionTerms
 from diptych.kernels.echo.testing import expected_tokens
-from diptych.protos.errors import DiptychError, StartupError
-from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
+from diptych.protos.errors import DiptychError, EngineFault, InvalidRequest, StartupError
+from diptych.protos.faults import FaultPlan, FaultRule, FaultSettings
+from diptych.protos.settings import DecodeSettings, EchoSettings, KvSettings, PrefillSettings, TransferSettings
 from diptych.protos.types import (
     DecodeOrder,
     EngineId,
@@ -129,15 +131,24 @@ class Site:
         self.engines: dict[str, Engine] = {}
         self.sessions: dict[str, EngineSession] = {}
         self.failures: list[BaseException] = []
+        self.router_faults: FaultPlan | None = None
 
     async def add(
-        self, name: str, *roles: Role, transport: str = "auto", settings: ModelSettings = SETTINGS
+        self,
+        name: str,
+        *roles: Role,
+        transport: str = "auto",
+        settings: ModelSettings = SETTINGS,
+        **more: Any,
     ) -> EngineRef:
-        spec = spec_of(self._run_dir, name, *roles, transport=transport, settings=settings)
+        spec = dataclasses.replace(spec_of(self._run_dir, name, *roles, transport=transport, settings=settings), **more)
         engine = Engine(spec, on_failure=self.failures.append)
         info = (await asyncio.to_thread(engine.start)).info
         ready = asyncio.Event()
-        session = EngineSession(info, router_id="test", connect_timeout_s=10, clock=time.monotonic, on_change=ready.set)
+        terms = SessionTerms(
+            router_id="test", connect_timeout_s=10, silence_s=10, clock=time.monotonic, faults=self.router_faults
+        )
+        session = EngineSession(info, terms, on_change=ready.set)
         session.start()
         async with asyncio.timeout(WAIT_S):
             await ready.wait()
@@ -165,6 +176,10 @@ async def site(run_dir: Path) -> AsyncIterator[Site]:
     for name in list(made.engines):
         await made.stop(name)
     assert not made.failures
+
+
+def faulty(*rules: dict[str, object]) -> FaultSettings:
+    return FaultSettings(rules=tuple(FaultRule.model_validate(rule) for rule in rules))
 
 
 def request(n: int, prompt: list[int], max_tokens: int = 12) -> GenerateRequest:
@@ -363,7 +378,7 @@ async def test_draining_waits_for_running_requests_and_refuses_new_ones(site: Si
         await asyncio.sleep(0.001)
     late = Sink()
     site.sessions["d"].submit(DecodeOrder(request=request(2, prompt), prefill=None), late)
-    assert (await late.finish()).error_code == "overloaded"
+    assert (await late.finish()).error_code == "shutting_down"
     assert await draining
     assert (await decode.finish()).num_tokens == 100
     assert prefill.end.done()
@@ -420,3 +435,151 @@ async def test_an_arena_smaller_than_the_context_is_told_as_degraded(site: Site,
     await asyncio.to_thread(engine.stop)
     assert info.max_context_tokens == info.num_blocks * 16
     assert any("kv.memory_mib is the bound" in choice for choice in info.degraded)
+
+
+async def test_a_step_that_fails_on_purpose_ends_its_requests_and_no_others(site: Site) -> None:
+    """The occasions are counted from the first request on: the warm-up is none."""
+    rules = faulty({"point": "engine.step", "action": "raise", "nth": [1]})
+    d = await site.add("d", Role.DECODE, faults=rules)
+    prompt = prompt_of(random.Random(1), 20)
+    first, second = Sink(), Sink()
+    session = site.sessions[d.engine_id]
+    session.submit(DecodeOrder(request=request(1, prompt), prefill=None), first)
+    assert (await first.finish()).error_code == "engine_fault"
+    session.submit(DecodeOrder(request=request(2, prompt), prefill=None), second)
+    assert (await second.finish()).num_tokens == 12
+    assert list(second.tokens.values()) == expected_tokens(prompt, 12)
+    assert (await site.counts("d")).used == 0
+    assert site.engines["d"].status().counters["fault_engine_step_total"] == 1.0
+
+
+async def test_late_news_from_the_hinge_change_no_answer(site: Site) -> None:
+    rules = faulty({"point": "hinge.deliver", "action": "delay", "probability": 1.0, "delay_s": 0.03})
+    p = await site.add("p", Role.PREFILL, faults=rules)
+    d = await site.add("d", Role.DECODE, faults=rules)
+    rng = random.Random(2)
+    prompts = [prompt_of(rng, length) for length in (5, 40, 200)]
+    sinks = [ask(site, p, d, request(n, prompt))[1] for n, prompt in enumerate(prompts)]
+    for prompt, sink in zip(prompts, sinks, strict=True):
+        assert (await sink.finish()).transfer_bytes > 0
+        assert list(sink.tokens.values()) == expected_tokens(prompt, 12)[1:]
+    for name in ("p", "d"):
+        assert (await site.counts(name)).used == 0
+
+
+async def test_a_step_that_does_not_come_back_ends_the_engine(site: Site) -> None:
+    rules = faulty({"point": "engine.step", "action": "delay", "nth": [1], "delay_s": 1.0})
+    await site.add("d", Role.DECODE, faults=rules, step_stall_s=0.2)
+    site.sessions["d"].submit(DecodeOrder(request=request(1, [1, 2, 3]), prefill=None), sink := Sink())
+    await sink.finish()
+    [error] = site.failures
+    assert isinstance(error, EngineFault)
+    site.failures.clear()
+
+
+async def test_an_engine_changes_its_role_and_keeps_model_and_sessions(site: Site) -> None:
+    """P and D change places; before and after every answer is right."""
+    p = await site.add("p", Role.PREFILL, more_roles=frozenset({Role.DECODE}))
+    d = await site.add("d", Role.DECODE, more_roles=frozenset({Role.PREFILL}))
+    rng = random.Random(3)
+    prompt, other = prompt_of(rng, 100), prompt_of(rng, 50)
+    decode = ask(site, p, d, request(1, prompt))[1]
+    assert (await decode.finish()).transfer_bytes > 0
+    wrong = Sink()
+    site.sessions["p"].submit(DecodeOrder(request=request(2, other), prefill=None), wrong)
+    assert (await wrong.finish()).error_code == "shutting_down", "a role that it does not have now"
+    for name, role in (("p", Role.DECODE), ("d", Role.PREFILL)):
+        info = await asyncio.to_thread(site.engines[name].set_roles, [role], float(WAIT_S))
+        assert (info.roles, info.ref) == (frozenset({role}), (p if name == "p" else d))
+    for n, text in enumerate((prompt, other), 3):
+        prefill, decode = ask(site, d, p, request(n, text))
+        assert (await prefill.finish()).reason is FinishReason.HANDOFF
+        assert (await decode.finish()).reason is FinishReason.LENGTH
+        assert [prefill.tokens[0], *decode.tokens.values()] == expected_tokens(text, 12)
+    for name in ("p", "d"):
+        assert (await site.counts(name)).used == 0
+        assert not site.engines[name].is_draining
+
+
+async def test_what_a_leaving_role_cannot_finish_is_given_to_others_and_leaves_nothing_behind(site: Site) -> None:
+    slowly = SETTINGS.model_copy(update={"echo": EchoSettings(step_s=0.02)})
+    await site.add("d", Role.DECODE, settings=slowly, more_roles=frozenset({Role.PREFILL}))
+    slow = request(1, prompt_of(random.Random(4), 30), max_tokens=400)
+    running = Sink()
+    site.sessions["d"].submit(DecodeOrder(request=slow, prefill=None), running)
+    async with asyncio.timeout(WAIT_S):
+        await running.got_token.wait()
+    await asyncio.to_thread(site.engines["d"].set_roles, [Role.PREFILL], 0.0)
+    assert (await running.finish()).error_code == "engine_lost"
+    assert (await site.counts("d")).used == 0
+    await asyncio.to_thread(site.engines["d"].set_roles, list(Role), 0.0)
+    again = Sink()
+    site.sessions["d"].submit(DecodeOrder(request=request(2, [1, 2, 3]), prefill=None), again)
+    assert (await again.finish()).reason is FinishReason.LENGTH
+    assert list(again.tokens.values()) == expected_tokens([1, 2, 3], 12)
+
+
+async def test_a_role_that_an_engine_was_not_made_for_is_refused_by_name(site: Site) -> None:
+    await site.add("d", Role.DECODE)
+    for roles in ([Role.PREFILL], []):
+        with pytest.raises(InvalidRequest, match="engine d can be decode, not"):
+            await asyncio.to_thread(site.engines["d"].set_roles, roles, 0.0)
+    assert await site.counts("d")
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+async def test_faults_on_the_hinge_are_found_and_change_no_answer(site: Site, transport: str) -> None:
+    bytes_ = [{"point": "hinge.publish", "action": action, "probability": 0.1} for action in ("corrupt", "truncate")]
+    messages = [
+        {"point": point, "action": action, "probability": 0.05, "delay_s": 0.05}
+        for point in ("hinge.out", "hinge.in")
+        for action in ("drop", "duplicate", "reorder", "delay")
+    ]
+    fetches = [{"point": "hinge.fetch", "action": action, "probability": 0.05} for action in ("corrupt", "delay")]
+    rules = faulty(*bytes_, *messages, *fetches)
+    p = await site.add("p", Role.PREFILL, transport=transport, faults=rules)
+    d = await site.add("d", Role.DECODE, transport=transport, faults=rules)
+    rng = random.Random(5)
+
+    async def one(n: int) -> None:
+        prompt = prompt_of(rng, rng.randrange(1, 300))
+        prefill, decode = ask(site, p, d, request(n, prompt))
+        done = await decode.finish()
+        assert done.reason is FinishReason.LENGTH, done
+        site.sessions["p"].cancel(request(n, prompt).key)  # as a router does with what is left of a request
+        await prefill.finish()
+        tokens = prefill.tokens | decode.tokens
+        assert [tokens[index] for index in range(12)] == expected_tokens(prompt, 12)
+
+    for begin in range(0, 30, 5):
+        await asyncio.gather(*(one(n) for n in range(begin, begin + 5)))
+    counters = {}
+    for name in ("p", "d"):
+        assert (await site.counts(name)).used == 0
+        counters[name] = site.engines[name].status().counters
+        assert counters[name].get("kv_thread_faults_total", 0) == 0
+    assert counters["p"]["fault_hinge_publish_total"] > 0
+    assert counters["d"]["kv_checksum_failures_total"] > 0
+
+
+async def test_orders_that_come_twice_and_cancels_that_come_late_change_no_answer(site: Site) -> None:
+    rules = faulty(
+        {"point": "session.submit", "action": "duplicate", "probability": 0.5},
+        {"point": "session.cancel", "action": "delay", "probability": 0.5, "delay_s": 0.02},
+        {"point": "session.open", "action": "raise", "nth": [1]},
+    )
+    site.router_faults = FaultPlan(rules, me="router")
+    p, d = await site.add("p", Role.PREFILL), await site.add("d", Role.DECODE)
+    rng = random.Random(6)
+    prompts = [prompt_of(rng, rng.randrange(1, 100)) for _ in range(20)]
+    pairs = [ask(site, p, d, request(n, prompt)) for n, prompt in enumerate(prompts)]
+    for n, (prompt, (prefill, decode)) in enumerate(zip(prompts, pairs, strict=True)):
+        assert (await decode.finish()).reason is FinishReason.LENGTH
+        site.sessions["p"].cancel(request(n, prompt).key)
+        await prefill.finish()
+        tokens = prefill.tokens | decode.tokens
+        assert [tokens[index] for index in range(12)] == expected_tokens(prompt, 12)
+    counters = [site.engines[name].status().counters for name in ("p", "d")]
+    doubled = sum(counted["engine_duplicate_orders_total"] for counted in counters)
+    assert doubled == site.router_faults.counts["session.submit/duplicate"] > 0
+    assert site.router_faults.counts["session.open/raise"] == 1

@@ -214,12 +214,100 @@ async def test_one_step_is_one_message_with_the_columns_of_that_router_only(star
 async def test_a_terminal_event_frees_handle_and_key(start: Start) -> None:
     engine = await start()
     async with engine.router() as router:
-        for _ in range(2):
-            await router.submit(5, 1)
+        for handle, n in ((5, 1), (5, 2), (6, 1)):
+            await router.submit(handle, n)
             await engine.items(1)
-            engine.outbox.put(Role.DECODE, output(finishes=[finish(1)]))
-            assert [f.handle for f in (await router.tokens()).finishes] == [5]
+            engine.outbox.put(Role.DECODE, output(finishes=[finish(n)]))
+            assert [f.handle for f in (await router.tokens()).finishes] == [handle]
         assert engine.sessions.num_requests == 0
+
+
+async def test_an_order_that_comes_twice_is_one_order_also_when_the_first_has_ended(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        await router.submit(5, 1)
+        await router.submit(5, 1)
+        await engine.items(1)
+        engine.outbox.put(Role.DECODE, output((1, 0, 9), finishes=[finish(1)]))
+        assert [f.handle for f in (await router.tokens()).finishes] == [5]
+        await router.submit(5, 1)
+        await router.submit(6, 2)
+        [order] = await engine.items(1)
+        assert isinstance(order, DecodeOrder)
+        assert order.request.key == key(2), "neither copy is in the inbox"
+        assert engine.sessions.num_requests == 1
+    assert engine.sessions.duplicates == 2
+
+
+async def test_a_copy_of_an_order_that_was_refused_finds_no_room_later(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        engine.sessions.draining = True
+        await router.submit(5, 1)
+        assert [f.error.code for f in (await router.tokens()).finishes] == ["shutting_down"]
+        engine.sessions.draining = False
+        await router.submit(5, 1)
+        await router.submit(6, 2)
+        [order] = await engine.items(1)
+        assert isinstance(order, DecodeOrder)
+        assert order.request.key == key(2)
+
+
+async def test_a_session_remembers_a_bounded_number_of_ended_orders(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "MAX_ENDED", 3)
+    engine = await start()
+    async with engine.router() as router:
+        await router.read()
+        [session] = engine.sessions._sessions
+        for n in range(10):
+            session.give_up(n, key(n))
+        assert list(session.ended) == [7, 8, 9]
+
+
+async def test_a_router_that_pinged_and_fell_silent_loses_its_session_and_its_requests(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "ROUTER_SILENCE_S", 0.3)
+    engine = await start()
+    async with engine.router() as silent, engine.router() as plain:
+        await silent.submit(1, 1)
+        await plain.submit(1, 2)
+        await engine.items(2)
+        await silent.send(pb.RouterFrame(ping=pb.Ping()))
+        assert await silent.refused() == (grpc.StatusCode.UNAVAILABLE, "the router fell silent")
+        assert await engine.items(1) == [CancelRequest(Role.DECODE, key(1))]
+        assert engine.sessions.routers_lost == 1
+        engine.outbox.put(Role.DECODE, output((2, 0, 20)))
+        assert list((await plain.tokens()).token) == [20], "who never pinged is not expected to"
+
+
+async def test_whatever_a_router_sends_shows_that_it_lives(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        await router.send(pb.RouterFrame(ping=pb.Ping()))
+        await engine.until(lambda: any(session.pings for session in engine.sessions._sessions))
+        for n in range(1, 5):
+            engine.sessions._end_silent(session_module.ROUTER_SILENCE_S - 1)
+            await router.submit(n, n)
+            await engine.items(1)
+        assert engine.sessions.routers_lost == 0
+        engine.sessions._end_silent(session_module.ROUTER_SILENCE_S + 1)
+        engine.sessions._end_silent(session_module.ROUTER_SILENCE_S + 1)
+        assert engine.sessions.routers_lost == 1, "a session is lost once"
+
+
+async def test_status_comes_at_its_pace_though_every_frame_is_about_tokens(start: Start) -> None:
+    engine = await start()
+    async with engine.router() as router:
+        await router.submit(1, 1)
+        await engine.items(1)
+        statuses = index = 0
+        while statuses < 4:  # the first answers Open; the load never changes
+            engine.outbox.put(Role.DECODE, output((1, index, index)))
+            index += 1
+            statuses += (await router.read()).WhichOneof("frame") == "status"
 
 
 async def test_another_life_of_the_engine_is_fenced(start: Start) -> None:
@@ -306,7 +394,7 @@ async def test_what_cannot_be_taken_ends_in_one_error_for_that_handle(start: Sta
         (2, "error", "invalid_request"),
         (3, "error", "engine_error"),
         (4, "error", "invalid_request"),
-        (5, "error", "overloaded"),
+        (5, "error", "shutting_down"),
     ]
 
 
@@ -386,8 +474,8 @@ async def test_a_prefill_order_refused_at_the_door_is_abandoned_for_its_decode_e
         await router.submit(3, 2, role=Role.PREFILL)
         await router.submit(4, 3, role=Role.DECODE)
         codes = [(await router.tokens()).finishes[0].error.code for _ in range(3)]
-    assert codes == ["invalid_request", "overloaded", "overloaded"]
-    assert engine.abandoned == [(key(2), "overloaded")]
+    assert codes == ["invalid_request", "shutting_down", "shutting_down"]
+    assert engine.abandoned == [(key(2), "shutting_down")]
 
 
 async def test_a_router_that_reads_nothing_loses_its_session_only(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.cluster.router.merge import TokenMerge
-from diptych.protos.errors import EngineFault, EngineLost, NoBlocks
+from diptych.protos.errors import Disagreement, EngineFault, EngineLost, NoBlocks
 from diptych.protos.types import Finish, FinishReason, Role, TokenLogprobs, TransferKey
 
 KEY = TransferKey(b"k" * 16)
@@ -49,6 +49,45 @@ def test_any_interleaving_of_both_engines_gives_the_tokens_in_order_and_one_end(
     assert merge.finish is not None
     assert merge.finish.reason is FinishReason.LENGTH
     assert taken(merge) == []
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_an_answer_that_goes_on_elsewhere_gives_out_its_rest_and_nothing_twice(data: st.DataObject) -> None:
+    total = data.draw(st.integers(1, 10))
+    begin = data.draw(st.integers(0, total - 1))
+    answer = [100 + i for i in range(total)]
+    merge, out = TokenMerge(has_prefill=True, emitted=answer[:begin]), list[int]()
+    assert not merge.has_begun
+    repeats = data.draw(st.integers(0, begin))
+    indexes = data.draw(st.permutations(range(begin - repeats, total)))
+    for index in indexes:
+        merge.token(index, answer[index])
+        out += taken(merge)
+    merge.end(Role.DECODE, finish(Role.DECODE, FinishReason.LENGTH, total))
+    out += taken(merge)
+    assert out == answer[begin:]
+    assert merge.finish is not None
+    assert merge.finish.num_tokens == total
+
+
+def test_an_engine_that_contradicts_what_the_client_has_costs_an_attempt() -> None:
+    merge = TokenMerge(has_prefill=False, emitted=[5, 6])
+    merge.token(1, 7)
+    merge.token(2, 8)
+    assert isinstance(merge.error, Disagreement)
+    assert merge.error.retryable
+    assert merge.blame is None
+    assert taken(merge) == []
+
+
+def test_a_next_token_lost_with_its_engine_after_the_handoff_is_the_prefill_engines_fault() -> None:
+    merge = TokenMerge(has_prefill=True, emitted=[5, 6])
+    merge.token(3, 8)
+    merge.end(Role.PREFILL, finish(Role.PREFILL, FinishReason.HANDOFF, 3))
+    assert taken(merge) == []
+    assert isinstance(merge.error, EngineLost)
+    assert merge.blame is Role.PREFILL
 
 
 @pytest.mark.parametrize("decode_first", [False, True])

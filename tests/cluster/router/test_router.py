@@ -24,7 +24,6 @@ from diptych.kvtransfer.prefix import block_name, root_name, short_name
 from diptych.protos import engine_pb2 as pb
 from diptych.protos.errors import (
     DeadlineExceeded,
-    EngineFault,
     EngineLost,
     NoBlocks,
     RequestError,
@@ -77,14 +76,6 @@ async def test_decode_may_be_first(tmp_path: Path) -> None:
         session = next(iter(frames._sessions))
         await frames._work(session, 1, order)
         assert (await task)[0] == wanted(4)
-
-
-async def test_engines_that_disagree_about_the_first_token_give_an_error(tmp_path: Path) -> None:
-    async with rig(tmp_path, PAIR) as r:
-        r.engines["d"].faults.also_first_token = r.engines["d"].faults.wrong_first_token = True
-        with pytest.raises(EngineFault, match="disagree"):
-            await r.ask()
-        await until(lambda: bool(r.engines["d"].cancels))
 
 
 async def test_a_prefill_engine_lost_on_the_last_attempt_leaves_the_answer_to_decode(tmp_path: Path) -> None:
@@ -200,21 +191,6 @@ async def test_retries_are_bounded(tmp_path: Path) -> None:
         with pytest.raises(EngineLost):
             await r.ask()
         assert len(r.engines["d"].orders) == r.router.settings.max_attempts
-
-
-async def test_a_break_after_the_first_token_is_an_error_and_cancels_the_other_engine(tmp_path: Path) -> None:
-    async with rig(tmp_path, PAIR) as r:
-        r.engines["d"].faults.drop_stream_at = 3
-        got: list[int] = []
-
-        async def read() -> None:
-            async for delta in r.router.generate(call()):
-                got.extend(delta.tokens)
-
-        with pytest.raises(EngineLost):
-            await read()
-        assert got == wanted(3)
-        assert len(r.engines["d"].orders) == 1
 
 
 async def test_a_lost_first_token_is_retried(tmp_path: Path) -> None:

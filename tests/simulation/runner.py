@@ -1,0 +1,111 @@
+"""ports.Runner of the simulation: KV of a position is a hash of the whole prefix, the next token a hash of all KV.
+
+One number per position; whoever finds another number there than the prefix's finds it in the next token, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+
+from diptych.protos.step import StepPlan, StepResult, StepRow
+
+VOCAB = 64
+STOP_TOKEN = 7
+EMPTY = 0
+_MASK = (1 << 64) - 1
+
+
+def grow(before: int, tokens: Sequence[int], start: int) -> list[int]:
+    """KV of `tokens` from position `start` on, after the position whose KV is `before`."""
+    found = []
+    for at, token in enumerate(tokens, start):
+        before = (before * 6364136223846793005 + (token + 1) * 1442695040888963407 + at) & _MASK | 1
+        found.append(before)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def kv_of(tokens: tuple[int, ...]) -> list[int]:
+    """What must lie at positions 0 .. len(tokens) - 1."""
+    return grow(1, tokens, 0)
+
+
+def next_token(cells: Sequence[int]) -> int:
+    """After these positions."""
+    return hash(tuple(cells)) % VOCAB  # hashes of whole numbers are the same in every interpreter
+
+
+def answer_of(prompt: tuple[int, ...], *, max_tokens: int, stop: bool) -> list[int]:
+    """The one right answer."""
+    cells, tokens = list(kv_of(prompt)), []
+    while len(tokens) < max_tokens:
+        tokens.append(next_token(cells))
+        if stop and tokens[-1] == STOP_TOKEN:
+            break
+        cells += grow(cells[-1], tokens[-1:], len(cells))
+    return tokens
+
+
+def pack(cells: Sequence[int]) -> bytes:
+    """Wire form, 8 bytes a position."""
+    return struct.pack(f"<{len(cells)}Q", *cells)
+
+
+def unpack(data: bytes | memoryview) -> tuple[int, ...]:
+    """From `pack`."""
+    return struct.unpack(f"<{len(data) // 8}Q", data)
+
+
+class SimRunner:
+    """Computes at once; the engine decides how long a step takes. Plans that make no sense raise AssertionError."""
+
+    def __init__(self, *, num_blocks: int, block_tokens: int, max_slots: int, max_step_tokens: int) -> None:
+        self.max_slots = max_slots
+        self.max_step_tokens = max_step_tokens
+        self.vocab_size = VOCAB
+        self.block_tokens = block_tokens
+        self.fault = False  # the next step raises, after it has written garbage
+        self._kv = [[EMPTY] * block_tokens for _ in range(num_blocks)]
+        self._result: StepResult | None = None
+
+    def launch(self, plan: StepPlan) -> None:
+        assert plan.rows
+        assert plan.num_tokens <= self.max_step_tokens
+        fault, self.fault = self.fault, False
+        size, kv = self.block_tokens, self._kv
+        written: set[int] = set()
+        for row in plan.rows:
+            assert row.tokens is not None
+            assert len(row.tokens) == row.num_tokens
+            before = kv[row.blocks[(row.start - 1) // size]][(row.start - 1) % size] if row.start else 1
+            cells = [~0 & _MASK] * row.num_tokens if fault else grow(before, row.tokens, row.start)
+            into = set(row.blocks[row.start // size : (row.start + row.num_tokens - 1) // size + 1])
+            assert not into & written, "two rows write into one block"
+            written |= into
+            self.write(row.blocks, row.start, cells)
+        if fault:
+            raise RuntimeError("injected fault")
+        self._result = StepResult(plan.step_id, tuple([self._sample(row) for row in plan.rows]))
+
+    def _sample(self, row: StepRow) -> int | None:
+        return None if row.sample is None else next_token(self.read(row.blocks, row.sample.position))
+
+    def collect(self) -> StepResult:
+        result, self._result = self._result, None
+        assert result is not None
+        return result
+
+    def read(self, blocks: Sequence[int], num_tokens: int) -> list[int]:
+        """What lies at positions 0 .. num_tokens - 1 of a block table."""
+        cells: list[int] = []
+        for block in blocks[: -(-num_tokens // self.block_tokens)]:
+            cells += self._kv[block]
+        return cells[:num_tokens]
+
+    def write(self, blocks: Sequence[int], start: int, cells: Sequence[int]) -> None:
+        """Put cells at positions start, start + 1, ... of a block table."""
+        size, kv = self.block_tokens, self._kv
+        for at, cell in enumerate(cells, start):
+            kv[blocks[at // size]][at % size] = cell
