@@ -113,6 +113,16 @@ def restart(
     raise typer.Exit(run_restart(model, which, config=config, overrides=overrides or (), url=url, address=address))
 
 
+@app.command("apply")
+def apply_config(config: ConfigFile = None, overrides: Overrides = None, url: Url = None) -> None:
+    """Give a running cluster another configuration: --config names all of it, --set alone changes what runs; the
+    engines that it concerns are replaced while the old ones serve.
+    """
+    from diptych.cluster.apply import run_apply
+
+    raise typer.Exit(run_apply(config, overrides or (), url=url))
+
+
 @app.command("role")
 def change_role(
     engine: Annotated[str, typer.Argument(help="An engine that serves, such as prefill-0.")],
@@ -135,6 +145,18 @@ def models(config: ConfigFile = None, overrides: Overrides = None, url: Url = No
     from diptych.cluster.model_list import run_models
 
     raise typer.Exit(run_models(config, overrides or [], url))
+
+
+@app.command()
+def keygen(
+    tenant: Annotated[str, typer.Argument(help="Whose key it is.")],
+    admin: Annotated[bool, typer.Option("--admin", help="It opens /info and /metrics too.")] = False,
+    file: Annotated[Path | None, typer.Option(help="File of security.api_keys that the line goes to.")] = None,
+) -> None:
+    """Make an API key: prints it, once, and the line for the file that security.api_keys names."""
+    from diptych.cluster.keygen import run_keygen
+
+    raise typer.Exit(run_keygen(tenant, is_admin=admin, file=file))
 
 
 @app.command()

@@ -62,6 +62,11 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych"
 
 
+def api_key() -> str:
+    """The key that the command and the Python client show, from DIPTYCH_API_KEY; empty where there is none."""
+    return os.environ.get("DIPTYCH_API_KEY", "").strip()
+
+
 def default_run_dir() -> Path:
     """A short private folder for sockets, state and Ray's session; Ray's own sockets leave little room for its name."""
     return Path(tempfile.gettempdir()) / f"diptych-{os.getuid()}"

@@ -24,7 +24,7 @@ from . import host, keyring
 from .launch import RayHead, start_ray
 from .memory import plan_memory
 from .plan import ClusterPlan, plan_cluster
-from .state import ClusterState, make_folder, write_state
+from .state import ClusterState, make_folder, write_config, write_state
 from .timeline import Timeline
 
 PROXY_DRAIN_S = 2.0
@@ -106,6 +106,7 @@ class Cluster:
             folder=str(folder),
             models=tuple(config.models),
         )
+        write_config(state, config)
         write_state(state)
         return state
 

@@ -13,10 +13,12 @@ from typing import Any, cast
 from diptych.cluster.config import default_run_dir
 from diptych.protos.errors import DiptychError, StartupError
 from diptych.protos.status import EngineInfo
+from diptych.protos.trust import secret_id
 from diptych.protos.types import Role
 
 from .host import is_reachable
 from .launch import ray_environment
+from .plan import ClusterPlan
 from .pools import Scaled
 from .state import ClusterState, find_cluster
 
@@ -68,6 +70,23 @@ def manager(address: str | None = None, url: str | None = None, run_dir: Path | 
     except ValueError as exc:
         at = where if isinstance(where, str) else where.ray_address
         raise StartupError(f"no Diptych cluster runs on the Ray cluster at {at}") from exc
+
+
+def apply(handle: Any, plan: ClusterPlan, *, timeout_s: float) -> Scaled:
+    """Give the manager of `handle` another plan and wait until its engines have replaced the others; see Pools.apply
+    and Pools.exchanged. Raises StartupError.
+    """
+    from . import keyring
+    from .gcs import GcsStore
+
+    _done(handle.apply.remote(plan.with_secret(secret_id(keyring.fetch(GcsStore())))), timeout_s)
+    return cast("Scaled", _done(handle.exchanged.remote(), timeout_s))
+
+
+def engine_pids(handle: Any, *, timeout_s: float) -> list[int]:
+    """Of the engines that routers know. Raises StartupError."""
+    _, engines = _done(handle.engines.remote(), timeout_s)
+    return [info.pid for info in engines]
 
 
 def scale(handle: Any, model: str, role: Role, engines: int, *, timeout_s: float) -> Scaled:

@@ -63,6 +63,10 @@ class PoolManagerActor:
         """See Pools.settled."""
         return await self._pools.settled()
 
+    async def exchanged(self) -> Scaled:
+        """See Pools.exchanged."""
+        return await self._pools.exchanged()
+
     async def scale(self, model: str, role: Role, engines: int) -> Scaled:
         """See Pools.scale."""
         return await self._pools.scale(model, role, engines)

@@ -129,7 +129,7 @@ def _template(config: DiptychConfig, name: str, folder: ModelFolder, run_dir: Pa
         # A certificate names one role, and an engine shows one certificate.
         more_roles=frozenset(settings.pools()) - {role} if config.security.tls is None else frozenset(),
         model=name,
-        settings=settings,
+        settings=settings.without_sizes(),
         transfer=config.transfer,
         folder=folder.path,
         facts=folder.facts,

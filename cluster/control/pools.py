@@ -92,7 +92,9 @@ class Pools:
         self._restarts = Restarts()
         self._lives: dict[EngineId, Life] = {}
         self._latest: list[Life] = []  # what the last `apply` launched or found
-        self._exchange: asyncio.Task[None] | None = None  # the part of it that goes on
+        self._stale: list[Life] = []  # what it found of earlier plans
+        self._exchange: asyncio.Task[None] | None = None  # one after the other in place of those
+        self._relief: asyncio.Task[None] | None = None  # or all of those when their successors serve
         self._tasks: set[asyncio.Task[Any]] = set()
         self._lock = asyncio.Lock()  # for moments
         self._turn = asyncio.Lock()  # one engine after the other is replaced
@@ -143,13 +145,14 @@ class Pools:
                     before, now = old.get(life.pool), self._pools.get(life.pool)
                     life.is_stale |= before is None or now is None or before.template != now.template
             self._keep()
-            stale = [life for life in self._lives.values() if life.is_stale and not life.leave.is_set()]
+            self._stale = stale = [life for life in self._lives.values() if life.is_stale and not life.leave.is_set()]
+            self._exchange = self._relief = None
             if stale and not self._has_room_for_missing():
                 self._exchange = self._go_on(self._exchange_each(stale))
             else:
                 self._launch_missing()
                 if stale:
-                    self._go_on(self._relieve(stale, list(self._lives.values())))
+                    self._relief = self._go_on(self._relieve(stale, list(self._lives.values())))
             self._latest = [life for life in self._lives.values() if not life.is_stale]
 
     async def settled(self) -> Scaled:
@@ -159,6 +162,14 @@ class Pools:
         lives = self._latest
         await asyncio.gather(*(life.settled.wait() for life in lives))
         return _told(lives)
+
+    async def exchanged(self) -> Scaled:
+        """`settled`, when those of earlier plans have ended too. They stay when a successor cannot start."""
+        done = await self.settled()
+        if self._relief is not None:
+            await asyncio.wait({self._relief})
+        ended = tuple(life.engine_id for life in self._stale if life.task is not None and life.task.done())
+        return replace(done, ended=ended)
 
     async def scale(self, model: str, role: Role, engines: int) -> Scaled:
         """Change the size of one pool; returns when new engines are ready and dismissed ones have ended.

@@ -1,6 +1,6 @@
 """Where other commands find a running cluster: one private folder per `diptych serve`, with a state file in it.
 
-run_dir/<pid>/: state.json, token, ray/ (Ray's session), ray.log, *.sock
+run_dir/<pid>/: state.json, config.json, token, ray/ (Ray's session), ray.log, *.sock
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pathlib import Path
 
 import psutil
 
+from diptych.cluster.config import DiptychConfig, load_config
 from diptych.protos.errors import StartupError
 
 STATE_FILE = "state.json"
+CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,11 @@ class ClusterState:
     token_path: str | None
     folder: str
     models: tuple[str, ...]
+
+    @property
+    def config_file(self) -> Path:
+        """What it was started with, and what was applied since."""
+        return Path(self.folder) / CONFIG_FILE
 
 
 def make_folder(run_dir: Path, name: str = "") -> Path:
@@ -62,9 +69,22 @@ def make_folder(run_dir: Path, name: str = "") -> Path:
 
 def write_state(state: ClusterState) -> None:
     """Publish; a reader sees all of it or nothing."""
-    path = Path(state.folder) / STATE_FILE
+    _publish(Path(state.folder) / STATE_FILE, json.dumps(asdict(state)))
+
+
+def write_config(state: ClusterState, config: DiptychConfig) -> None:
+    """Beside the state; no secrets are in it, only the names of their files."""
+    _publish(state.config_file, config.model_dump_json())
+
+
+def read_config(state: ClusterState) -> DiptychConfig:
+    """Raises StartupError when it cannot be read."""
+    return load_config(state.config_file)
+
+
+def _publish(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(state)), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

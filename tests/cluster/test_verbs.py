@@ -85,9 +85,11 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
         "status": where | {"--url"},
         "scale": where | {"model", "--prefill", "--decode", "--url", "--address"},
         "restart": where | {"model", "--role", "--url", "--address"},
+        "apply": where | {"--url"},
         "role": where | {"engine", "role", "--url", "--address"},
         "models": where | {"--url"},
         "doctor": where | {"--json"},
+        "keygen": {"tenant", "--admin", "--file"},
         "bench": set(),  # its own verbs are below
         "chat": where | {"--url", "--model", "--system", "--max-tokens", "--temperature"},
     }

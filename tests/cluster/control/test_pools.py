@@ -212,3 +212,28 @@ async def test_only_the_present_owner_ends_the_pools() -> None:
     assert await world.pools.release("second", 0.0)
     assert world.states() == {}
     assert all(p.calls[-1] == "kill" for p in world.made)
+
+
+async def test_another_plan_is_in_force_when_the_engines_of_the_one_before_have_ended() -> None:
+    world = await started("models.m.decode.engines=2")
+    world.process("decode-0").may_finish.clear()
+    await world.pools.apply(plan("models.m.decode.engines=2", "models.m.decode.kv={memory_mib: 9}"))
+    waiting = asyncio.create_task(world.pools.exchanged())
+    await world.until(lambda: "drain" in world.process("decode-0").calls)
+    assert {started.info.ref.engine_id for started in (await world.pools.settled()).started} == {
+        "decode-2",
+        "decode-3",
+        "prefill-1",
+    }, "an engine may take the other role one day: it is told of both"
+    assert not waiting.done(), "one of them still has requests"
+    world.process("decode-0").may_finish.set()
+    assert sorted((await waiting).ended) == ["decode-0", "decode-1", "prefill-0"]
+    assert sorted(world.states()) == ["decode-2", "decode-3", "prefill-1"]
+
+
+async def test_a_plan_of_other_sizes_alone_replaces_nothing() -> None:
+    world = await started("models.m.decode.engines=2")
+    await world.pools.apply(plan("models.m.decode.engines=3"))
+    done = await world.pools.exchanged()
+    assert done.ended == ()
+    assert sorted(world.states()) == ["decode-0", "decode-1", "decode-2", "prefill-0"]
