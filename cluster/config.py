@@ -216,6 +216,13 @@ class ModelSettings(Settings):
         """Whether weights are read from files."""
         return self.weights == "checkpoint"
 
+    def without_sizes(self) -> ModelSettings:
+        """What an engine is told: how many there are must not tell it from those of another size."""
+        one = {"engines": 1}
+        return self.model_copy(
+            update={"prefill": self.prefill.model_copy(update=one), "decode": self.decode.model_copy(update=one)}
+        )
+
     def pools(self) -> dict[Role, int]:
         """Engines of each pool that the layout has."""
         if self.layout == "colocated":
