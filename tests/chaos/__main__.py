@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exam"))
 from cancels import run_cancels
 from cells import CELLS, Cell
 from chaos_report import page, terminal, today
-from drive import Stage, run_cell
+from drive import Stage, run_cell, run_rounds
 from load import Asks
 from rig import RigError, start, stop
 from soak import run_soak
@@ -39,10 +39,11 @@ class Size:
     every_s: float
     rate: float  # requests a second of echo; of a real model a tenth
     models: tuple[str, ...]  # of the soaks
+    has_rounds: bool  # cells that want it are repeated
 
 
-SHORT = Size(requests=20, cancels=500, soak_s=16, every_s=8, rate=10, models=("echo",))
-LONG = Size(requests=60, cancels=10_000, soak_s=600, every_s=30, rate=10, models=("echo", "smollm2"))
+SHORT = Size(requests=20, cancels=500, soak_s=16, every_s=8, rate=10, models=("echo",), has_rounds=False)
+LONG = Size(requests=60, cancels=10_000, soak_s=600, every_s=30, rate=10, models=("echo", "smollm2"), has_rounds=True)
 
 
 @contextmanager
@@ -71,7 +72,11 @@ def run(matrix: Matrix, chosen: Sequence[Cell], size: Size, *, soaks: bool, seed
 
     with staged("echo", seed) as stage:
         for at, cell in enumerate(chosen):
-            add(run_cell(stage, cell, requests=size.requests, seed=seed + at))
+            if size.has_rounds and cell.rounds > 1:
+                add(run_rounds(stage, cell, seed=seed + at))
+            else:
+                at_least = cell.at_least if size.has_rounds else 0
+                add(run_cell(stage, cell, requests=size.requests, seed=seed + at, at_least=at_least))
         if soaks:
             add(run_cancels(stage, number=size.cancels, seed=seed))
             for role in ("decode", "prefill"):

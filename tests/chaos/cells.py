@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 PHASES = ("queued", "prefill", "transfer", "token0", "decode", "finish", "any")
-Verb = Literal["kill", "term", "stop", "scale", "restart"]
+Verb = Literal["kill", "term", "stop", "scale", "restart", "apply", "role"]
+OF_A_MODEL = ("scale", "restart")  # verbs whose first argument is the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,9 @@ class Cell:
     short: bool = False  # part of the short form
     over_s: float = 1.0  # the requests come within so long
     keep_on: bool = False  # more requests come until the acts are over
+    at_least: int = 0  # so many of them in the long form
+    rounds: int = 1  # in the long form: so often, each time with `each` requests
+    each: int = 0
 
 
 def rule(point: str, action: str, **more: Any) -> dict[str, Any]:
@@ -59,10 +63,21 @@ def signal(verb: Verb, target: str, after_tokens: int = 0, for_s: float = 0.0) -
 
 
 P, D = "prefill-0", "decode-0"
+P1, D1 = "prefill-1", "decode-1"
 OFTEN = 0.2  # of all occasions
 
 DEATHS = (
-    Cell("kill-prefill-queued", ("F1", "R02"), "queued", "kill -9 prefill", signal("kill", P), deaths=1, over_s=0.2),
+    Cell(
+        "kill-prefill-queued",
+        ("F1", "R02"),
+        "queued",
+        "kill -9 prefill",
+        signal("kill", P),
+        deaths=1,
+        over_s=0.2,
+        rounds=20,
+        each=8,
+    ),
     Cell(
         "kill-prefill-step",
         ("F2", "R02"),
@@ -79,6 +94,8 @@ DEATHS = (
         rules=kill_at("hinge.publish", P, 3),
         deaths=1,
         short=True,
+        rounds=20,
+        each=8,
     ),
     Cell(
         "kill-prefill-finished",
@@ -88,6 +105,8 @@ DEATHS = (
         rules=kill_at("hinge.out", P, 2, "finished"),
         deaths=1,
         short=True,
+        rounds=20,
+        each=8,
     ),
     Cell("kill-prefill-decode", ("R02", "F13"), "decode", "kill -9 prefill", signal("kill", P, 8), deaths=1),
     Cell("kill-decode-queued", ("F8",), "queued", "kill -9 decode", signal("kill", D), deaths=1, over_s=0.2),
@@ -117,6 +136,8 @@ DEATHS = (
         signal("kill", D, 8),
         deaths=1,
         short=True,
+        rounds=10,
+        each=20,
     ),
     Cell(
         "kill-decode-step",
@@ -298,6 +319,33 @@ CONTROL = (
         deaths=None,
         keep_on=True,
     ),
+    Cell(
+        "other-kv-layout",
+        ("F35", "R18"),
+        "any",
+        "every engine is replaced by one with another layout and block size of KV, and back",
+        (
+            Act("apply", "--set models.echo.echo.kv_heads=4 --set models.echo.kv.block_tokens=8", 4),
+            Act("apply", "--set models.echo.echo.kv_heads=2 --set models.echo.kv.block_tokens=16", 4),
+        ),
+        deaths=None,
+        keep_on=True,
+        at_least=1_200,
+    ),
+    Cell(
+        "role-change",
+        ("F37",),
+        "any",
+        "one prefill engine becomes a decode engine and back, then one decode engine a prefill engine and back",
+        (
+            Act("role", f"{P1} decode", 4),
+            Act("role", f"{P1} prefill", 4),
+            Act("role", f"{D1} prefill", 4),
+            Act("role", f"{D1} decode", 4),
+        ),
+        deaths=None,
+        keep_on=True,
+    ),
 )
 
 CELLS = (*DEATHS, *STOPS, *HINGE, *ENGINES, *CONTROL)
@@ -310,7 +358,6 @@ NOT_COVERED = {
     "F21": "needs NCCL on GPUs",
     "F30, F41 to F47": "tests of the engines and the conformance matrix",
     "F34, R26": "Ray's GCS without an external store cannot restart in place; the death of the head ends a private Ray",
-    "F37": "role change is not a step of this matrix",
     "F48, F49": "an hour idle and a day of soak: not run",
     "F50": "clock jumps: tests of the proof windows only",
     "R05, R06": "network rows run in namespaces with a proxy (tests/netns); packet loss needs a missing kernel module",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from cells import Act, Cell
+from cells import OF_A_MODEL, Act, Cell
 from load import Answer, Ask, Asks, Target, burst
 from rig import Leak, Reading, Rig, RigError, await_engines
 from tally import Tally
@@ -93,7 +93,8 @@ class Trigger:
             elif act.verb in _SIGNALS:
                 self._rig.kill(act.target, _SIGNALS[act.verb])
             else:
-                self._rig.command(act.verb, self._rig.model, *shlex.split(act.target))
+                models = [self._rig.model] if act.verb in OF_A_MODEL else []
+                self._rig.command(act.verb, *models, *shlex.split(act.target))
         except (RigError, OSError, subprocess.SubprocessError) as exc:
             self.problems.append(f"{act.verb} {act.target}: {exc}")
 
@@ -103,14 +104,30 @@ def aimed(cell: Cell, rig: Rig) -> Cell:
     names = {}
     for role in ("prefill", "decode"):
         present = sorted(engine.name for engine in rig.engines() if role in engine.role)
-        names[f"{role}-0"] = present[0] if present else f"{role}-0"
+        names |= {f"{role}-{place}": name for place, name in enumerate(present)}
+
+    def meant(target: str) -> str:
+        return " ".join(names.get(word, word) for word in target.split(" "))
+
     rules = tuple({**rule, "engine": names.get(rule["engine"], rule["engine"])} if "engine" in rule else rule
                   for rule in cell.rules)  # fmt: skip
-    return replace(cell, rules=rules, acts=tuple(replace(a, target=names.get(a.target, a.target)) for a in cell.acts))
+    return replace(cell, rules=rules, acts=tuple(replace(a, target=meant(a.target)) for a in cell.acts))
 
 
-def run_cell(stage: Stage, cell: Cell, *, requests: int, seed: int) -> Tally:
-    """The cell's requests under its fault, then the leak law and a few normal requests."""
+def run_rounds(stage: Stage, cell: Cell, *, seed: int) -> Tally:
+    """The cell as often as it wants, each time with its own number of requests."""
+    total = run_cell(stage, cell, requests=cell.each, seed=seed)
+    for turn in range(1, cell.rounds):
+        total.absorb(run_cell(stage, cell, requests=cell.each, seed=seed + 1_000 * turn))
+    total.what += f", {cell.rounds} times with {cell.each} requests"
+    return total
+
+
+def run_cell(stage: Stage, cell: Cell, *, requests: int, seed: int, at_least: int = 0) -> Tally:
+    """The cell's requests under its fault, then the leak law and a few normal requests.
+
+    With `keep_on` requests come until the acts are over and there were `at_least` so many.
+    """
     tally = Tally(cell.id, cell.covers, cell.phase, cell.what, may_break=cell.may_break, wanted_deaths=cell.deaths)
     rig = stage.rig
     cell = aimed(cell, rig)
@@ -120,7 +137,7 @@ def run_cell(stage: Stage, cell: Cell, *, requests: int, seed: int) -> Tally:
     try:
         if cell.rules:
             rig.faults(cell.rules, seed)
-        answers = asyncio.run(_requests(stage, cell, trigger, requests=requests, seed=seed))
+        answers = asyncio.run(_requests(stage, cell, trigger, requests=requests, seed=seed, at_least=at_least))
         trigger.join()
         if cell.rules:
             rig.faults([])
@@ -184,14 +201,16 @@ def probe(stage: Stage, tally: Tally) -> None:
             tally.problems.append(f"a normal request afterwards failed: {answer.failure}")
 
 
-async def _requests(stage: Stage, cell: Cell, trigger: Trigger, *, requests: int, seed: int) -> list[Answer]:
+async def _requests(
+    stage: Stage, cell: Cell, trigger: Trigger, *, requests: int, seed: int, at_least: int
+) -> list[Answer]:
     asks = stage.asks.take(requests)
     if cell.leave:
         asks = leaving(asks, seed)
     trigger(None)
     answers = await burst(stage.target, asks, over_s=cell.over_s, on_token=trigger)
     deadline = time.monotonic() + ACTING_S
-    while cell.keep_on and not trigger.is_done and time.monotonic() < deadline:
+    while cell.keep_on and time.monotonic() < deadline and not (trigger.is_done and len(answers) >= at_least):
         answers += await burst(stage.target, stage.asks.take(requests), over_s=2.0, on_token=trigger)
     return answers
 

@@ -70,6 +70,28 @@ class Tally:
             else:
                 self.whole += 1
 
+    def absorb(self, other: Tally) -> None:
+        """Another round of the same step."""
+        self.requests += other.requests
+        self.whole += other.whole
+        self.left += other.left
+        self.failed += other.failed
+        self.verdict += other.verdict
+        self.examples = (self.examples + other.examples)[:5]
+        self.leaked += other.leaked
+        self.moves += other.moves
+        self.deaths += other.deaths
+        if self.wanted_deaths is not None and other.wanted_deaths is not None:
+            self.wanted_deaths += other.wanted_deaths
+        self.detection += other.detection
+        self.undetected += other.undetected
+        self.silence += other.silence
+        self.quiet_s = max(self.quiet_s or 0, other.quiet_s or 0)
+        self.back_s = max(self.back_s or 0, other.back_s or 0)
+        self.counters = dict(Counter(self.counters) + Counter(other.counters))
+        self.notes += other.notes
+        self.problems += other.problems
+
     @property
     def num_failed(self) -> int:
         """Requests that ended in an error although they should not have."""

@@ -52,6 +52,17 @@ def test_one_wrong_answer_among_thousands_is_one(bad: Answer) -> None:
     assert matrix_of(*[answer()] * 3000, bad, may_break=True).exit_code() == 1
 
 
+def test_rounds_of_a_step_add_up_to_one_line() -> None:
+    first, second = Tally("step", wanted_deaths=1, deaths=1, detection=[0.1]), Tally("step", wanted_deaths=1, deaths=0)
+    first.add([answer()])
+    second.add([answer((*EXPECTED[:5], 99, *EXPECTED[6:])), answer((0, 0), failure="engine_lost")])
+    second.leaked, second.counters = ["decode-0: blocks_used 1"], {"faults": 2.0}
+    first.absorb(second)
+    assert (first.requests, first.whole, first.num_failed, first.deaths, first.counters) == (3, 2, 1, 1, {"faults": 2})
+    assert first.is_broken
+    assert first.missed() == ["1 engines ended instead of 2"]
+
+
 def test_a_leak_is_one() -> None:
     assert matrix_of(answer(), leaked=["decode-0: blocks_used 1"]).exit_code() == 1
 
