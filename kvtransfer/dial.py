@@ -87,14 +87,14 @@ class Dialer:
         self._pair_epoch = 0
 
     async def connect(self, peer: EngineRef, without: Collection[str] = ()) -> Agreement:
-        """Reach that life of a prefill engine within dial_timeout_s, `without` some transports where there are others.
+        """Reach that life of a prefill engine within dial_timeout_s, `without` some transports where it serves others.
 
         Raises PeerLost when it cannot be reached in time, takes the call and says nothing for silence_s, lives another
         life or does not take our proof, LayoutMismatch when it refuses: none of these is tried again. StartupError when
         the way there is not allowed.
         """
         offered = pairing.offers(self._settings.transport, peer, in_process=local.is_here(peer))
-        transports = [name for name in offered if name not in without] or offered
+        failed = set(without)
         if self._faults is not None:
             await dialing(self._faults, peer.engine_id)
         loop = asyncio.get_running_loop()
@@ -103,16 +103,16 @@ class Dialer:
         reason = "no answer"
         while (left := deadline - loop.time()) > 0:
             try:
-                return await asyncio.wait_for(self._try(peer, transports), min(left, self._settings.silence_s))
+                return await asyncio.wait_for(self._try(peer, offered, failed), min(left, self._settings.silence_s))
             except _NoRing as exc:
-                failed = str(exc.args[0])
-                transports = [name for name in transports if name != failed]
+                name = str(exc.args[0])
                 self.num_downgrades += 1
-                log.warning("prefill engine %s: transport %s failed: %s", peer.engine_id, failed, exc.__cause__)
-                if not transports:
+                log.warning("prefill engine %s: transport %s failed: %s", peer.engine_id, name, exc.__cause__)
+                if name in failed or failed.issuperset(other for other in offered if other != name):
                     raise PeerLost(f"no transport to prefill engine {peer.engine_id} works") from exc
+                failed.add(name)
                 continue
-            except grpc.RpcError as exc:
+            except (grpc.RpcError, asyncio.InvalidStateError) as exc:  # the latter from a write to a call that ended
                 reason = str(exc.details() if isinstance(exc, grpc.aio.AioRpcError) else exc)
             except TimeoutError:
                 # A port that nobody listens on says so at once. Who is silent hangs: a stopped process takes calls.
@@ -122,7 +122,10 @@ class Dialer:
             backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
         raise PeerLost(f"prefill engine {peer.engine_id} cannot be reached", detail=reason)
 
-    async def _try(self, peer: EngineRef, transports: list[str]) -> Agreement:
+    async def _try(self, peer: EngineRef, offered: list[str], failed: set[str]) -> Agreement:
+        # Those that failed are offered still, behind the others: the peer, which takes the first that it serves, may
+        # have nothing else. Who leaves them out is refused, and that for ever.
+        transports = sorted(offered, key=lambda name: name in failed)
         self._pair_epoch += 1
         pair_epoch = self._pair_epoch
         conn = open_channel(self._trust, peer.target, role=Role.PREFILL.value, options=_CHANNEL_OPTIONS)
@@ -145,10 +148,13 @@ class Dialer:
                 raise PeerLost(f"prefill engine {peer.engine_id} has been restarted")
             if ack.refusal:
                 raise LayoutMismatch(f"prefill engine {peer.engine_id} refuses the pair: {ack.refusal}")
+            if ack.transport not in transports:
+                raise LayoutMismatch(f"prefill engine {peer.engine_id} chose a transport that it was not offered")
             reader = await self._attach(peer, ack)
             if self._faults is not None:
                 reader = FaultyReader(reader, self._faults, peer.engine_id)
-            await self._probe(reader, ack, is_last=len(transports) == 1)
+            left = transports[transports.index(ack.transport) + 1 :]
+            await self._probe(reader, ack, is_last=failed.issuperset(left))
         except BaseException:
             if reader is not None:
                 reader.close()

@@ -123,6 +123,7 @@ class ReceiveDriver:
             "kv_transport_downgrades_total": float(self._dialer.num_downgrades),
             "kv_probe_failures_total": float(self._dialer.num_failed_probes),
             "kv_pair_probed_mib_s": self._dialer.probed_mib_s,
+            "kv_unreachable_peers": float(self._machine.num_unreachable),
             "kv_thread_faults_total": float(self._mailbox.num_faults),
         }
         return self._machine.counters | pairs | own
@@ -240,8 +241,10 @@ class ReceiveDriver:
         """The life of one channel: dial, agree, run until it breaks. The next transfer dials anew."""
         try:
             agreement = await self._dialer.connect(peer, without)
-        except DiptychError as exc:
-            error = exc
+        except Exception as exc:  # whatever it is: transfers wait for the end of this dial, and the next one too
+            if not isinstance(exc, DiptychError):
+                log.exception("prefill engine %s could not be dialed", peer.engine_id)
+            error = exc if isinstance(exc, DiptychError) else EngineFault("the dial failed", detail=repr(exc))
             self._post(lambda: self._machine.pair_failed(peer, error, self._clock()))
             return
         link = Link(peer.engine_id, peer.epoch, agreement.pair_epoch)

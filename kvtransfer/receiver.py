@@ -43,6 +43,7 @@ from .messages import (
     Message,
     PrefillFinished,
 )
+from .outage import Outages
 from .pulse import Pulse
 
 _MAX_FETCHES = 2  # of one slot: the first, and one more after a checksum or generation did not match
@@ -57,6 +58,7 @@ _COUNTERS = (
     "kv_fetch_errors_total",
     "kv_pairs_lost_total",
     "kv_transports_blamed_total",
+    "kv_unreachable_transfers_total",
 )
 
 
@@ -111,6 +113,7 @@ class ReceiverMachine:
         self._reading: Counter[TransferKey] = Counter()  # fetches in flight, of ended transfers too
         self._owes_abort_ack: dict[TransferKey, Link] = {}  # until its fetches are over
         self._blame = Blame()
+        self._outages = Outages()
         self._pulse = Pulse(settings)
         self._history = History(settings.lease_s + settings.stall_s)
 
@@ -120,9 +123,14 @@ class ReceiverMachine:
         return len(self._open)
 
     @property
+    def num_unreachable(self) -> int:
+        """Prefill engines that were dialed in vain and are dialed again from time to time."""
+        return len(self._outages)
+
+    @property
     def is_idle(self) -> bool:
-        """Whether no timer runs: nothing is open and no pair is up."""
-        return not self._open and self._pulse.is_idle
+        """Whether no timer runs: nothing is open, no pair is up, nobody is to be dialed again."""
+        return not self._open and self._pulse.is_idle and not self._outages
 
     def take_actions(self) -> list[ReceiveAction]:
         """What is to be done now, in this order."""
@@ -159,9 +167,11 @@ class ReceiverMachine:
             return
         if link is not None:
             self._hang_up(link, now)
-        if (peer.engine_id, peer.epoch) not in self._dialing:
-            self._dialing.add((peer.engine_id, peer.epoch))
-            self._actions.append(Dial(peer, without=self._blame.of(peer)))
+        if (error := self._outages.why(peer, now)) is not None:
+            self.counters["kv_unreachable_transfers_total"] += 1
+            self._fail(transfer, error, now)
+            return
+        self._dial(peer)
 
     def grant(self, key: TransferKey, blocks: tuple[int, ...], now: float) -> None:
         """See ReceivePort."""
@@ -190,6 +200,7 @@ class ReceiverMachine:
         if old is not None:
             self._hang_up(old[0], now)
         self._dialing.discard((link.engine_id, link.epoch))
+        self._outages.reached(link.engine_id, link.epoch)
         self._pairs[link.engine_id] = (link, transport)
         self._pulse.begin(link, now)
         for transfer in list(self._open.values()):
@@ -198,8 +209,9 @@ class ReceiverMachine:
                 self._bind(transfer, link, transport, now)
 
     def pair_failed(self, peer: EngineRef, error: DiptychError, now: float) -> None:
-        """The engine was not reached in time or refused: all that waits for it fails."""
+        """The engine was not reached in time or refused: all that waits for it fails, and what comes until it is."""
         self._dialing.discard((peer.engine_id, peer.epoch))
+        self._outages.failed(peer, error, now)
         for transfer in list(self._open.values()):
             same = (transfer.peer.engine_id, transfer.peer.epoch) == (peer.engine_id, peer.epoch)
             if same and transfer.link is None and transfer.outcome is None:
@@ -303,7 +315,7 @@ class ReceiverMachine:
                 self.counters["kv_fenced_messages_total"] += 1  # a word that only a decode engine says
 
     def tick(self, now: float) -> None:
-        """Let time pass: silent peers, dialing, stalls, heartbeats."""
+        """Let time pass: silent peers, dialing and dialing again, stalls, heartbeats."""
         for link in self._pulse.tick(now):
             self.counters["kv_pairs_lost_total"] += 1
             self._hang_up(link, now)
@@ -320,6 +332,8 @@ class ReceiverMachine:
             elif waited > self._settings.stall_s:
                 error = TransferTimeout(f"no progress of the transfer for {self._settings.stall_s:g} s")
                 self._fail(transfer, error, now, tell=True)
+        for peer in self._outages.due(now):
+            self._dial(peer)
         for link in self._pulse.due(now):
             alive = tuple(t.key for t in self._open.values() if t.link == link and t.outcome is None)
             self._send(link, Heartbeat(alive))  # an empty one too: the pair itself must be alive
@@ -402,6 +416,11 @@ class ReceiverMachine:
     def _hang_up(self, link: Link, now: float) -> None:
         self._actions.append(HangUp(link))
         self.pair_down(link, now)
+
+    def _dial(self, peer: EngineRef) -> None:
+        if (peer.engine_id, peer.epoch) not in self._dialing:
+            self._dialing.add((peer.engine_id, peer.epoch))
+            self._actions.append(Dial(peer, without=self._blame.of(peer)))
 
     def _bind(self, transfer: _Transfer, link: Link, transport: str, now: float) -> None:
         transfer.link, transfer.transport, transfer.progress_at = link, transport, now

@@ -63,7 +63,10 @@ class Pair:
 
 
 @asynccontextmanager
-async def make_pair(folder: Path, *rules: dict[str, Any], transport: str = "shm", **more: float) -> AsyncIterator[Pair]:
+async def make_pair(
+    folder: Path, *rules: dict[str, Any], transport: str = "shm", serves: str | None = None, **more: float
+) -> AsyncIterator[Pair]:
+    """`serves`: the prefill engine's setting, where it is another one."""
     settings = TransferSettings.model_validate({"transport": transport, "slot_kib": 64, "slots": 4} | more)
     chosen = FaultSettings.model_validate({"rules": rules})
     plans = {name: FaultPlan(chosen, me=name, act=lambda fault: None) for name in ("p0", "d0")}
@@ -71,11 +74,14 @@ async def make_pair(folder: Path, *rules: dict[str, Any], transport: str = "shm"
     received: queue.SimpleQueue[ReceiveEvent] = queue.SimpleQueue()
     source, target = KvArena(LAYOUT, 64), KvArena(LAYOUT, 64)
     source.storage.copy_(torch.randn(source.storage.shape))
-    common: dict[str, Any] = {"layout": LAYOUT, "compat": b"same", "settings": settings}
+    common: dict[str, Any] = {"layout": LAYOUT, "compat": b"same"}
+    served = settings.model_copy(update={"transport": serves or transport})
     p0 = EngineRef(EngineId("p0"), 7, f"unix:{folder}/p0.sock")
-    sender = SendDriver(me=p0, arena=source, run_dir=folder, deliver=sent.put, faults=plans["p0"], **common)
+    sender = SendDriver(
+        me=p0, arena=source, run_dir=folder, deliver=sent.put, faults=plans["p0"], settings=served, **common
+    )
     d0 = EngineRef(EngineId("d0"), 9, "")
-    receiver = ReceiveDriver(me=d0, arena=target, deliver=received.put, faults=plans["d0"], **common)
+    receiver = ReceiveDriver(me=d0, arena=target, deliver=received.put, faults=plans["d0"], settings=settings, **common)
     server = grpc.aio.server()
     sender.attach(server)
     server.add_insecure_port(p0.target)
@@ -204,3 +210,55 @@ async def test_the_only_transport_is_not_used_while_it_alters_bytes(tmp_path: Pa
         assert isinstance(end, Failed)
         assert end.error.code == "peer_lost"
         assert isinstance((await pair.move())[0], Committed)
+
+
+@pytest.mark.parametrize("serves", ["shm", "grpc"])
+async def test_the_only_transport_that_the_peer_serves_is_taken_though_it_is_slow(serves: str, tmp_path: Path) -> None:
+    """Not asked for the others alone, which the peer would refuse for as long as both live."""
+    rule = {"point": "hinge.fetch", "message": "probe", "action": "delay", "delay_s": 0.12, "probability": 1.0}
+    async with make_pair(tmp_path, rule, transport="auto", serves=serves, min_mib_s=4.0, silence_s=20) as pair:
+        end, _ = await pair.move()
+        assert isinstance(end, Committed)
+        assert end.transport == serves
+
+
+@pytest.mark.parametrize("serves", ["shm", "grpc"])
+async def test_the_only_transport_that_the_peer_serves_is_taken_again_when_its_bytes_are_right(
+    serves: str, tmp_path: Path
+) -> None:
+    """Both probes of the first dial find other bytes; that is a bad moment, not a misconfiguration."""
+    rule = {"point": "hinge.fetch", "message": "probe", "action": "corrupt", "nth": [1, 2]}
+    async with make_pair(tmp_path, rule, transport="auto", serves=serves, lease_s=1.0) as pair:
+        end, _ = await pair.move()
+        assert isinstance(end, Failed)
+        assert end.error.code == "peer_lost"
+        await _reached(pair)
+        assert isinstance((await pair.move())[0], Committed)
+
+
+async def test_a_transport_that_is_blamed_is_taken_again_where_the_peer_serves_no_other(tmp_path: Path) -> None:
+    rule = {"point": "hinge.publish", "action": "corrupt", "nth": list(range(1, 30)), "limit": 29}
+    async with make_pair(tmp_path, rule, transport="auto", serves="shm", lease_s=1.0) as pair:
+        ends = [(await pair.move())[0] for _ in range(12)]
+        assert pair.receiver.counters()["kv_transports_blamed_total"] == 1
+        assert not any(isinstance(end, Failed) and end.error.code == "layout_mismatch" for end in ends)
+        assert isinstance(ends[0], Failed)
+        assert isinstance(ends[-1], Committed)
+
+
+async def test_the_link_to_a_peer_that_could_not_be_dialed_comes_back_alone(tmp_path: Path) -> None:
+    rule = {"point": "hinge.dial", "action": "raise", "nth": [1, 2, 3]}
+    async with make_pair(tmp_path, rule, lease_s=0.5) as pair:
+        assert isinstance((await pair.move())[0], Failed)
+        await _reached(pair)
+        assert pair.fired()["hinge.dial/raise"] == 3
+        end, _ = await pair.move()
+        assert isinstance(end, Committed)
+        assert pair.receiver.counters()["kv_pairs_shm_total"] == 1
+
+
+async def _reached(pair: Pair) -> None:
+    """Once the receiver has dialed again by itself."""
+    async with asyncio.timeout(WAIT_S):
+        while pair.receiver.counters()["kv_unreachable_peers"]:  # noqa: ASYNC110, it lives in another thread
+            await asyncio.sleep(0.01)

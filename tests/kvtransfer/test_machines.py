@@ -314,10 +314,14 @@ def test_nobody_at_the_other_end_is_told_in_time() -> None:
     pair.expect(key(1), 10)
     pair.run(0.1)
     assert isinstance(pair.failure(key(1)), TransferError)
+
+
+def test_a_dial_that_never_ends_is_not_waited_for() -> None:
+    pair = HingePair()
     pair._dial = lambda peer: None  # type: ignore[method-assign]
-    pair.expect(key(2), 10)
+    pair.expect(key(1), 10)
     pair.run(pair.settings.dial_timeout_s + 0.3)
-    assert isinstance(pair.failure(key(2)), PeerLost)
+    assert isinstance(pair.failure(key(1)), PeerLost)
 
 
 def test_a_placement_that_names_a_dead_life_fails_at_once_and_a_new_life_replaces_the_old() -> None:
