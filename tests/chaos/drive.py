@@ -183,10 +183,12 @@ def note_deaths(tally: Tally, watch: Watch, answers: list[Answer]) -> None:
     detection, missing = watch.detection(losses)
     if watch.stood_still_s > STOOD_STILL_S:
         tally.notes.append(f"the whole machine, this program too, stood still for {watch.stood_still_s:.2f} s")
+    if tally.wanted_deaths is None:
+        return  # engines were told to end: that is no death
     tally.notes += [f"given up although it lived: {loss}" for loss in watch.untrue(losses)]
     tally.deaths += len(watch.deaths)
     tally.detection += detection
-    if not tally.may_break and tally.wanted_deaths is not None:
+    if not tally.may_break:
         tally.undetected += len(missing)
     for death in watch.deaths:
         tally.silence += [s for answer in answers if (s := answer.silence_after(death.at)) is not None]
