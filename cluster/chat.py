@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from diptych.cluster.client import Client, ModelCard
+from diptych.cluster.config import api_key
 from diptych.protos.errors import DiptychError, UnknownModel
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -69,7 +70,7 @@ def chat(
         print("chat needs an input and an output; both must be open", file=stderr)
         return 1
     try:
-        with Client(url) as client:
+        with Client(url, key=api_key()) as client:
             card = _card(client, model)
             if temperature is None and "temperature" not in card.sampling_defaults:
                 temperature = TEMPERATURE

@@ -156,8 +156,8 @@ class RouterSettings(Settings):
             raise ValueError(f"{host!r} is not an IP address") from None
         if not is_loopback:
             raise ValueError(
-                f"{host!r} is reachable from other machines, and this version has no authentication yet; "
-                "use 127.0.0.1 and put an authenticating proxy in front"
+                f"{host!r} is reachable from other machines, and this version speaks HTTP without TLS; "
+                "use 127.0.0.1, set security.api_keys, and put a proxy that speaks TLS in front"
             )
         return host
 
@@ -296,8 +296,14 @@ class TlsSettings(Settings):
 
 
 class SecuritySettings(Settings):
-    """Who may call engines: holders of the cluster's secret, over TLS whose certificates name their role."""
+    """Who may call the API: holders of a key. Who may call engines: holders of the cluster's secret, over TLS whose
+    certificates name their role.
+    """
 
+    api_keys: Path | None = Field(
+        None,
+        description="file of `diptych keygen`: the keys that open the API, by their hashes; null: no key is asked for",
+    )
     secret_file: Path | None = Field(
         None, description="64 hexadecimal digits, readable by nobody else; null: a fresh secret for this cluster"
     )
@@ -308,7 +314,7 @@ class SecuritySettings(Settings):
         False, description="let channels leave this machine without TLS; only where the network itself is trusted"
     )
 
-    @field_validator("secret_file")
+    @field_validator("secret_file", "api_keys")
     @classmethod
     def _absolute(cls, file: Path | None) -> Path | None:
         return None if file is None else Path(os.path.abspath(file.expanduser()))

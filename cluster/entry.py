@@ -76,6 +76,7 @@ class RouterDeployment:
         from diptych.cluster.control.directory import ManagerDirectory
         from diptych.cluster.control.gcs import GcsStore
         from diptych.cluster.control.keyring import fetch
+        from diptych.cluster.keys import ApiKeys
         from diptych.cluster.router.router import Router
         from diptych.cluster.security import trust_of
 
@@ -92,7 +93,9 @@ class RouterDeployment:
         faults = plan_of(plan.faults, "router")
         self._router = Router(directory=ManagerDirectory(faults), settings=plan.settings, trust=trust, faults=faults)
         await self._router.start()
-        self._app = create_app(self._router, models)
+        file = plan.security.api_keys
+        self._app = create_app(self._router, models, None if file is None else ApiKeys(file))
+        self._own_app = create_app(self._router, models)  # for handles: who calls one holds Ray's token
         self._is_draining = False
         loop = asyncio.get_running_loop()
         work_before_sigterm_ends(lambda: self._end_in_order(loop))
@@ -164,7 +167,7 @@ class RouterDeployment:
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if body.get("stream"):
             raise InvalidRequest("streaming goes through HTTP; a handle call returns the whole answer", "stream")
-        status, answer = await post_json(self._app, path, json.dumps(body).encode())
+        status, answer = await post_json(self._own_app, path, json.dumps(body).encode())
         if status != 200:
             error = answer["error"]
             raise error_from_code(error.get("code") or "internal_error", error["message"])

@@ -8,7 +8,8 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from diptych.cluster.config import DiptychConfig, load_config
+from diptych.cluster.client.wire import headers
+from diptych.cluster.config import DiptychConfig, api_key, load_config
 from diptych.cluster.control.state import find_cluster
 from diptych.cluster.models import built_in
 from diptych.protos.errors import StartupError
@@ -34,7 +35,8 @@ def served(run_dir: Path, url: str | None) -> tuple[str, list[str]]:
     if not url:
         return "", []
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/v1/models", timeout=TIMEOUT_S) as reply:
+        request = urllib.request.Request(f"{url.rstrip('/')}/v1/models", headers=headers("", api_key()))
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
             return url, [str(card["id"]) for card in json.load(reply)["data"]]
     except (OSError, ValueError, KeyError, TypeError):
         return url, []

@@ -43,7 +43,7 @@ def trust_of(security: SecuritySettings, secret: bytes, name: str) -> Trust:
 
 def read_secret(file: Path) -> bytes:
     """The 32 bytes that a secret file means. Raises StartupError."""
-    text = _read("security.secret_file", file, is_private=True)
+    text = read_file("security.secret_file", file, is_private=True)
     if not _SECRET.fullmatch(text):
         raise StartupError(
             f"security.secret_file: {file} does not hold 64 hexadecimal digits and nothing else; make it with "
@@ -56,6 +56,10 @@ def check_security(security: SecuritySettings, names: Collection[str]) -> None:
     """Try every certificate on every other one, in memory. Raises StartupError with the file to blame."""
     if security.secret_file is not None:
         read_secret(security.secret_file)
+    if security.api_keys is not None:
+        from .keys import read_keys
+
+        read_keys(security.api_keys)
     if security.tls is None:
         return
     tls = security.tls
@@ -71,9 +75,9 @@ def check_security(security: SecuritySettings, names: Collection[str]) -> None:
 
 def _identity(tls: TlsSettings, name: str) -> TlsIdentity:
     return TlsIdentity(
-        ca=_read("security.tls.ca", _file(tls.ca, name)),
-        cert=_read("security.tls.cert", _file(tls.cert, name)),
-        key=_read("security.tls.key", _file(tls.key, name), is_private=True),
+        ca=read_file("security.tls.ca", _file(tls.ca, name)),
+        cert=read_file("security.tls.cert", _file(tls.cert, name)),
+        key=read_file("security.tls.key", _file(tls.key, name), is_private=True),
     )
 
 
@@ -81,7 +85,8 @@ def _file(template: Path, name: str) -> Path:
     return Path(str(template).replace("{role}", name))
 
 
-def _read(key: str, file: Path, *, is_private: bool = False) -> bytes:
+def read_file(key: str, file: Path, *, is_private: bool = False) -> bytes:
+    """What a file of `security:` holds; `key` is the one that names it. Raises StartupError."""
     try:
         with file.open("rb") as opened:
             found = os.fstat(opened.fileno())  # of what is read, not of what lies there a moment later

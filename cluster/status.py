@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diptych.cluster.config import load_config
+from diptych.cluster.client.wire import headers
+from diptych.cluster.config import api_key, load_config
 from diptych.cluster.control.state import find_cluster
 from diptych.protos.errors import DiptychError, StartupError
 
@@ -42,10 +43,15 @@ def cluster_url(config: Path | None, overrides: Sequence[str], url: str | None) 
 
 
 def fetch_info(url: str) -> dict[str, Any]:
-    """The answer of GET /info. Raises StartupError."""
+    """The answer of GET /info, asked with the key of the environment. Raises StartupError."""
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/info", timeout=TIMEOUT_S) as reply:
+        request = urllib.request.Request(f"{url.rstrip('/')}/info", headers=headers("", api_key()))
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
             info = json.load(reply)
+    except urllib.error.HTTPError as exc:
+        if exc.code in (401, 403):
+            raise StartupError(f"{url} wants an admin's key; put it into the variable DIPTYCH_API_KEY") from exc
+        raise StartupError(f"{url} does not answer: {exc}") from exc
     except (OSError, ValueError, urllib.error.URLError) as exc:
         raise StartupError(f"{url} does not answer: {exc}") from exc
     if not isinstance(info, dict) or not isinstance(info.get("engines"), list):

@@ -3,10 +3,12 @@
 DiptychError
 |-- RequestError            the client must change the request
 |   |-- InvalidRequest      400, names the field
+|   |-- Unauthorized        401, no key or none of ours
+|   |-- Forbidden           403, a key that does not open this
 |   |-- ContextTooLong      400
 |   |-- UnknownModel        404
 |   |-- RequestTooLarge     413
-|   `-- Quarantined         422, it ended engines
+|   `-- Quarantined         422, engines failed over it
 |-- CapacityError           try again later
 |   |-- Overloaded          429 or 503 with retry-after
 |   |-- ShuttingDown        503, nothing of the request was begun
@@ -68,6 +70,22 @@ class InvalidRequest(RequestError):
     """A field has a wrong type or value, or is not known."""
 
 
+class Unauthorized(RequestError):
+    """The request shows no key that this server knows."""
+
+    code = "unauthorized"
+    http_status = 401
+    kind = "authentication_error"
+
+
+class Forbidden(RequestError):
+    """The key is known and does not open this."""
+
+    code = "forbidden"
+    http_status = 403
+    kind = "permission_error"
+
+
 class ContextTooLong(RequestError):
     """Prompt and wanted output do not fit into the model's context."""
 
@@ -89,7 +107,7 @@ class RequestTooLarge(RequestError):
 
 
 class Quarantined(RequestError):
-    """Engines died whenever they worked on this request; for a while none gets it again."""
+    """Engines died, or a step raised, whenever they worked on this request; for a while none gets it again."""
 
     code = "request_quarantined"
     http_status = 422
@@ -188,16 +206,16 @@ class EngineLost(EngineError):
 
 
 class EngineFault(EngineError):
-    """A step raised; the requests in it end, the engine goes on."""
+    """A step raised; the requests in it end there, the engine goes on."""
 
     code = "engine_fault"
+    retryable = True
 
 
 class Disagreement(EngineFault):
     """Two engines computed different tokens for one place of an answer: sums in another order round otherwise."""
 
     code = "engines_disagree"
-    retryable = True
 
 
 class Fenced(EngineError):

@@ -1,6 +1,6 @@
 """The ASGI app of a router replica: the same one behind its own listener and as a Serve ingress.
 
-create_app(router, models) -> Starlette      the caller starts and stops the router
+create_app(router, models, keys) -> Starlette     the caller starts and stops the router
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
+from diptych.cluster.keys import ApiKeys
 from diptych.cluster.router.router import Router
 from diptych.cluster.router.session import EngineSession
 from diptych.protos.errors import DiptychError, UnknownModel
@@ -24,6 +25,7 @@ from diptych.protos.openai_replies import JsonObject, model_card
 from diptych.protos.strict_json import printable
 from diptych.protos.types import Role
 
+from .access import Access, Doorkeeper, GuardedRoute, guarded_default
 from .chat import ChatEndpoint
 from .completions import CompletionEndpoint
 from .errors import on_error
@@ -36,8 +38,9 @@ _VERSIONS_OF = ("diptych", "grpcio", "starlette", "tokenizers", "uvicorn")
 class _Pages:
     """The small endpoints."""
 
-    def __init__(self, router: Router, models: dict[str, ServedModel]) -> None:
+    def __init__(self, router: Router, models: dict[str, ServedModel], keys: ApiKeys | None) -> None:
         self._router = router
+        self._keys = keys
         self._models = models
         self._versions = {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
         self._versions["python"] = platform.python_version()
@@ -78,6 +81,8 @@ class _Pages:
                 degraded.append(f"{name}: no prefill engine lives, decode engines compute the prompts")
             if not self._router.view.live(name, Role.DECODE):
                 degraded.append(f"{name}: no decode engine lives, requests are refused; `diptych scale` starts one")
+        if self._keys is not None and self._keys.fault:
+            degraded.append(self._keys.fault)
         router = {
             "id": self._router.router_id,
             "pid": os.getpid(),
@@ -123,21 +128,26 @@ def _engine_info(session: EngineSession) -> JsonObject:
     }
 
 
-def create_app(router: Router, models: Iterable[ServedModel]) -> Starlette:
-    """The app. `router` must be started by the caller in the event loop that serves the app."""
+def create_app(router: Router, models: Iterable[ServedModel], keys: ApiKeys | None = None) -> Starlette:
+    """The app. `router` must be started by the caller in the event loop that serves the app. With `keys` every route
+    but /health and /ready asks for one.
+    """
     served = {model.name: model for model in models}
-    pages = _Pages(router, served)
-    routes = [
-        Route("/v1/chat/completions", GenerationApp(ChatEndpoint(), router, served), methods=["POST"]),
-        Route("/v1/completions", GenerationApp(CompletionEndpoint(), router, served), methods=["POST"]),
-        Route("/v1/models", pages.models, methods=["GET"]),
-        Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
-        Route("/health", pages.health, methods=["GET"]),
-        Route("/ready", pages.ready, methods=["GET"]),
-        Route("/metrics", pages.metrics, methods=["GET"]),
-        Route("/info", pages.info, methods=["GET"]),
+    pages = _Pages(router, served, keys)
+    door = Doorkeeper(keys, router.metrics)
+    table: list[tuple[str, str, Callable[..., Any], Access]] = [
+        ("POST", "/v1/chat/completions", GenerationApp(ChatEndpoint(), router, served), Access.TENANT),
+        ("POST", "/v1/completions", GenerationApp(CompletionEndpoint(), router, served), Access.TENANT),
+        ("GET", "/v1/models", pages.models, Access.TENANT),
+        ("GET", "/v1/models/{name:path}", pages.model, Access.TENANT),
+        ("GET", "/health", pages.health, Access.OPEN),
+        ("GET", "/ready", pages.ready, Access.OPEN),
+        ("GET", "/metrics", pages.metrics, Access.ADMIN),
+        ("GET", "/info", pages.info, Access.ADMIN),
     ]
+    routes = [GuardedRoute(path, to, method=method, access=who, doorkeeper=door) for method, path, to, who in table]
     handlers = {DiptychError: on_error, HTTPException: on_error, Exception: on_error}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
+    app.router.default = guarded_default(door, app.router.default)
     return app

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from diptych.protos.errors import CapacityError, DiptychError, InvalidRequest
+from diptych.protos.errors import CapacityError, DiptychError, InvalidRequest, Unauthorized
 from diptych.protos.openai_replies import error_body
 from diptych.protos.strict_json import printable
 
@@ -52,6 +52,8 @@ def headers_of(error: DiptychError) -> dict[str, str]:
     """Headers that belong to an error's answer."""
     if isinstance(error, CapacityError):
         return {"retry-after": str(math.ceil(error.retry_after_s))}
+    if isinstance(error, Unauthorized):
+        return {"www-authenticate": "Bearer"}
     if error.http_status == 503 and error.retryable:
         return {"retry-after": "1"}  # an engine was lost; others are tried at once, so soon is as good as later
     return {}

@@ -26,6 +26,7 @@ from diptych.protos.openai import GenerationRequest
 from diptych.protos.openai_replies import JsonObject, usage
 from diptych.protos.strict_json import printable
 
+from .access import tenant_of
 from .answer import Choice, Piece, run
 from .body import header, label, read_body, refuse_body
 from .errors import BodyTimeout, public
@@ -119,9 +120,10 @@ class GenerationApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
+        arrived_at = self._router.clock()  # the head is here; body, template and tokenizer take of the request's time
         try:
             body = await read_body(scope, receive, self._router.settings.limits)
-            answer = await self._prepare(body, scope)
+            answer = await self._prepare(body, scope, arrived_at)
         except (RequestTooLarge, BodyTimeout) as exc:
             await refuse_body(exc, receive, send)
             return
@@ -130,8 +132,8 @@ class GenerationApp:
         reply = self._stream(answer, send) if answer.request.stream else self._whole(answer, send)
         await until_disconnect(receive, reply)
 
-    async def _prepare(self, body: bytes, scope: Scope) -> Answer:
-        tenant, session = label(scope, "x-tenant"), label(scope, "x-session-id")
+    async def _prepare(self, body: bytes, scope: Scope, arrived_at: float) -> Answer:
+        tenant, session = tenant_of(scope), label(scope, "x-session-id")
         if len(body) <= INLINE_BODY_BYTES:
             request = self._endpoint.parse(body)
         else:
@@ -157,6 +159,7 @@ class GenerationApp:
             sampling=sampling,
             salt=tenant.encode(),
             timeout_s=request.timeout_s,
+            arrived_at=arrived_at,
             traceparent=header(scope, b"traceparent"),
             priority=request.priority or 0,
             tenant=tenant,

@@ -5,9 +5,8 @@ No model, no network beyond loopback and unix sockets.
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from diptych.cluster.config import LimitSettings, RouterSettings
+from diptych.cluster.keys import ApiKeys
 from diptych.cluster.models import NO_DEFAULTS, SamplingDefaults
+from diptych.cluster.router.rig import until
 from diptych.cluster.router.router import Router
 from diptych.cluster.router.testing import EchoEngine, StaticDirectory
 from diptych.protos.types import Role
@@ -73,19 +74,13 @@ class FrontDoor:
         return token
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Poll until it holds. Raises TimeoutError after 20 s."""
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - conditions are plain functions over other tasks' state
-            await asyncio.sleep(0.002)
-
-
 @asynccontextmanager
 async def front_door(
     limits: LimitSettings | None = None,
     step_s: float = 0.0,
     defaults: SamplingDefaults = NO_DEFAULTS,
     tokenizer: Tokenizer | None = None,
+    keys: ApiKeys | None = None,
 ) -> AsyncIterator[FrontDoor]:
     """Everything started, both engines connected; everything stopped afterwards. `defaults` are the model's; a
     `tokenizer` must know ChatML's special tokens.
@@ -115,7 +110,7 @@ async def front_door(
             defaults=defaults,
         )
         stack.callback(served.renderer.close)
-        app = create_app(router, [served])
+        app = create_app(router, [served], keys)
         listener = await start_listener(app, host="127.0.0.1", port=0, limits=settings.limits, metrics=router.metrics)
         stack.push_async_callback(listener.stop, 0.2)
         await until(lambda: router.is_ready(MODEL) and all(session.is_ready for session in router.view.sessions()))

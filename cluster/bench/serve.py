@@ -21,6 +21,8 @@ from typing import Any
 
 import uvloop
 
+from diptych.cluster.client.wire import headers
+from diptych.cluster.config import api_key
 from diptych.protos.errors import StartupError
 
 from .figures import regime, spread, system, write_result
@@ -52,7 +54,7 @@ def run_serve_bench(options: ServeOptions) -> int:
     """Measure and print; exit code 1 when not one request was answered whole. Raises StartupError."""
     if not options.rate > 0:
         raise StartupError(f"--rate {options.rate:g}: write requests per second, or inf for all at once")
-    target = Target.parse(options.url)
+    target = Target.parse(options.url, api_key())
     prompts = _prompts(options)
     model = options.model or _first_model(options.url)
     bodies = [_body(model, prompt, options.output) for prompt in prompts]
@@ -175,7 +177,8 @@ def _body(model: str, prompt: list[int] | str, output: int) -> bytes:
 def _first_model(url: str) -> str:
     base = url.rstrip("/").removesuffix("/v1")
     try:
-        with urllib.request.urlopen(f"{base}/v1/models", timeout=_MODELS_TIMEOUT_S) as reply:
+        request = urllib.request.Request(f"{base}/v1/models", headers=headers("", api_key()))
+        with urllib.request.urlopen(request, timeout=_MODELS_TIMEOUT_S) as reply:
             return str(json.load(reply)["data"][0]["id"])
     except (OSError, urllib.error.URLError) as exc:
         raise StartupError(f"{url} does not answer: {exc}") from exc

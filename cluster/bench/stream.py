@@ -23,15 +23,16 @@ _MAX_LINE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a server listens. `path` is what its URL has before /v1."""
+    """Where a server listens, and the key that it asks for. `path` is what its URL has before /v1."""
 
     host: str
     port: int
     path: str
     tls: bool
+    key: str = field(default="", repr=False)
 
     @classmethod
-    def parse(cls, url: str) -> Target:
+    def parse(cls, url: str, key: str = "") -> Target:
         """Raises StartupError."""
         try:
             parts = urlsplit(url)
@@ -42,14 +43,15 @@ class Target:
             raise StartupError(f"--url {url}: write it as http://HOST:PORT")
         tls = parts.scheme == "https"
         path = parts.path.rstrip("/").removesuffix("/v1")
-        return cls(parts.hostname, port or (443 if tls else 80), path, tls)
+        return cls(parts.hostname, port or (443 if tls else 80), path, tls, key)
 
     def post(self, path: str, body: bytes) -> bytes:
         """A whole request."""
         name = f"[{self.host}]" if ":" in self.host else self.host
+        shown = f"authorization: Bearer {self.key}\r\n" if self.key else ""
         head = (
             f"POST {self.path}{path} HTTP/1.1\r\nhost: {name}:{self.port}\r\nconnection: close\r\n"
-            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{shown}\r\n"
         )
         return head.encode() + body
 

@@ -23,13 +23,15 @@ class AsyncClient:
         url: str,
         *,
         tenant: str = "",
+        key: str = "",
         timeout_s: float = 600.0,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = url = wire.base_of(url)
-        self._tenant = tenant
         with wire.translated(url):
-            self._http = httpx2.AsyncClient(base_url=url, timeout=wire.timeouts(timeout_s), transport=transport)
+            self._http = httpx2.AsyncClient(
+                base_url=url, timeout=wire.timeouts(timeout_s), transport=transport, headers=wire.headers(tenant, key)
+            )
         self._model: str | None = None
 
     async def __aenter__(self) -> Self:
@@ -79,7 +81,7 @@ class AsyncClient:
     async def _whole(self, path: str, body: dict[str, Any], model: str | None, session: str) -> Answer:
         body["model"] = model or await self._first_model()
         with wire.translated(self.url):
-            response = await self._http.post(path, json=body, headers=wire.headers(self._tenant, session))
+            response = await self._http.post(path, json=body, headers=wire.of_session(session))
         wire.raise_for(response.status_code, response.content, response.headers.get("retry-after"))
         with wire.understood(self.url):
             return answer_of(response.json())
@@ -88,7 +90,7 @@ class AsyncClient:
         self, path: str, body: dict[str, Any], model: str | None, session: str
     ) -> AsyncGenerator[Delta, None]:
         body["model"] = model or await self._first_model()
-        headers = wire.headers(self._tenant, session)
+        headers = wire.of_session(session)
         with wire.translated(self.url):
             async with self._http.stream("POST", path, json=wire.streamed(body), headers=headers) as response:
                 if response.status_code != 200:

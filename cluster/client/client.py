@@ -16,7 +16,7 @@ from .wire import Messages, Prompt
 
 
 class Client:
-    """One cluster over HTTP. A context manager; safe to share between threads.
+    """One cluster over HTTP. A context manager; safe to share between threads. `key` where the cluster asks for one.
 
     Parameters of a call are the API's body fields: max_tokens=32, temperature=0, n=2, logprobs=True, explain=True, ...
     Every method raises the exceptions of diptych.protos.errors with the server's message, ServerUnreachable when there
@@ -28,13 +28,15 @@ class Client:
         url: str,
         *,
         tenant: str = "",
+        key: str = "",
         timeout_s: float = 600.0,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self.url = url = wire.base_of(url)
-        self._tenant = tenant
         with wire.translated(url):
-            self._http = httpx2.Client(base_url=url, timeout=wire.timeouts(timeout_s), transport=transport)
+            self._http = httpx2.Client(
+                base_url=url, timeout=wire.timeouts(timeout_s), transport=transport, headers=wire.headers(tenant, key)
+            )
         self._model: str | None = None
 
     def __enter__(self) -> Self:
@@ -80,14 +82,14 @@ class Client:
     def _whole(self, path: str, body: dict[str, Any], model: str | None, session: str) -> Answer:
         body["model"] = model or self._first_model()
         with wire.translated(self.url):
-            response = self._http.post(path, json=body, headers=wire.headers(self._tenant, session))
+            response = self._http.post(path, json=body, headers=wire.of_session(session))
         wire.raise_for(response.status_code, response.content, response.headers.get("retry-after"))
         with wire.understood(self.url):
             return answer_of(response.json())
 
     def _stream(self, path: str, body: dict[str, Any], model: str | None, session: str) -> Generator[Delta, None, None]:
         body["model"] = model or self._first_model()
-        headers = wire.headers(self._tenant, session)
+        headers = wire.of_session(session)
         with (
             wire.translated(self.url),
             self._http.stream("POST", path, json=wire.streamed(body), headers=headers) as response,

@@ -84,10 +84,15 @@ def streamed(body: JsonObject) -> JsonObject:
     return {**body, "stream": True, "stream_options": {"include_usage": True}}
 
 
-def headers(tenant: str, session: str) -> dict[str, str]:
-    """Those that say whose request it is."""
-    named = {"x-tenant": tenant, "x-session-id": session}
+def headers(tenant: str, key: str) -> dict[str, str]:
+    """Those of every request: whose it is."""
+    named = {"x-tenant": tenant, "authorization": f"Bearer {key}" if key else ""}
     return {name: value for name, value in named.items() if value}
+
+
+def of_session(session: str) -> dict[str, str]:
+    """Those of one request."""
+    return {"x-session-id": session} if session else {}
 
 
 def raise_for(status: int, body: bytes, retry_after: str | None) -> None:

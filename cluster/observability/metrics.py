@@ -109,7 +109,7 @@ ROUTER_METRICS: dict[str, MetricSpec] = {
     "refused": MetricSpec(
         "diptych_listener_refused_total",
         "counter",
-        "Connections to the API's listener that ended before a request was read, by error code",
+        "Connections and requests that the API turned away before it read them, by error code",
         ("code",),
     ),
     "sessions_lost": MetricSpec(
