@@ -9,8 +9,10 @@ The binary is the shipped one: `diptych serve` with a configuration file. As a m
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -122,7 +124,7 @@ class Rig:
     kind: str  # echo or smollm2
     folder: Path
     pid: int  # of `diptych serve`
-    keys: dict[str, str] | None = None  # a, b, admin -> bearer token; None: the cluster knows tenants by header alone
+    keys: dict[str, str] | None = None  # of a, b and admin; None: a front door that asks for none
     gauges: Gauges = Gauges()
     recorded: dict[str, list[str]] = field(default_factory=dict)
 
@@ -141,8 +143,13 @@ class Rig:
         """`{"rules": [...], "seed": N}`, the rules in force; the processes read it when it changes."""
         return self.folder / "faults.json"
 
+    @property
+    def keys_file(self) -> Path:
+        """The hashes of the keys, a line each; the router reads it when it changes."""
+        return self.folder / "keys.jsonl"
+
     def headers(self, who: str = "a") -> dict[str, str]:
-        """Of a request of tenant a or b, or of the admin. Raises RigError for others."""
+        """Of a request of tenant a or b, or of the admin: the one place that knows them. Raises RigError for others."""
         if who not in (*TENANTS, "admin"):
             raise RigError(f"{who!r}: there are the tenants a and b, and admin")
         if self.keys is not None:
@@ -163,6 +170,7 @@ class Rig:
             "log": str(self.log),
             "audit_log": None,
             "faults_file": str(self.faults_file),
+            "keys_file": str(self.keys_file),
             "keys": self.keys,
             "headers": {who: self.headers(who) for who in (*TENANTS, "admin")},
             "gauges": asdict(self.gauges),
@@ -315,8 +323,13 @@ class Rig:
 
     def command(self, verb: str, *arguments: str, timeout_s: float = 300.0) -> str:
         """Another verb of `diptych` on this cluster, such as scale; what it printed. Raises RigError."""
+        known = {} if self.keys is None else {"DIPTYCH_API_KEY": self.keys["admin"]}
         done = subprocess.run(
-            [*diptych(), verb, *arguments, "--url", self.url], capture_output=True, text=True, timeout=timeout_s
+            [*diptych(), verb, *arguments, "--url", self.url],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env={**os.environ, **known},
         )
         if done.returncode:
             raise RigError(f"diptych {verb}: {done.stderr.strip() or done.stdout.strip()}")
@@ -361,6 +374,7 @@ def configuration(kind: str, folder: Path, *, prefill: int, decode: int, port: i
     return {
         "models": {name: model},
         "router": {"port": port, "tenants": {"a": {"weight": 1}, "b": {"weight": 1}}},
+        "security": {"api_keys": str(folder / "keys.jsonl")},
         "engines": {"max_restarts": 1000},  # an exam kills one engine more often than five times in ten minutes
         "faults": {"file": str(folder / "faults.json")},
     }
@@ -386,12 +400,13 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     settings = merged(configuration(kind, folder, prefill=prefill, decode=decode, port=port), changes or {})
+    keys = make_keys(folder / "keys.jsonl")
     put_json(folder / "faults.json", {"rules": []})
     put_json(folder / "rig.yaml", settings)
     command = [*diptych(), "serve", "--config", str(folder / "rig.yaml")]
     with (folder / "serve.log").open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True)
-    rig = Rig(f"http://127.0.0.1:{port}", next(iter(settings["models"])), kind, folder, process.pid)
+    rig = Rig(f"http://127.0.0.1:{port}", next(iter(settings["models"])), kind, folder, process.pid, keys)
     rig.save()
     try:
         until(
@@ -406,6 +421,17 @@ def start(
         stop(rig)
         raise RigError(f"{exc}:\n{rig.log.read_text(errors='replace')[-4000:]}") from exc
     return rig
+
+
+def make_keys(file: Path) -> dict[str, str]:
+    """Fresh keys of the tenants and of an admin; the file gets their hashes."""
+    keys = {who: f"dk_{secrets.token_urlsafe(32)}" for who in (*TENANTS, "admin")}
+    lines = [
+        {"sha256": hashlib.sha256(key.encode()).hexdigest(), "tenant": who, "admin": who == "admin"}
+        for who, key in keys.items()
+    ]
+    put_private(file, "".join(json.dumps(line) + "\n" for line in lines))
+    return keys
 
 
 def await_engines(rig: Rig, number: int, within_s: float = 60.0) -> float:
@@ -494,9 +520,16 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def put_json(path: Path, value: Any) -> None:
-    """A reader sees all of it or what was there before."""
+    """As `put_private`."""
+    put_private(path, json.dumps(value, indent=1))
+
+
+def put_private(path: Path, text: str) -> None:
+    """For no other user. A reader sees all of it or what was there before."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1))
+    partial.touch(mode=0o600)
+    partial.chmod(0o600)
+    partial.write_text(text)
     partial.replace(path)
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from procfs import descendants, lives
-from rig import Rig, RigError, attach, start
+from rig import Rig, RigError, attach, make_keys, start
 
 RIG = Path(__file__).with_name("rig.py")
 
@@ -31,7 +34,7 @@ def test_what_is_not_there_is_said_in_a_sentence(tmp_path: Path) -> None:
         start("gpt", folder=tmp_path)
 
 
-def test_tenants_are_told_by_header_while_there_are_no_keys(tmp_path: Path) -> None:
+def test_headers_are_those_of_the_key_and_of_the_tenant_where_there_is_none(tmp_path: Path) -> None:
     here = Rig("http://127.0.0.1:1", "echo", "echo", tmp_path, os.getpid())
     assert here.headers("a") == {"x-tenant": "a"}
     assert here.headers("admin") == {}
@@ -41,6 +44,19 @@ def test_tenants_are_told_by_header_while_there_are_no_keys(tmp_path: Path) -> N
         here.processes()
     here.keys = {"a": "k"}
     assert here.headers("a") == {"authorization": "Bearer k"}
+
+
+def test_the_keys_that_are_handed_out_are_those_of_the_file(tmp_path: Path) -> None:
+    """The file is the product's: it must take it, and find each tenant behind its key."""
+    from diptych.cluster.keys import ApiKeys, Caller
+
+    keys = make_keys(tmp_path / "keys.jsonl")
+    known = ApiKeys(tmp_path / "keys.jsonl")
+    found = {who: known.caller(key.encode()) for who, key in keys.items()}
+    assert found == {"a": Caller("a"), "b": Caller("b"), "admin": Caller("admin", is_admin=True)}
+    here = Rig("http://127.0.0.1:1", "echo", "echo", tmp_path, 5, keys)
+    here.save()
+    assert (tmp_path / "rig.json").stat().st_mode & 0o077 == 0
 
 
 def test_a_rig_is_found_again_by_its_folder(tmp_path: Path) -> None:
@@ -73,6 +89,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         rig(folder, "stop")
 
 
+def status(url: str, path: str, headers: dict[str, str]) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url + path, headers=headers), timeout=10) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as exc:
+        return exc.code
+
+
+def check_the_keys(folder: Path, told: dict[str, Any]) -> None:
+    """At the router's own listener and at Ray Serve's proxy: no key, a tenant's and the admin's on every page."""
+    served = re.search(r"(http://\S+)\s+\(the same through Ray Serve\)", attach(folder).log.read_text())
+    assert served
+    for url in (told["url"], served[1]):
+        for path, wanted in (
+            ("/health", (200, 200, 200, 200)),
+            ("/ready", (200, 200, 200, 200)),
+            ("/v1/models", (401, 200, 200, 200)),
+            ("/info", (401, 403, 403, 200)),
+            ("/metrics", (401, 403, 403, 200)),
+            ("//info", (401, 404, 404, 404)),
+            ("/admin", (401, 404, 404, 404)),
+        ):
+            shown = [{}, *(told["headers"][who] for who in ("a", "b", "admin"))]
+            assert tuple(status(url, path, headers) for headers in shown) == wanted, (url, path)
+        assert status(url, "/v1/models", told["headers"]["a"] | {"x-tenant": "b"}) == 403
+    assert "prefill-0" in attach(folder).command("status")
+    written = "".join(path.read_text() for path in folder.iterdir() if path.name != "rig.json" and path.is_file())
+    assert not [key for key in told["keys"].values() if key in written]
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_an_exam_can_do_all_it_needs_and_nothing_is_left_behind(folder: Path) -> None:
@@ -82,6 +128,8 @@ def test_an_exam_can_do_all_it_needs_and_nothing_is_left_behind(folder: Path) ->
     assert "# HELP" in attach(folder).text("/metrics")
     page = attach(folder).text("/metrics")
     assert all(name in page for name in told["gauges"].values())
+
+    check_the_keys(folder, told)
 
     expected = rig(folder, "expected", "--prompt", "17,4,99", "--tokens", "6")
     body = {"model": told["model"], "prompt": [17, 4, 99], "max_tokens": 6, "temperature": 0}
