@@ -32,8 +32,9 @@ from diptych.cluster.api.app import create_app
 from diptych.cluster.api.listener import start_listener
 from diptych.cluster.api.render import Renderer
 from diptych.cluster.api.served import ServedModel
-from diptych.cluster.api.testing import TEMPLATE, byte_level_tokenizer, until
+from diptych.cluster.api.testing import TEMPLATE, byte_level_tokenizer
 from diptych.cluster.config import RouterSettings
+from diptych.cluster.router.rig import until
 from diptych.cluster.router.router import Router
 from diptych.cluster.router.testing import StaticDirectory
 from diptych.protos import engine_pb2 as pb

@@ -22,9 +22,9 @@ from contextlib import aclosing
 import psutil
 import uvloop
 
-from diptych.cluster.api.testing import until
 from diptych.cluster.config import PlacementSettings, RouterSettings
 from diptych.cluster.router.call import GenerateCall
+from diptych.cluster.router.rig import until
 from diptych.cluster.router.router import Router
 from diptych.cluster.router.testing import StaticDirectory
 from diptych.protos.status import EngineInfo

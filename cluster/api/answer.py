@@ -7,7 +7,6 @@ find its blocks in both prefix caches:   0 ---token from decode---+--> 1, 2, ...
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -127,7 +126,6 @@ async def run(router: Router, choices: Sequence[Choice]) -> AsyncGenerator[tuple
 
 
 async def _run_several(router: Router, choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Piece | None]]:
-    began = time.monotonic()
     queue: asyncio.Queue[tuple[Choice, Piece | Exception | None]] = asyncio.Queue(MAX_PENDING)
     first, *others = choices
     tasks = [asyncio.create_task(_pour(router, first, queue))]
@@ -140,7 +138,7 @@ async def _run_several(router: Router, choices: Sequence[Choice]) -> AsyncGenera
             num_open -= event is None
             if others and first.is_rooted:
                 for other in others:
-                    other.call = _following(other.call, first, time.monotonic() - began)
+                    other.call = replace(other.call, pin=first.placement)
                     tasks.append(asyncio.create_task(_pour(router, other, queue)))
                 others = []
             yield choice, event
@@ -148,11 +146,6 @@ async def _run_several(router: Router, choices: Sequence[Choice]) -> AsyncGenera
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _following(call: GenerateCall, first: Choice, passed_s: float) -> GenerateCall:
-    left_s = None if call.timeout_s is None else max(call.timeout_s - passed_s, 1e-3)
-    return replace(call, pin=first.placement, timeout_s=left_s)
 
 
 async def _pour(router: Router, choice: Choice, queue: asyncio.Queue[tuple[Choice, Piece | Exception | None]]) -> None:

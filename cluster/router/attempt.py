@@ -21,6 +21,7 @@ from diptych.protos.types import (
     TokenLogprobs,
 )
 
+from .incident import Incident, Strike, is_fault
 from .merge import TokenMerge
 from .placement import Placement
 from .session import EngineSession
@@ -33,7 +34,8 @@ class Attempt:
 
     When the stream to the prefill engine breaks before any token came, nobody knows whether that engine has the order,
     and the decode engine might wait for it as long as a lease lasts. So the attempt fails and is tried anew, unless it
-    `is_last`: then the decode engine's own fallback is waited for.
+    `is_last`: then the decode engine's own fallback is waited for. `is_suspect`: no fallback, for who ends the engine
+    that computes its prompt should not end another one at once.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Attempt:
         decode: EngineSession,
         *,
         is_last: bool,
+        is_suspect: bool = False,
     ) -> None:
         self.request = request
         self.placement = placement
@@ -56,6 +59,8 @@ class Attempt:
         self._prefill = prefill
         self._decode = decode
         self._is_last = is_last
+        self._is_suspect = is_suspect
+        self._incidents: dict[Role, Incident] = {}
         self._handles: list[tuple[EngineSession, int]] = []
         self._is_dirty = False
         self._waiter: asyncio.Future[None] | None = None
@@ -65,7 +70,9 @@ class Attempt:
     def start(self, *, timeout_s: float | None) -> None:
         """Tell both engines at once. Raises EngineLost, Overloaded."""
         # Decode first: when its engine is lost, the prefill engine never hears of the request.
-        wanted = DecodeOrder(request=self.request, prefill=self.placement.prefill, allow_local_prefill=True)
+        wanted = DecodeOrder(
+            request=self.request, prefill=self.placement.prefill, allow_local_prefill=not self._is_suspect
+        )
         self._submit(Role.DECODE, self._decode, wanted)
         if self._prefill is not None:
             order = PrefillOrder(request=self.request, decode=self.placement.decode)
@@ -118,17 +125,26 @@ class Attempt:
         return [placement.decode] if placement.prefill is None else [placement.prefill, placement.decode]
 
     def failed_engines(self) -> set[EngineRef]:
-        """Whom another attempt should avoid: who is not connected, and who ended its part with the attempt's error."""
+        """Whom another attempt should avoid: who is not connected, whose step raised, and who ended its part with the
+        attempt's error.
+        """
         return {
-            session.info.ref for role, session in self._sessions() if not session.is_ready or role is self.merge.blame
+            session.info.ref
+            for role, session in self._sessions()
+            if not session.is_ready or role is self.merge.blame or role in self._incidents
         }
 
-    def killed(self) -> EngineRef | None:
-        """The engine that died at work on this attempt, as far as the stream to it shows; the decode engine first."""
-        for role, session in self._sessions():
-            if isinstance(self.merge.over.get(role), EngineLost) and session.is_loss_a_death:
-                return session.info.ref
+    def strike(self) -> Strike | None:
+        """What struck it, as far as its engines' streams show; the decode engine's incident first."""
+        for role, _ in self._sessions():
+            if role in self._incidents:
+                return Strike(role, self._incidents[role])
         return None
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the decode engine has made a token, so that what happens to it now is not this request's doing."""
+        return self.merge.num_new > (self._prefill is not None)
 
     def _sessions(self) -> list[tuple[Role, EngineSession]]:
         prefill = [] if self._prefill is None else [(Role.PREFILL, self._prefill)]
@@ -163,6 +179,10 @@ class Attempt:
 
     def on_end(self, role: Role, outcome: Finish | DiptychError) -> None:
         """Sink: one engine's part is over."""
+        if isinstance(outcome, EngineLost) or (isinstance(outcome, Finish) and is_fault(outcome)):
+            session = self._decode if role is Role.DECODE else self._prefill
+            if session is not None and session.incident is not None:
+                self._incidents[role] = session.incident
         self.merge.end(role, outcome)
         self._wake()
 

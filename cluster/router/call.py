@@ -11,13 +11,14 @@ from .placement import Placement
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateCall:
-    """One request in token ids. `timeout_s` counts from the call; None leaves the router's own limit."""
+    """One request in token ids. `timeout_s` counts from `arrived_at`; None leaves the router's own limit."""
 
     model: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
     salt: bytes = b""  # hashed into the names of its KV blocks: tenants do not share KV
     timeout_s: float | None = None
+    arrived_at: float | None = None  # on the router's clock, when the head of the request was read; None: at the call
     traceparent: str = ""
     priority: int = 0  # lower is sooner, here and in the engines
     tenant: str = ""  # its weight is the configuration's; "" is a tenant too

@@ -1,7 +1,8 @@
-"""Who may have killed an engine, and how those go on: few at a time, the twice suspected alone, the guilty not at all.
+"""Who may have felled an engine or its step, and how those go on: few at a time, the twice suspected alone, the guilty
+not at all.
 
-A request is unproven on an engine from its order until its first token from there. It gets a strike when the engine
-dies meanwhile. Knows refs and ids only; the router tells it what happens.
+A request is unproven on an engine from its order until its first token from there. Knows refs and ids only; the router
+tells it what happens.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from diptych.protos.errors import Quarantined
 from diptych.protos.types import EngineRef
 
 from .call import GenerateCall
+from .incident import Incident
 
 SEATS = 8  # requests with one strike that are on their way to a first token at a time
 SEAT_S = 1.0  # an engine that still lives so long after an order was not killed by it
-MAX_STRIKES = 3  # without a token in between: three engines are enough, whoever else was there
+MAX_STRIKES = 3  # without a token in between: three incidents are enough, whoever else was there
 _MAX_QUARANTINED = 1024
-_MAX_DEATHS = 64  # engines whose company is remembered
+_WORDS = "engines failed each time that they worked on this request; it is refused"
+_MAX_INCIDENTS = 64  # whose company is remembered
 
 
 class Seat:
@@ -60,11 +63,11 @@ class Gate:
 
 
 class Suspects:
-    """Which requests are unproven on which engines, and in whose company they were when an engine died."""
+    """Which requests are unproven on which engines, and in whose company they were when it failed."""
 
     def __init__(self) -> None:
         self._unproven: dict[EngineRef, set[bytes]] = {}
-        self._deaths: dict[EngineRef, set[bytes]] = {}
+        self._company: dict[Incident, set[bytes]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._unproven.values()))
@@ -83,17 +86,18 @@ class Suspects:
                 if not present:
                     del self._unproven[engine]
 
-    def is_alone(self, request: bytes, dead: EngineRef) -> bool:
-        """Whether no other request was unproven on `dead` when it died. Ask before any of them is cleared."""
-        if dead not in self._deaths:
-            self._deaths[dead] = set(self._unproven.get(dead, ()))
-            while len(self._deaths) > _MAX_DEATHS:
-                del self._deaths[next(iter(self._deaths))]
-        return self._deaths[dead] <= {request}
+    def is_alone(self, request: bytes, incident: Incident) -> bool:
+        """Whether no other unproven request was struck by it. Ask before any of them is cleared."""
+        if incident not in self._company:
+            present = self._unproven.get(incident.engine, set())
+            self._company[incident] = set(present) if incident.hit is None else present & incident.hit
+            while len(self._company) > _MAX_INCIDENTS:
+                del self._company[next(iter(self._company))]
+        return self._company[incident] <= {request}
 
 
 class Quarantine:
-    """Requests that are refused for `period_s` after they ended engines. `clock` in seconds."""
+    """Requests that are refused for `period_s` after engines failed over them. `clock` in seconds."""
 
     def __init__(self, *, period_s: float, clock: Callable[[], float]) -> None:
         self._period_s = period_s
@@ -106,7 +110,7 @@ class Quarantine:
         self._until[name] = self._clock() + self._period_s
         while len(self._until) > _MAX_QUARANTINED:
             del self._until[next(iter(self._until))]
-        return Quarantined(f"this request ended several engines; it is refused for {self._period_s:g} s")
+        return Quarantined(f"{_WORDS} for {self._period_s:g} s")
 
     def check(self, call: GenerateCall) -> None:
         """Raises Quarantined."""
@@ -117,7 +121,7 @@ class Quarantine:
             return
         left = until - self._clock()
         if left > 0:
-            raise Quarantined(f"this request ended several engines; it is refused for another {left:.0f} s")
+            raise Quarantined(f"{_WORDS} for another {left:.0f} s")
         del self._until[name]
 
 

@@ -44,9 +44,14 @@ class TokenMerge:
         return self.finish is not None or self.error is not None
 
     @property
+    def num_new(self) -> int:
+        """Tokens in order that this attempt brought."""
+        return len(self.tokens) - self._begin
+
+    @property
     def has_begun(self) -> bool:
         """Whether there is, or was, something to take."""
-        return len(self.tokens) > self._begin and len(self._prompt) == self._num_prompt
+        return self.num_new > 0 and len(self._prompt) == self._num_prompt
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs]:
@@ -124,7 +129,7 @@ class TokenMerge:
             self._fail(error, Role.PREFILL if cause is not None else Role.DECODE)
         elif _handed_over(prefill) and not is_told:  # decode knows tokens only
             self._fail(EngineLost("the prefill engine handed over without the prompt's logprobs"), Role.PREFILL)
-        elif prefill is not None and len(self.tokens) == self._begin and (self._early or _handed_over(prefill)):
+        elif prefill is not None and not self.num_new and (self._early or _handed_over(prefill)):
             self._fail(_cause(prefill) or EngineLost("the first token was lost with its engine"), Role.PREFILL)
 
     def _is_reached(self, end: Finish) -> bool:

@@ -1,7 +1,8 @@
 """What follows a failed attempt: another one, at once or after a pause, or the failure as the answer.
 
 Before the first token it is a retry, after it a move: the next engines go on behind the tokens that the client has.
-Both cost a token of the tenant's retry budget; a refusal of an engine that drains or is full costs a move nothing.
+Each costs a piece of the tenant's retry budget. Towards the limits count deaths that the directory confirms, and what
+neither a lost engine nor a step that raised explains; an engine that was only silent counts for nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .attempt import Attempt
 from .budget import RetryBudget
 from .call import GenerateCall
 from .gate import MAX_STRIKES, Gate, Quarantine, Seat, Suspects
+from .incident import Incident, Strike
 from .placement import Ask
 from .record import CallRecord
 from .view import ClusterView
@@ -42,12 +44,13 @@ class Work:
     tenant: str  # as it is counted
     emitted: list[int] = field(default_factory=list)  # given to the client
     avoid: set[EngineRef] = field(default_factory=set)  # lives of engines that failed it
-    tries: int = 0  # failed attempts without a token to the client, but for refusals
-    moves: int = 0
+    tries: list[Incident | None] = field(default_factory=list)  # failures without a token to the client, but refusals
+    moves: list[Incident | None] = field(default_factory=list)  # and those with one
     failures: int = 0  # since the last token, refusals included
-    strikes: list[EngineRef] = field(default_factory=list)  # engines that died since the last token
-    is_unproven: bool = False  # placed, and no token of this attempt came yet
-    is_suspect: bool = False  # nobody else can have killed the last of these engines, or there are too many of them
+    strikes: list[Strike] = field(default_factory=list)  # incidents since the last proof of its innocence
+    last: Strike | None = None  # of the last attempt
+    is_unproven: bool = False  # placed, and its decode engine made no token yet
+    is_alone: bool = False  # nobody else can have caused the last strike
 
     @property
     def name(self) -> bytes:
@@ -102,35 +105,40 @@ class Recovery:
     def told(self, work: Work, attempt: Attempt, tokens: list[int]) -> None:
         """Its engines have made tokens, which go to the client now."""
         work.emitted += tokens
-        if work.is_unproven:
-            work.failures = 0
+        work.failures = 0
+        if not work.is_unproven:
+            return
+        prefill = attempt.placement.prefill
+        if attempt.is_proven:
             work.strikes.clear()
             self.closed(work, attempt)
+        elif prefill is not None:
+            work.strikes = [strike for strike in work.strikes if strike.role is not Role.PREFILL]
+            self._suspects.cleared(work.name, [prefill])
 
     def failed(self, work: Work, attempt: Attempt) -> None:
-        """It has failed: note which engine died with it, and in whose company. Before `closed`."""
-        work.is_suspect = False
-        dead = attempt.killed()
-        if dead is not None:
-            work.strikes.append(dead)
-            work.is_suspect = self._suspects.is_alone(work.name, dead) or len(work.strikes) >= MAX_STRIKES
+        """It has failed: note what struck it, and in whose company. Before `closed`."""
+        work.last = attempt.strike()
+        work.is_alone = False
+        if work.last is not None and not work.last.incident.nobody_died:
+            work.strikes.append(work.last)
+            work.is_alone = self._suspects.is_alone(work.name, work.last.incident)
 
     def closed(self, work: Work, attempt: Attempt) -> None:
-        """It is over, or its first token came: what happens to its engines now is not its doing."""
+        """It is over, or its innocence is proven: what happens to its engines now is not its doing."""
         if work.is_unproven:
             work.is_unproven = False
             self._suspects.cleared(work.name, attempt.engines)
 
     def is_last(self, work: Work) -> bool:
-        """Whether no other attempt would follow a failure of this one."""
-        if work.emitted:
-            return work.moves >= self._settings.migration_limit
-        return work.tries + 1 >= self._settings.max_attempts
+        """Whether another failure could be the answer, as far as is known now."""
+        failures, limit = self._counted(work)
+        return 1 + sum(self._counts(one) is True for one in failures) > limit
 
     async def prepare(self, work: Work, attempt: Attempt, error: DiptychError) -> None:
         """Returns when the next attempt may be made, after `attempt` failed with `error`.
 
-        Raises `error` when there is none, Quarantined when the request ends engines, DeadlineExceeded.
+        Raises `error` when there is none, Quarantined when engines fail over the request, DeadlineExceeded.
         """
         work.avoid |= attempt.failed_engines()
         if isinstance(error, Disagreement):
@@ -138,43 +146,64 @@ class Recovery:
         if not error.retryable:
             raise error
         work.record.interrupted(attempt, error.code)
-        if work.is_suspect and len(work.strikes) > 1:
+        if len(work.strikes) > 1:
             await self._judge(work)
         if isinstance(error, ShuttingDown) or (work.emitted and isinstance(error, CapacityError)):
             if not work.emitted and work.failures >= MAX_PAUSES:
                 raise error
         else:
-            self._charge(work, error)
+            await self._charge(work, error)
         work.failures += 1
         await self._pause(work)
         work.record.again()
 
     async def _judge(self, work: Work) -> None:
-        """Raises Quarantined, unless one of the engines turns out to live: then only its connection was lost."""
+        """Raises Quarantined when it was alone in two incidents that happened beyond doubt, or in three with others. A
+        loss is beyond doubt when the directory confirms that the engine is dead; silence alone convicts nobody.
+        """
+        if not work.is_alone and len(work.strikes) < MAX_STRIKES:
+            return
+        await self._find_out(work, [strike.incident for strike in work.strikes])
+        work.strikes = [strike for strike in work.strikes if self._is_strike(strike) is not False]
+        proven = [strike for strike in work.strikes if self._is_strike(strike)]
+        is_alone = work.is_alone and work.last in proven
+        if len(proven) >= (2 if is_alone else MAX_STRIKES):
+            self._metrics.counters["quarantined"].labels(work.call.model).inc()
+            raise self.quarantine.add(work.call)
+
+    def _is_strike(self, strike: Strike) -> bool | None:
+        return self._view.has_died(strike.incident) if strike.incident.is_loss else True
+
+    async def _find_out(self, work: Work, incidents: list[Incident]) -> None:
+        """Wait until the directory has said of each lost engine that it is dead, or its stream came back; not for ever:
+        the directory may be away.
+        """
         give_up = min(work.deadline, self._clock() + self._settings.connect_timeout_s)
-        while True:
-            work.strikes = [ref for ref in work.strikes if not self._lives(ref)]
-            if len(work.strikes) < 2:
-                return
+        while any(one.is_loss and self._view.has_died(one) is None for one in incidents):
             left = give_up - self._clock()
-            if left <= 0 or all(self._view.session(ref) is None for ref in work.strikes):
-                self._metrics.counters["quarantined"].labels(work.call.model).inc()
-                raise self.quarantine.add(work.call)
+            if left <= 0 or self._view.is_stopped:
+                return
             await self._view.wait_change(left)
 
-    def _lives(self, ref: EngineRef) -> bool:
-        session = self._view.session(ref)
-        return session is not None and session.is_ready
-
-    def _charge(self, work: Work, error: DiptychError) -> None:
-        """Raises `error` when nobody pays for another attempt."""
-        is_last = self.is_last(work)
+    def _counted(self, work: Work) -> tuple[list[Incident | None], int]:
+        """The failures that a limit is for, and how many of them there may be."""
         if work.emitted:
-            work.moves += 1
-        else:
-            work.tries += 1
-        if is_last or (isinstance(error, CapacityError) and not self._has_other(work)):
+            return work.moves, self._settings.migration_limit
+        return work.tries, self._settings.max_attempts - 1
+
+    def _counts(self, cause: Incident | None) -> bool | None:
+        return True if cause is None else self._view.has_died(cause)
+
+    async def _charge(self, work: Work, error: DiptychError) -> None:
+        """Raises `error` when nobody pays for another attempt."""
+        failures, limit = self._counted(work)
+        failures.append(work.last.incident if work.last is not None else None)
+        if not limit or (isinstance(error, CapacityError) and not self._has_other(work)):
             raise error
+        if sum(self._counts(one) is not False for one in failures) > limit:
+            await self._find_out(work, [one for one in failures if one is not None])
+            if sum(self._counts(one) is True for one in failures) > limit:
+                raise error
         if not self.budget.try_take(work.tenant):
             self._metrics.counters["retry_budget_refused"].labels(work.call.model, work.tenant).inc()
             raise error

@@ -107,7 +107,7 @@ async def rig(
         await router.start()
         stack.push_async_callback(router.stop)
         made = Rig(router, directory, engines)
-        await until(lambda: made.ready() == len(roles))
+        await until(lambda: made.ready() == len(roles) and router.view.is_complete)
         yield made
         await until(lambda: router.in_flight == {} and router.admission.running == 0)
         assert all(session.in_flight == 0 for session in router.view.sessions())

@@ -65,7 +65,7 @@ class Router:
         self.metrics = metrics or RouterMetrics()
         self._rng = rng or random.SystemRandom()
         self.router_id = f"router-{self._rng.randbytes(6).hex()}"
-        self._clock = clock
+        self.clock = clock
         self._faults = faults
         self._pairs = PairMeter()
         self._placer = placer_of(settings.placement, pairs=self._pairs, clock=clock)
@@ -118,7 +118,8 @@ class Router:
         self.recovery.quarantine.check(call)
         limit = self.settings.limits.request_timeout_s
         timeout_s = limit if call.timeout_s is None else min(call.timeout_s, limit)
-        deadline = self._clock() + timeout_s
+        arrived_at = self.clock() if call.arrived_at is None else call.arrived_at
+        deadline = arrived_at + timeout_s
         span = _TRACER.start_span("router", context_from(call.traceparent), attributes={"model": call.model})
         work = self._work(call, deadline, traceparent_of(span) or call.traceparent)
         record = work.record
@@ -153,7 +154,7 @@ class Router:
 
     def _work(self, call: GenerateCall, deadline: float, traceparent: str) -> Work:
         tenant = call.tenant if call.tenant in self.settings.tenants else "other"
-        record = CallRecord(self.metrics, call, tenant=tenant, clock=self._clock)
+        record = CallRecord(self.metrics, call, tenant=tenant, clock=self.clock)
         request = GenerateRequest(
             key=TransferKey(self._rng.randbytes(16)),
             prompt=call.prompt,
@@ -189,10 +190,11 @@ class Router:
             try:
                 recovery.placed(work, attempt)
                 seat.release_later()
-                attempt.start(timeout_s=work.deadline - self._clock())
+                attempt.start(timeout_s=work.deadline - self.clock())
                 while tokens := await attempt.next():
                     recovery.told(work, attempt, tokens)
-                    seat.release()
+                    if not work.is_unproven:
+                        seat.release()
                     logprobs = None if sampling.logprobs is None else attempt.merge.take_logprobs(len(tokens))
                     prompt = None
                     if sampling.prompt_logprobs is not None and record.num_tokens == 0:
@@ -232,20 +234,20 @@ class Router:
         """
         if self._faults is not None:
             await pass_point(self._faults, Point.ROUTER_PLACE)
-        began, model = self._clock(), work.call.model
+        began, model = self.clock(), work.call.model
         patience = COMEBACK_S if work.emitted and self.view.expects(model) else self.settings.connect_timeout_s
         give_up = min(work.deadline, began + patience)
-        while True:
+        while self.clock() < work.deadline:
             decision = self._choose(work)
             if decision is not None:
                 work.record.placed(decision, began)
                 return self._attempt(work, decision), decision
-            left = give_up - self._clock()
+            left = give_up - self.clock()
             if left <= 0 or self.view.is_stopped or not (work.failures or self.view.expects(model)):
                 break
             await self.view.wait_change(left)
         work.record.refused(EngineLost.code)
-        if self._clock() >= work.deadline:
+        if self.clock() >= work.deadline:
             raise DeadlineExceeded("the request's deadline passed while no engine was reachable")
         raise EngineLost(f"no decode engine of {model} is reachable")
 
@@ -267,11 +269,12 @@ class Router:
         decode = self.view.session(placement.decode)
         prefill = self.view.session(placement.prefill) if placement.prefill is not None else None
         assert decode is not None
-        now, lacks = self._clock(), decision.lacks
+        now, lacks = self.clock(), decision.lacks
         if prefill is not None:
             prefill.meter.reserve(now, prompt_tokens=lacks, kv_tokens=0)
         decode.meter.reserve(now, prompt_tokens=0 if prefill else lacks, kv_tokens=work.ask.names.num_tokens)
-        return Attempt(work.request, placement, prefill, decode, is_last=self.recovery.is_last(work))
+        is_last, is_suspect = self.recovery.is_last(work), bool(work.strikes)
+        return Attempt(work.request, placement, prefill, decode, is_last=is_last, is_suspect=is_suspect)
 
     def _lost(self, session: EngineSession) -> None:
         ref = session.info.ref

@@ -38,6 +38,7 @@ from diptych.protos.types import DecodeOrder, Finish, PrefillOrder, PromptLogpro
 
 from .estimate import EngineMeter
 from .faults import faulty_post, pass_point
+from .incident import Incident, raised
 from .mirror import PrefixMirror
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class EngineSession:
         self.meter = EngineMeter()
         self.losses = 0
         self.loss_cause: LossCause = "broken"  # of the last one
+        self.incident: Incident | None = None  # of the ends that sinks are told now; None: nothing like that
         self._router_id = terms.router_id
         self._connect_timeout_s = terms.connect_timeout_s
         self._silence_s = terms.silence_s
@@ -106,12 +108,8 @@ class EngineSession:
         self._post = self._put if self._faults is None else faulty_post(self._faults, info.ref.engine_id, self._put)
         self._task: asyncio.Task[None] | None = None
         self._heard_at = 0.0
+        self._gave_reason = False  # the engine ends, or has heard nothing of this router for long
         self.is_ready = False
-
-    @property
-    def is_loss_a_death(self) -> bool:
-        """Whether the last loss was none that the engine, or whoever drains it, wanted."""
-        return self.loss_cause != "ended" and not self.info.draining
 
     @property
     def in_flight(self) -> int:
@@ -170,7 +168,7 @@ class EngineSession:
         failures = 0
         try:
             while True:
-                self.loss_cause = "broken"
+                self.loss_cause, self._gave_reason = "broken", False
                 try:
                     await self._live()
                 except (grpc.RpcError, DiptychError, OSError, TimeoutError) as exc:
@@ -249,7 +247,8 @@ class EngineSession:
         try:
             frame = await call.read()
         except grpc.aio.AioRpcError as exc:
-            if exc.code() is not grpc.StatusCode.UNAVAILABLE or _OWN_WORDS.search(exc.details() or ""):
+            self._gave_reason = _OWN_WORDS.search(exc.details() or "") is not None
+            if exc.code() is not grpc.StatusCode.UNAVAILABLE or self._gave_reason:
                 self.loss_cause = "ended"
             raise
         if frame is grpc.aio.EOF:
@@ -303,11 +302,17 @@ class EngineSession:
             entry = sinks.get(handle)
             if entry is not None:  # else: cancelled, and its last tokens were on the way
                 entry[0].on_token(index, token, logprobs)
+        ends: dict[int, Finish] = {}  # all of them are read before the first is told: what makes no sense ends nobody
         for message in step.finishes:
-            entry = self._pop(message.handle)
+            entry = sinks.get(message.handle)
             if entry is not None:
-                sink, role, key = entry
-                sink.on_end(role, finish_from_pb(message, lambda _, key=key: key, role))  # type: ignore[misc]
+                _, role, key = entry
+                ends[message.handle] = finish_from_pb(message, lambda _, key=key: key, role)  # type: ignore[misc]
+        self.incident = raised(self.info.ref, self.losses, ends.values())
+        for handle, finish in ends.items():
+            entry = self._pop(handle)
+            if entry is not None:  # else: a sink that was told before let go of it
+                entry[0].on_end(finish.role, finish)
 
     def _fail_open(self, error: EngineLost) -> None:
         self._outbox.clear()
@@ -316,6 +321,9 @@ class EngineSession:
             self.is_ready = False
             self.losses += 1
             self._on_change()
+        harmless = self.info.draining or self._gave_reason
+        is_odd = self.loss_cause == "ended" and not harmless
+        self.incident = None if is_odd else Incident(self.info.ref, self.losses, nobody_died=harmless)
         sinks, self._sinks = self._sinks, {}
         self._per_role = dict.fromkeys(Role, 0)
         for sink, role, _ in sinks.values():

@@ -10,6 +10,7 @@ from typing import Protocol
 from diptych.protos.status import EngineDirectory, EngineInfo
 from diptych.protos.types import EngineRef, Role
 
+from .incident import Incident
 from .placement import EngineLoad
 from .session import EngineSession, SessionTerms
 
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _DIRECTORY_RETRY_S = 0.5
 COMEBACK_S = 30.0  # an engine that died unasked is expected back for so long
+_MAX_DEAD = 256  # lives that are remembered as dead
 
 
 class SessionFactory(Protocol):
@@ -45,6 +47,7 @@ class ClusterView:
         self._sessions: dict[EngineRef, EngineSession] = {}
         self._losses: dict[EngineRef, int] = {}
         self._died_at: dict[str, float] = {}  # by model: when the last decode engine vanished that was not draining
+        self._dead: dict[EngineRef, None] = {}  # lives that the directory let go without having drained them
         self._version = 0
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -82,6 +85,17 @@ class ClusterView:
         """The session to one life of an engine, or None when it is gone."""
         return self._sessions.get(ref)
 
+    def has_died(self, incident: Incident) -> bool | None:
+        """Whether the engine that was lost is dead, by the directory's word; None while nobody knows. A stream that
+        came back, or an engine that left because it was drained, is no death.
+        """
+        if incident.nobody_died or not incident.is_loss:
+            return False
+        session = self._sessions.get(incident.engine)
+        if session is None:
+            return incident.engine in self._dead
+        return False if session.is_ready or session.losses > incident.losses else None
+
     def live(self, model: str, role: Role) -> list[EngineLoad]:
         """Connected engines of a model that have a role and take new requests."""
         now = self._clock()
@@ -99,9 +113,13 @@ class ClusterView:
         return any(s.info.model == model and role in s.info.roles for s in self._sessions.values())
 
     def expects(self, model: str) -> bool:
-        """Whether a decode engine of `model` may be connected soon: it is being dialled, or it has just died."""
+        """Whether a decode engine of `model` may be connected soon: the first ones are starting, one is being dialled,
+        or one has just died.
+        """
+        if not self.is_complete or self.has_pool(model, Role.DECODE):
+            return True
         died_at = self._died_at.get(model)
-        return self.has_pool(model, Role.DECODE) or (died_at is not None and self._clock() - died_at < COMEBACK_S)
+        return died_at is not None and self._clock() - died_at < COMEBACK_S
 
     def capacity_tokens(self, model: str) -> int | None:
         """Tokens that every decode engine of a model can hold for one request; None while there is no engine."""
@@ -169,6 +187,9 @@ class ClusterView:
     def _note_death(self, session: EngineSession) -> None:
         if session.info.draining:
             return
+        self._dead[session.info.ref] = None
+        while len(self._dead) > _MAX_DEAD:
+            del self._dead[next(iter(self._dead))]
         if Role.DECODE in session.info.roles:
             self._died_at[session.info.model] = self._clock()
         if session.is_ready:  # the directory knew before the stream broke

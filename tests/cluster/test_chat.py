@@ -10,10 +10,11 @@ from typing import Any
 import httpx2
 import pytest
 
-from diptych.cluster.api.testing import FrontDoor, front_door, until
+from diptych.cluster.api.testing import FrontDoor, front_door
 from diptych.cluster.chat import TEMPERATURE, Conversation, chat
 from diptych.cluster.client import Client, ServerUnreachable
 from diptych.cluster.models import SamplingDefaults
+from diptych.cluster.router.rig import until
 from diptych.protos.errors import EngineFault
 
 

@@ -12,8 +12,9 @@ import openai
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from diptych.cluster.api.testing import FrontDoor, front_door, until
-from diptych.protos.errors import EngineFault
+from diptych.cluster.api.testing import FrontDoor, front_door
+from diptych.cluster.router.rig import until
+from diptych.protos.errors import EngineError
 
 ASK: list[Any] = [{"role": "user", "content": "hello world"}]
 
@@ -181,28 +182,28 @@ async def test_a_client_that_leaves_cancels_on_both_engines(stream: bool) -> Non
 
 async def test_a_failure_before_the_first_token_has_its_status(http: httpx2.AsyncClient, door: FrontDoor) -> None:
     door.prefill.faults.silent = True
-    door.decode.faults.error = EngineFault("the step failed")
+    door.decode.faults.error = EngineError("the engine gives up")
     for stream in (False, True):
         body = {"model": "echo", "prompt": "hello", "max_tokens": 9, "stream": stream}
         response = await http.post("/v1/completions", json=body)
         assert response.status_code == 500
-        assert response.json()["error"]["code"] == "engine_fault"
+        assert response.json()["error"]["code"] == "engine_error"
 
 
 async def test_a_failure_in_mid_stream_is_an_error_event_and_no_done(
     client: openai.AsyncOpenAI, http: httpx2.AsyncClient, door: FrontDoor
 ) -> None:
     await door.decode_alone()
-    door.decode.faults.error = EngineFault("the step failed")
+    door.decode.faults.error = EngineError("the engine gives up")
     door.decode.faults.error_at = 5
     body = {"model": "echo", "prompt": "hello", "max_tokens": 9, "stream": True}
     text = (await http.post("/v1/completions", json=body)).text
     *_, before, last = text.removesuffix("\n\n").split("\n\n")
-    assert json.loads(last[6:])["error"]["code"] == "engine_fault"
+    assert json.loads(last[6:])["error"]["code"] == "engine_error"
     assert json.loads(before[6:])["choices"][0]["finish_reason"] is None
     assert "[DONE]" not in text
     stream = await client.completions.create(model="echo", prompt="hello", max_tokens=9, stream=True)
-    with pytest.raises(openai.APIError, match="the step failed"):
+    with pytest.raises(openai.APIError, match="the engine gives up"):
         async for _ in stream:
             pass
 

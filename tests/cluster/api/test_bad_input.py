@@ -10,8 +10,9 @@ import httpx2
 import pytest
 
 from diptych.cluster.api import chat
-from diptych.cluster.api.testing import FrontDoor, front_door, until
+from diptych.cluster.api.testing import FrontDoor, front_door
 from diptych.cluster.config import LimitSettings
+from diptych.cluster.router.rig import until
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

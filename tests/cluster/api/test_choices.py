@@ -12,8 +12,9 @@ import openai
 import pytest
 
 from diptych.cluster.api.sampling import of_choice
-from diptych.cluster.api.testing import FrontDoor, front_door, until
-from diptych.protos.errors import EngineFault
+from diptych.cluster.api.testing import FrontDoor, front_door
+from diptych.cluster.router.rig import until
+from diptych.protos.errors import EngineError
 from diptych.protos.types import SamplingParams
 
 TEXT = "/v1/completions"
@@ -115,7 +116,7 @@ async def test_choices_are_streamed_side_by_side() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_one_failing_choice_fails_the_answer_and_cancels_the_rest(stream: bool) -> None:
     async with front_door(step_s=0.003) as door, httpx2.AsyncClient(base_url=door.listener.url, timeout=20) as http:
-        door.decode.faults.error = EngineFault("the step failed")
+        door.decode.faults.error = EngineError("the engine gives up")
         door.decode.faults.error_at = 20
         door.decode.faults.error_count = 1
         body = {**ASK, "max_tokens": 1000, "stream": stream}
@@ -123,10 +124,10 @@ async def test_one_failing_choice_fails_the_answer_and_cancels_the_rest(stream: 
         if stream:
             assert response.status_code == 200
             last = response.text.removesuffix("\n\n").split("\n\n")[-1]
-            assert json.loads(last[6:])["error"]["message"] == "the step failed"
+            assert json.loads(last[6:])["error"]["message"] == "the engine gives up"
         else:
             assert response.status_code == 500
-            assert response.json()["error"]["message"] == "the step failed"
+            assert response.json()["error"]["message"] == "the engine gives up"
         await until(lambda: door.decode.open_orders == 0 and door.router.in_flight == {})
         assert len(door.decode.cancels) >= 2
 

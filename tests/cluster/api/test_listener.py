@@ -12,8 +12,9 @@ import httpx2
 import pytest
 
 from diptych.cluster.api.listener import start_listener
-from diptych.cluster.api.testing import FrontDoor, front_door, until
+from diptych.cluster.api.testing import FrontDoor, front_door
 from diptych.cluster.config import LimitSettings
+from diptych.cluster.router.rig import until
 from diptych.protos.errors import StartupError
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"

@@ -8,8 +8,9 @@ import sys
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
-from diptych.cluster.api.testing import FrontDoor, until
+from diptych.cluster.api.testing import FrontDoor
 from diptych.cluster.router.call import Loss
+from diptych.cluster.router.rig import until
 
 ASK = {"model": "echo", "prompt": "hello world, hello hello", "max_tokens": 9}
 

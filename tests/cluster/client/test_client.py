@@ -15,9 +15,10 @@ import httpx2
 import pytest
 
 import diptych
-from diptych.cluster.api.testing import FrontDoor, front_door, until
+from diptych.cluster.api.testing import FrontDoor, front_door
 from diptych.cluster.client import AsyncClient, Client, ServerUnreachable
 from diptych.cluster.client.wire import error_of
+from diptych.cluster.router.rig import until
 from diptych.protos.errors import (
     CapacityError,
     ContextTooLong,

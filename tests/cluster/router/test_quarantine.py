@@ -10,6 +10,7 @@ import pytest
 
 from diptych.cluster.router.budget import RetryBudget
 from diptych.cluster.router.gate import SEATS, Gate, Quarantine, Suspects
+from diptych.cluster.router.incident import Incident
 from diptych.cluster.router.rig import PROMPT, D, Rig, call, rig, until, wanted
 from diptych.cluster.router.testing import EchoEngine
 from diptych.protos.errors import DiptychError, Quarantined
@@ -119,19 +120,31 @@ async def test_seats_are_few_and_the_twice_suspected_go_one_by_one() -> None:
         await gate.enter(1)
 
 
-def test_only_who_had_no_token_yet_is_a_suspect_and_the_company_is_that_of_the_death() -> None:
+def test_only_who_had_no_token_yet_is_a_suspect_and_the_company_is_that_of_the_incident() -> None:
     one, other = (EngineRef(EngineId(name), 1, "unix:x") for name in ("a", "b"))
+    first, second = Incident(one, 1), Incident(other, 1)
     suspects = Suspects()
     suspects.placed(b"x", [one, other])
     suspects.placed(b"y", [one])
     suspects.placed(b"z", [other])
     suspects.cleared(b"z", [other])
-    assert not suspects.is_alone(b"x", one)
+    assert not suspects.is_alone(b"x", first)
     suspects.cleared(b"y", [one])
-    assert not suspects.is_alone(b"x", one), "y was there when it died"
-    assert suspects.is_alone(b"x", other)
+    assert not suspects.is_alone(b"x", first), "y was there when it died"
+    assert suspects.is_alone(b"x", Incident(one, 2)), "a second loss of the same life has a company of its own"
+    assert suspects.is_alone(b"x", second)
     suspects.cleared(b"x", [one, other])
     assert len(suspects) == 0
+
+
+def test_the_company_in_a_step_that_raised_are_those_whom_it_ended() -> None:
+    engine = EngineRef(EngineId("a"), 1, "unix:x")
+    suspects = Suspects()
+    for name in (b"x", b"y", b"z"):
+        suspects.placed(name, [engine])
+    suspects.cleared(b"z", [engine])
+    assert suspects.is_alone(b"x", Incident(engine, 0, frozenset({b"x", b"z"}))), "z had tokens, y was not in it"
+    assert not suspects.is_alone(b"x", Incident(engine, 0, frozenset({b"x", b"y"})))
 
 
 def test_a_quarantine_ends_and_means_this_request_alone() -> None:
