@@ -39,20 +39,24 @@ def engine_actor_name(engine_id: EngineId, epoch: int) -> str:
 class RayEngine:
     """pools.EngineProcess around an actor handle."""
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, os_process: psutil.Process | None = None) -> None:
         self._actor = actor
-        self._os_process: psutil.Process | None = None  # once it has said which it is
+        self._os_process = os_process  # else once it has said which it is
 
     async def start(self) -> EngineStarted:
         """See EngineActor.start."""
-        try:
-            started: EngineStarted = await self._answer(self._actor.start.remote())
-            with contextlib.suppress(psutil.Error):
-                self._os_process = psutil.Process(started.info.pid)
-            return started
-        except ray.exceptions.RayTaskError as exc:
-            cause = str(exc.cause) if isinstance(exc.cause, DiptychError) else repr(exc.cause)
-            raise StartupError(cause, detail=str(exc)) from exc
+        while True:
+            try:
+                if self._os_process is None:  # asked first: what loads for minutes may be stopped meanwhile
+                    self._os_process = _engine_process(await self._actor.pid.remote())
+                return cast("EngineStarted", await self._actor.start.remote())
+            except ray.exceptions.RayTaskError as exc:
+                cause = str(exc.cause) if isinstance(exc.cause, DiptychError) else repr(exc.cause)
+                raise StartupError(cause, detail=str(exc)) from exc
+            except ray.exceptions.ActorUnavailableError:  # Ray lost sight of it for a moment: asking again is harmless
+                await asyncio.sleep(_RETRY_S)
+            except ray.exceptions.RayActorError as exc:
+                raise EngineLost(_cause(str(exc))) from exc
 
     async def ended(self) -> str:
         """The cheapest death notice that Ray has: a call that returns after `stop` and fails when the process dies."""
@@ -92,12 +96,7 @@ class RayEngine:
 
     async def set_roles(self, roles: frozenset[Role], grace_s: float) -> EngineInfo:
         """See EngineActor.set_roles."""
-        try:
-            return await self._answer(self._actor.set_roles.remote(roles, grace_s))
-        except ray.exceptions.RayTaskError as exc:
-            if isinstance(exc.cause, DiptychError):
-                raise exc.cause from exc
-            raise
+        return await self._answer(self._actor.set_roles.remote(roles, grace_s))
 
     async def drain(self, grace_s: float) -> bool:
         """See Engine.drain."""
@@ -119,8 +118,13 @@ class RayEngine:
                 self._os_process.send_signal(signal.SIGKILL)
 
     async def _answer(self, reference: Awaitable[_T]) -> _T:
+        """Raises EngineLost, and what of the project's own errors the engine raised."""
         try:
             return await reference
+        except ray.exceptions.RayTaskError as exc:
+            if isinstance(exc.cause, DiptychError):
+                raise exc.cause from exc
+            raise EngineLost(f"the engine failed: {exc.cause!r}", detail=str(exc)) from exc
         except ray.exceptions.RayActorError as exc:
             raise EngineLost(_cause(str(exc))) from exc
 
@@ -149,12 +153,22 @@ class RayEngines:
             .remote(spec)
         )
 
-    def find(self, engine_id: EngineId, epoch: int) -> RayEngine | None:
-        """None when no such actor lives."""
+    def find(self, engine_id: EngineId, epoch: int, pid: int | None = None) -> RayEngine | None:
+        """None when no such actor lives. One that was stopped can be killed by its `pid` alone."""
         try:
-            return RayEngine(ray.get_actor(engine_actor_name(engine_id, epoch), namespace=NAMESPACE))
+            actor = ray.get_actor(engine_actor_name(engine_id, epoch), namespace=NAMESPACE)
         except ValueError:
             return None
+        return RayEngine(actor, None if pid is None else _engine_process(pid))
+
+
+def _engine_process(pid: int) -> psutil.Process | None:
+    """None when no engine lives under that number (any more)."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if "".join(process.cmdline()[:1]).startswith(f"ray::{EngineActor.__name__}"):  # the title that Ray gives it
+            return process
+    return None
 
 
 def _cause(reason: str) -> str:

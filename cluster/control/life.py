@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from diptych.cluster.engine.spec import EngineSpec, EngineStarted
-from diptych.protos.errors import EngineLost, Fenced, StartupError
+from diptych.protos.errors import DiptychError, EngineLost, Fenced, InvalidRequest, StartupError
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.types import EngineId, Role
 
 from .manager import PoolManager
-from .watchdog import Watched, watch
+from .watchdog import Watched, watch, watch_held
 
 ANSWER_MARGIN_S = 5.0  # beyond what a call may take by itself: the process hangs
 
@@ -63,8 +63,8 @@ class EngineProcesses(Protocol):
     def launch(self, spec: EngineSpec) -> EngineProcess:
         """A new process; does not wait for it."""
 
-    def find(self, engine_id: EngineId, epoch: int) -> EngineProcess | None:
-        """The process of a life that another manager launched, or None when it is gone."""
+    def find(self, engine_id: EngineId, epoch: int, pid: int | None = None) -> EngineProcess | None:
+        """The process of a life that another manager launched, `pid` if it said so, or None when it is gone."""
 
 
 @dataclass(eq=False, slots=True)
@@ -87,13 +87,18 @@ class Life:
     task: asyncio.Task[None] | None = None
 
     async def set_roles(self, roles: frozenset[Role], grace_s: float) -> EngineInfo:
-        """See EngineProcess.set_roles. Raises EngineLost, too, when the process hangs; it is killed then."""
+        """See EngineProcess.set_roles. Raises EngineLost, too, when the process hangs or fails: it may take orders of
+        neither role then, and is killed.
+        """
         try:
             async with asyncio.timeout(grace_s + ANSWER_MARGIN_S):
                 return await self.process.set_roles(roles, grace_s)
-        except TimeoutError as exc:
+        except InvalidRequest:  # refused before anything changed
+            raise
+        except (TimeoutError, DiptychError) as exc:
             self.process.kill()
-            raise EngineLost(f"engine {self.engine_id} hung while its role changed") from exc
+            what = f"failed: {exc}" if isinstance(exc, DiptychError) else "hung"
+            raise EngineLost(f"engine {self.engine_id} {what} while its role changed") from exc
 
     def send_away(self, grace_s: float) -> asyncio.Task[None]:
         """Let it finish its requests within `grace_s` and end; the task that is over when it has ended."""
@@ -123,7 +128,9 @@ class Course:
             await asyncio.wait({leave, work}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 fault = work.exception()
-                reason = work.result() if fault is None else repr(fault)
+                reason = (work.result() if fault is None else repr(fault)) or "nobody says why"
+                if not (life.is_serving or life.failure):
+                    life.failure = f"engine {life.engine_id} cannot start: {reason}"
                 if self.manager.report_dead(life.engine_id, life.epoch, reason):
                     log.warning("engine %s, epoch %d, is dead: %s", life.engine_id, life.epoch, reason)
             else:
@@ -142,31 +149,47 @@ class Course:
 
     async def _run(self, life: Life, start_timeout_s: float | None, silence_s: float) -> str:
         """From launch to an end that nobody asked for: the reason."""
+        if life.started is None:
+            failure = await self._start(life, start_timeout_s, silence_s)
+            if failure:
+                life.failure = failure  # `live` tells when the manager knows that it is dead
+                return failure
+        life.is_serving, life.ready_at = True, asyncio.get_running_loop().time()
+        life.settled.set()
+        self.changed()
+        return await self._serve(life, silence_s)
+
+    async def _start(self, life: Life, start_timeout_s: float | None, silence_s: float) -> str:
+        """Until it is ready: why it never will be, or nothing."""
+        start = asyncio.ensure_future(life.process.start())
+        held = asyncio.ensure_future(watch_held(life.process, silence_s=silence_s))
         try:
             async with asyncio.timeout(start_timeout_s):  # not wait_for, which may lose a cancellation (Python 3.11)
-                started = await life.process.start()
+                await asyncio.wait({start, held}, return_when=asyncio.FIRST_COMPLETED)
+            if not start.done():
+                raise StartupError(held.result())
+            started = start.result()
             await self.reporting(life.engine_id, "ready")
         except TimeoutError:
-            life.failure = (
+            return (
                 f"engine {life.engine_id} was not ready within {start_timeout_s:g} s; on a slow machine raise "
                 "ray.engine_timeout_s"
             )
         except StartupError as error:
-            life.failure = f"engine {life.engine_id} cannot start: {error}"
+            return f"engine {life.engine_id} cannot start: {error}"
         except EngineLost as error:
-            life.failure = (
+            return (
                 f"the process of engine {life.engine_id} ended while it started, most likely for lack of memory: "
                 f"{error}"
             )
-        if life.failure:
-            life.settled.set()
-            return life.failure
-        with contextlib.suppress(Fenced):  # an adopted one is ready already
+        finally:
+            start.cancel()
+            held.cancel()
+            await asyncio.gather(start, held, return_exceptions=True)
+        with contextlib.suppress(Fenced):  # one that was begun under another manager may be ready already
             self.manager.report_ready(started.info)
-        life.started, life.is_serving, life.ready_at = started, True, asyncio.get_running_loop().time()
-        life.settled.set()
-        self.changed()
-        return await self._serve(life, silence_s)
+        life.started = started
+        return ""
 
     async def _serve(self, life: Life, silence_s: float) -> str:
         """Until the process ends or hangs."""
@@ -199,6 +222,8 @@ class Course:
                 await life.process.stop()
         except EngineLost:
             pass
+        except DiptychError as error:
+            log.warning("engine %s failed while it drained: %s", life.engine_id, error)
         except TimeoutError:
             log.warning("engine %s hung while it drained; it is killed", life.engine_id)
         self.manager.report_left(life.engine_id, life.epoch)

@@ -50,7 +50,10 @@ VISIBLE = (EngineState.READY, EngineState.DRAINING)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One life of one engine. `info` is there from `ready` on; `reason` says why it is dead."""
+    """One life of one engine. `info` is there from `ready` on; `reason` says why it is dead.
+
+    `has_been` are the roles that it ever had, those of its birth first: what a role uses stays in use.
+    """
 
     engine_id: EngineId
     epoch: int
@@ -59,6 +62,7 @@ class Member:
     state: EngineState
     info: EngineInfo | None = None
     reason: str = ""
+    has_been: tuple[Role, ...] = ()
 
 
 class PoolManager:
@@ -96,9 +100,14 @@ class PoolManager:
 
     def register(self, engine_id: EngineId, roles: Iterable[Role], model: str) -> int:
         """A new life of an engine begins; the epoch that it must carry. The life before is over."""
-        epoch = self._mint()
+        epoch, has_been = self._mint(), tuple(sorted(set(roles)))
         member = Member(
-            engine_id=engine_id, epoch=epoch, roles=frozenset(roles), model=model, state=EngineState.STARTING
+            engine_id=engine_id,
+            epoch=epoch,
+            roles=frozenset(has_been),
+            model=model,
+            state=EngineState.STARTING,
+            has_been=has_been,
         )
         self._replace(member)
         return epoch
@@ -119,7 +128,8 @@ class PoolManager:
     def report_roles(self, info: EngineInfo) -> None:
         """A draining engine takes orders again, of the roles in `info`."""
         member = self._living(info.ref.engine_id, info.ref.epoch)
-        self._replace(replace(member, state=EngineState.READY, roles=info.roles, info=info))
+        has_been = (*member.has_been, *sorted(info.roles - set(member.has_been)))
+        self._replace(replace(member, state=EngineState.READY, roles=info.roles, info=info, has_been=has_been))
 
     def report_dead(self, engine_id: EngineId, epoch: int, reason: str) -> bool:
         """This life is over. False: that was known, or another life has begun since; nothing changes."""
@@ -174,5 +184,5 @@ def _member_from_json(raw: dict[str, Any]) -> Member:
         ref = EngineRef(**info["ref"])
         roles = frozenset(map(Role, info["roles"]))
         info = EngineInfo(**(info | {"ref": ref, "roles": roles, "degraded": tuple(info["degraded"])}))
-    raw = raw | {"roles": frozenset(map(Role, raw["roles"])), "state": EngineState(raw["state"]), "info": info}
-    return Member(**raw)
+    roles, has_been = frozenset(map(Role, raw["roles"])), tuple(map(Role, raw["has_been"]))
+    return Member(**(raw | {"roles": roles, "has_been": has_been, "state": EngineState(raw["state"]), "info": info}))

@@ -4,7 +4,7 @@ x86-64 with torch 2.13 and ray 2.60 (proportional set size); everything else is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from diptych.cluster.engine.spec import EngineSpec
@@ -84,14 +84,23 @@ def plan_memory(engines: Sequence[EngineSpec], available: tuple[int, str], ray_i
     return MemoryPlan(tuple(rows), *available)
 
 
-def check_more(
-    template: EngineSpec, count: int, present: Sequence[EngineSpec], pids: Sequence[int], available: Available
-) -> None:
-    """Whether `count` more engines fit beside those that are `present`. Raises StartupError with the numbers.
+def engine_bytes(spec: EngineSpec, *, has_been: Collection[Role] = ()) -> int:
+    """What an engine takes that was made for `spec`; `has_been` are the roles that it had since."""
+    return _engine_row(spec).total + (ring_bytes(spec) if Role.PREFILL in set(has_been) - spec.roles else 0)
+
+
+def ring_bytes(spec: EngineSpec) -> int:
+    """Of the staging ring: every engine that may prefill has one, and it takes memory once it does."""
+    return spec.transfer.slots * spec.transfer.slot_kib * 1024
+
+
+def check_more(template: EngineSpec, count: int, planned: int, pids: Sequence[int], available: Available) -> None:
+    """Whether `count` more engines fit beside those present, which take `planned` bytes. Raises StartupError with the
+    numbers.
 
     The present ones count in full: an arena takes memory as it is used, not when it is made.
     """
-    new, planned = _engine_row(template).total, sum(_engine_row(spec).total for spec in present)
+    new = _engine_row(template).total
     have, bound = available(pids)
     needed = int((planned + count * new) * MARGIN)
     if needed > have:
@@ -99,6 +108,22 @@ def check_more(
             f"not enough memory for {count} more engine{'s' if count > 1 else ''} of {new // MIB} MiB: together with "
             f"the {planned // MIB} MiB of the present ones the plan needs {needed // MIB} MiB, and {bound} with what "
             f"they hold is {have // MIB} MiB. Lower {template.kv_key}.memory_mib, use fewer engines, or free memory"
+        )
+
+
+def check_ring(template: EngineSpec, planned: int, pids: Sequence[int], available: Available) -> None:
+    """Whether one of the engines present, which take `planned` bytes, may begin to use its staging ring. Raises
+    StartupError with the numbers.
+    """
+    ring = ring_bytes(template)
+    have, bound = available(pids)
+    needed = int((planned + ring) * MARGIN)
+    if needed > have:
+        raise StartupError(
+            f"not enough memory for the staging ring of {ring // MIB} MiB that a prefill engine uses: together with "
+            f"the {planned // MIB} MiB of the present engines the plan needs {needed // MIB} MiB, and {bound} with "
+            f"what they hold is {have // MIB} MiB. Lower transfer.slots or transfer.slot_kib, use fewer engines, or "
+            "free memory"
         )
 
 
@@ -115,7 +140,7 @@ def _engine_row(spec: EngineSpec) -> MemoryRow:
         spec.engine_id,
         weights=facts.num_parameters * ITEM_BYTES[spec.dtype],
         arena=spec.num_blocks(layout) * layout.bytes_per_block,
-        ring=spec.transfer.slots * spec.transfer.slot_kib * 1024 if Role.PREFILL in spec.roles else 0,
+        ring=ring_bytes(spec) if Role.PREFILL in spec.roles else 0,
         process=ENGINE_PROCESS,
         kv_key=spec.kv_key,
     )

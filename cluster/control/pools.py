@@ -9,27 +9,25 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import functools
 import logging
 import math
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
-
-from diptych.cluster.engine.spec import EngineSpec, EngineStarted
+from diptych.cluster.engine.spec import EngineStarted
 from diptych.protos.errors import EngineLost, Fenced, InvalidRequest, StartupError, UnknownModel
 from diptych.protos.status import EngineInfo
 from diptych.protos.types import EngineId, Role
 
+from .kept import keep, read_kept
 from .life import Course, EngineProcesses, Life
 from .manager import EngineState, KeyValue, Member, PoolManager
-from .memory import Available, check_more
+from .memory import Available
 from .plan import ClusterPlan, Pool, cores_per_engine
 from .restarts import Restarts
+from .room import Room
 
-_PLAN_KEY = "plan"
 CALL_TIMEOUT_S = 5.0
 _NEWS_KEPT = 64
 
@@ -78,7 +76,7 @@ class Pools:
         self._manager = manager
         self._store = store
         self._processes = processes
-        self._available = available
+        self._room = Room(manager, available)
         self._changed = changed
         self._known = known
         self._course = Course(
@@ -99,15 +97,11 @@ class Pools:
         self._lock = asyncio.Lock()  # for moments
         self._turn = asyncio.Lock()  # one engine after the other is replaced
         self._adopted = False
-        self._owner = ""
-        self._plan: ClusterPlan | None = None  # as it was applied
-        self._pools: dict[tuple[str, Role], Pool] = {}  # as it stands, with the sizes that `scale` set
+        self._plan: ClusterPlan | None  # as it was applied; the pools as they stand
+        self._owner, self._plan, pools = read_kept(store)
+        self._pools = {(pool.model, pool.role): pool for pool in pools}
         self._news: collections.deque[tuple[int, str]] = collections.deque(maxlen=_NEWS_KEPT)
         self._num_news = manager.version  # larger in each life of the manager
-        stored = store.get(_PLAN_KEY)
-        if stored:
-            self._owner, self._plan, pools = _kept_form().validate_json(stored)
-            self._pools = {(pool.model, pool.role): pool for pool in pools}
 
     def adopt(self) -> None:
         """Watch again what an earlier life of the manager launched. In the event loop; repeating it does nothing."""
@@ -117,14 +111,19 @@ class Pools:
         for member in self._manager.members():
             if member.state is EngineState.DEAD:
                 continue
-            process = self._processes.find(member.engine_id, member.epoch)
+            info = member.info
+            process = self._processes.find(member.engine_id, member.epoch, None if info is None else info.pid)
             if process is None:
                 self._manager.report_dead(member.engine_id, member.epoch, "it ended while nobody watched")
                 continue
-            life = self._watch(Life(member.engine_id, member.epoch, self._key_of(member.model, member.roles), process))
-            life.is_serving = member.state is not EngineState.STARTING
+            key = self._key_of(member.model, member.roles)
+            # A replacement: whoever launched it is not told by this manager when it cannot start.
+            life = self._watch(Life(member.engine_id, member.epoch, key, process, is_replacement=True))
+            if info is not None:
+                life.is_serving, life.started = True, EngineStarted(info, ())
             if member.state is EngineState.DRAINING and self._plan is not None:
                 life.send_away(self._plan.drain_grace_s)
+        self._latest = list(self._lives.values())
         if self._plan is not None:
             self._go_on(self._even_out())
 
@@ -144,10 +143,14 @@ class Pools:
                 for life in self._lives.values():
                     before, now = old.get(life.pool), self._pools.get(life.pool)
                     life.is_stale |= before is None or now is None or before.template != now.template
+                for pool, missing in self._missing():
+                    if missing < 0:  # the youngest of a pool that became smaller go like those of one that is gone
+                        for member in sorted(self._present(pool.model, pool.role), key=lambda m: m.epoch)[missing:]:
+                            self._lives[member.engine_id].is_stale = True
             self._keep()
             self._stale = stale = [life for life in self._lives.values() if life.is_stale and not life.leave.is_set()]
             self._exchange = self._relief = None
-            if stale and not self._has_room_for_missing():
+            if stale and not self._room.holds(self._missing(), self._planned()):  # beside the stale ones
                 self._exchange = self._go_on(self._exchange_each(stale))
             else:
                 self._launch_missing()
@@ -186,7 +189,7 @@ class Pools:
                     "to serve the model no more, take it out of the configuration",
                     role.value,
                 )
-            present = self._present(model, role)
+            plan, present = self._plan, self._present(model, role)
             more = engines - len(present)
             if more > 0:
                 self._check_more(pool, more)
@@ -201,8 +204,10 @@ class Pools:
         await asyncio.gather(*(life.settled.wait() for life in launched))
         done = _told(launched)
         async with self._lock:
-            if done.failed:
-                self._pools[model, role] = replace(pool, engines=len(self._present(model, role)))
+            failed = sum(bool(life.failure) and not life.leave.is_set() for life in launched)
+            if failed and plan is self._plan:
+                now = self._pools[model, role]
+                self._pools[model, role] = replace(now, engines=now.engines - failed)
                 self._keep()
             if done.failed or dismissed:
                 await self._share_cores()
@@ -228,8 +233,9 @@ class Pools:
         """Move an engine that serves to the other pool of its model; the model is not loaded again.
 
         It takes no new requests meanwhile; running ones get the time that a drain has, and routers go on elsewhere with
-        what is left. Raises InvalidRequest for an engine that does not serve, that cannot have the role, or without
-        which no decode engine is left, EngineLost when it ends meanwhile.
+        what is left. Raises InvalidRequest for an engine that does not serve, that cannot have the role, holds too
+        little KV for it, or without which no decode engine is left, StartupError without memory for what the role
+        uses, EngineLost when it ends meanwhile.
         """
         self.adopt()
         # A caller that goes away must not leave the engine between two roles.
@@ -244,6 +250,8 @@ class Pools:
                     return info
                 if pool.role is Role.DECODE and len(self._present(*life.pool)) == 1:
                     raise InvalidRequest(f"{name} is the last decode engine of {info.model}", "engine")
+                self._check_role(life, info, role)
+                plan = self._plan
                 self._pools[life.pool] = replace(pool, engines=pool.engines - 1)
                 self._manager.report_draining(life.engine_id, life.epoch)
                 self._changed()
@@ -255,8 +263,19 @@ class Pools:
             finally:
                 # Whatever came of it: it takes orders of the roles that it has now, if it lives and stays.
                 async with self._lock:
-                    self._settle_role(life, info)
+                    self._settle_role(life, info, plan)
         return info
+
+    def _check_role(self, life: Life, info: EngineInfo, role: Role) -> None:
+        self._room.check_role(life, role, self._pools[life.pool], self._planned())
+        members = {member.engine_id: member.info for member in self._present(info.model, role)}
+        least = min((one.max_context_tokens for one in members.values() if one is not None), default=0)
+        if role is Role.DECODE and info.max_context_tokens < least:  # answers in work may need what is promised now
+            raise InvalidRequest(
+                f"{life.engine_id} has KV for {info.max_context_tokens} tokens of a request, and the decode pool of "
+                f"{info.model} takes requests of {least}",
+                "engine",
+            )
 
     def _serving(self, name: str) -> tuple[Life, EngineInfo]:
         life = self._lives.get(EngineId(name))
@@ -269,12 +288,16 @@ class Pools:
         assert member.info is not None
         return life, member.info
 
-    def _settle_role(self, life: Life, info: EngineInfo) -> None:
+    def _settle_role(self, life: Life, info: EngineInfo, plan: ClusterPlan | None) -> None:
+        """`plan`: as it was when the pool that the engine left became smaller."""
         key = self._key_of(info.model, info.roles)
         if key in self._pools and not life.leave.is_set():
             life.pool = key
-            self._pools[key] = replace(self._pools[key], engines=self._pools[key].engines + 1)
-            self._keep()
+            if plan is self._plan:
+                self._pools[key] = replace(self._pools[key], engines=self._pools[key].engines + 1)
+                self._keep()
+            else:  # the present one says how large the pools are
+                self._go_on(self._even_out())
             with contextlib.suppress(Fenced):  # it died meanwhile: its pool lacks one
                 self._manager.report_roles(replace(info, draining=False))
         self._changed()
@@ -385,6 +408,8 @@ class Pools:
         async with self._lock:
             pool = self._pools.get(life.pool)
             if pool is None or life.is_stale or life.leave.is_set() or self._lives.get(life.engine_id) is not life:
+                if must_end and self._lives.get(life.engine_id) is life:
+                    self._send_away(life)  # of an earlier plan: its successors come with the present one
                 return Scaled()  # it goes, or is gone: what takes its place is new
             try:
                 self._check_more(pool, 1)
@@ -536,41 +561,16 @@ class Pools:
         return status.running + status.waiting
 
     def _check_more(self, pool: Pool, count: int) -> None:
-        check_more(pool.template, count, self._planned(), self._pids(), self._available)
+        self._room.check(pool, count, self._planned())
 
-    def _has_room_for_missing(self) -> bool:
-        """Beside all that serve now, the stale ones included."""
-        planned = self._planned()
-        try:
-            for key, pool in self._pools.items():
-                missing = pool.engines - len(self._present(*key))
-                if missing > 0:
-                    check_more(pool.template, missing, planned, self._pids(), self._available)
-                    planned += [pool.template] * missing
-        except StartupError:
-            return False
-        return True
+    def _planned(self) -> int:
+        return self._room.planned(self._lives.values(), self._pools)
 
-    def _planned(self) -> list[EngineSpec]:
-        """Of the stale ones of a pool the present template stands for theirs."""
-        return [
-            replace(self._pools[life.pool].template, engine_id=life.engine_id)
-            for life in self._lives.values()
-            if life.pool in self._pools and not life.leave.is_set()
-        ]
-
-    def _pids(self) -> list[int]:
-        return [info.pid for info in self._manager.engines() if not info.draining]
+    def _missing(self) -> list[tuple[Pool, int]]:
+        return [(pool, pool.engines - len(self._present(*key))) for key, pool in self._pools.items()]
 
     def _keep(self) -> None:
-        kept = (self._owner, self._plan, tuple(self._pools.values()))
-        self._store.put(_PLAN_KEY, _kept_form().dump_json(kept))
-
-
-@functools.cache
-def _kept_form() -> TypeAdapter[tuple[str, ClusterPlan | None, tuple[Pool, ...]]]:
-    """JSON, so that what lies in the store is data whoever wrote it."""
-    return TypeAdapter(tuple[str, ClusterPlan | None, tuple[Pool, ...]])
+        keep(self._store, (self._owner, self._plan, tuple(self._pools.values())))
 
 
 async def _end_of(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -160,7 +160,7 @@ class World:
         self.made.append(process)
         return process
 
-    def find(self, engine_id: EngineId, epoch: int) -> FakeProcess | None:
+    def find(self, engine_id: EngineId, epoch: int, pid: int | None = None) -> FakeProcess | None:
         """As EngineProcesses."""
         for process in self.made:
             if (process.spec.engine_id, process.spec.epoch) == (engine_id, epoch) and "kill" not in process.calls:

@@ -50,3 +50,15 @@ async def watch(process: Watched, *, silence_s: float, on_asked: Callable[[], No
         finally:
             pending.cancel()
         await asyncio.sleep(turn_s)
+
+
+async def watch_held(process: Watched, *, silence_s: float) -> str:
+    """Returns when the kernel has held the process stopped for `silence_s`, in turns of this loop: what is wrong, in
+    words. For a process that loads, and may answer nothing for a while.
+    """
+    loop, turn_s, held_s = asyncio.get_running_loop(), min(PERIOD_S, silence_s), 0.0
+    while held_s < silence_s:
+        began = loop.time()
+        await asyncio.sleep(turn_s)
+        held_s = held_s + min(loop.time() - began, turn_s) if process.is_stopped() else 0.0
+    return f"its process was stopped for {held_s:g} s"

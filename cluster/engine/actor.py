@@ -57,6 +57,10 @@ class EngineActor:
         started = self._engine.start()
         return EngineStarted(started.info, (imports, *started.timeline))
 
+    def pid(self) -> int:
+        """Of its process."""
+        return os.getpid()
+
     def wait_ended(self, timeout_s: float) -> bool:
         """True after `stop`, False after `timeout_s`; raises at the caller when the process dies: the cheapest death
         notice that Ray has.

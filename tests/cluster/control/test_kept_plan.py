@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from diptych.cluster.config import load_config
+from diptych.cluster.control.kept import kept_form
 from diptych.cluster.control.plan import PLAINTEXT, ClusterPlan, plan_cluster
-from diptych.cluster.control.pools import _kept_form
 from diptych.cluster.models import ModelFacts, ModelFolder
 
 FACTS = ModelFacts(
@@ -45,8 +45,8 @@ def plan_of(*overrides: str) -> ClusterPlan:
 def test_a_plan_comes_back_equal(overrides: tuple[str, ...]) -> None:
     plan = plan_of(*overrides).with_secret("0123abcd")
     kept = ("owner", plan, plan.pools[:1])
-    assert _kept_form().validate_json(_kept_form().dump_json(kept)) == kept
-    assert _kept_form().validate_json(_kept_form().dump_json(("", None, ()))) == ("", None, ())
+    assert kept_form().validate_json(kept_form().dump_json(kept)) == kept
+    assert kept_form().validate_json(kept_form().dump_json(("", None, ()))) == ("", None, ())
 
 
 def test_another_secret_is_another_plan_and_the_same_one_is_not() -> None:

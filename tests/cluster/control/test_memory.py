@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diptych.cluster.config import DEFAULT_MODEL, load_config
-from diptych.cluster.control.memory import MIB, check_more, plan_memory
+from diptych.cluster.control.memory import MIB, check_more, engine_bytes, plan_memory
 from diptych.cluster.control.plan import NO_BFLOAT16, NO_SHM, plan_cluster
 from diptych.cluster.models import ModelFacts, ModelFolder
 from diptych.protos.errors import StartupError
@@ -132,12 +132,12 @@ def test_more_engines_are_refused_with_numbers_when_the_memory_does_not_suffice(
         seen.append(pids)
         return 3000 * MIB, "free memory of the machine"
 
-    check_more(spec, 1, [spec], [7], available)
+    check_more(spec, 1, engine_bytes(spec), [7], available)
     assert seen == [[7]]
     with pytest.raises(
         StartupError, match=r"for 2 more engines of \d+ MiB.*needs \d+ MiB.*machine with what they hold is 3000 MiB"
     ):
-        check_more(spec, 2, [spec], [7], available)
+        check_more(spec, 2, engine_bytes(spec), [7], available)
 
 
 def test_a_forced_transport_is_told_as_degraded_where_there_is_a_transfer() -> None:

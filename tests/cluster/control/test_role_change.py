@@ -113,7 +113,7 @@ class Site:
         self.processes[spec.engine_id, spec.epoch] = process = Process(spec)
         return process
 
-    def find(self, engine_id: EngineId, epoch: int) -> Process | None:
+    def find(self, engine_id: EngineId, epoch: int, pid: int | None = None) -> Process | None:
         return self.processes.get((engine_id, epoch))
 
     def process(self, name: str) -> Process:
