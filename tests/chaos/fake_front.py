@@ -49,11 +49,13 @@ class FakeFront:
         if self.status != 200:
             return self._whole(writer, self.status, {"error": {"code": "overloaded", "message": "full"}})
         writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
-        tokens = self.spoil(expected_tokens(body["prompt"], body["max_tokens"]))
-        for at in range(0, len(tokens), self.together):
-            text = "".join(f" t{token}" for token in tokens[at : at + self.together])
-            self._event(writer, {"choices": [{"text": text if at else text[1:], "index": 0}]})
-            await writer.drain()
+        prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+        for index, prompt in enumerate([prompt for prompt in prompts for _ in range(body["n"])]):
+            tokens = self.spoil(expected_tokens(prompt, body["max_tokens"]))
+            for at in range(0, len(tokens), self.together):
+                text = "".join(f" t{token}" for token in tokens[at : at + self.together])
+                self._event(writer, {"choices": [{"text": text if at else text[1:], "index": index}]})
+                await writer.drain()
         if self.end == "error":
             self._event(writer, {"error": {"code": "engine_lost", "message": "gone"}})
         if self.end == "hang":

@@ -8,7 +8,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,13 +23,27 @@ Expect = Callable[[Sequence[int], int], list[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request and its only right answer. `leave_after`: tokens after which the client goes away."""
+    """A request and its only right answer. `leave_after`: tokens after which the client goes away.
+
+    `beside`: further prompts of the same request, each with its answer, of the same length; `n` answers to each prompt.
+    """
 
     prompt: tuple[int, ...]
     expected: tuple[Any, ...]
     tenant: str = "a"
     leave_after: int | None = None
     leave_after_s: float | None = None
+    n: int = 1
+    beside: tuple[tuple[tuple[int, ...], tuple[Any, ...]], ...] = ()
+
+    def expected_of(self, choice: int) -> tuple[Any, ...]:
+        """The answer of one of the choices, which are counted prompt by prompt."""
+        return (self.expected, *(answer for _, answer in self.beside))[choice // self.n]
+
+    @property
+    def num_choices(self) -> int:
+        """Over all prompts."""
+        return self.n * (1 + len(self.beside))
 
 
 @dataclass(slots=True)
@@ -38,8 +52,9 @@ class Answer:
 
     ask: Ask
     sent: float
-    tokens: list[Any] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)  # of each token
+    tokens: list[Any] = field(default_factory=list)  # of the first choice
+    others: dict[int, list[Any]] = field(default_factory=dict)  # of the other ones
+    times: list[float] = field(default_factory=list)  # of each of `tokens`
     ended: float = 0.0
     failure: str = ""  # an error code, a status, or what the connection did; empty when whole or left
     is_whole: bool = False  # finished as it should, with its end mark
@@ -49,7 +64,11 @@ class Answer:
     @property
     def verdict(self) -> Verdict:
         """Of what came, whether or not it is whole."""
-        return judge(self.ask.expected, self.tokens, is_whole=self.is_whole)
+        found = judge(self.ask.expected, self.tokens, is_whole=self.is_whole)
+        for choice in range(1, self.ask.num_choices):
+            tokens = self.others.get(choice, [])
+            found += judge(self.ask.expected_of(choice), tokens, is_whole=self.is_whole)
+        return found
 
     @property
     def moves(self) -> int:
@@ -104,6 +123,14 @@ class Asks:
         """So many."""
         return [self.next() for _ in range(number)]
 
+    def broad(self) -> Ask:
+        """One with several prompts, several answers to each, or both."""
+        ask, n = self.next(), self._random.choice((1, 2, 3))
+        number = self._random.choice((1, 2) if n == 1 else (0, 1, 2))
+        prompts = [self._words(self._random.randint(*self._sizes[0])) for _ in range(number)]
+        answers = [tuple(self._expect(prompt, len(ask.expected))) for prompt in prompts]
+        return replace(ask, n=n, beside=tuple(zip(prompts, answers, strict=True)))
+
     def _words(self, number: int) -> tuple[int, ...]:
         return tuple(self._random.randrange(self._vocab) for _ in range(number))
 
@@ -128,9 +155,11 @@ class Target:
     def request(self, ask: Ask) -> bytes:
         """Head and body of a streamed completion."""
         parts = urlsplit(self.url)
+        prompts = [ask.prompt, *(prompt for prompt, _ in ask.beside)]
         body: dict[str, Any] = {
             "model": self.model,
-            "prompt": list(ask.prompt),
+            "prompt": [list(prompt) for prompt in prompts] if ask.beside else list(ask.prompt),
+            "n": ask.n,
             "max_tokens": len(ask.expected),
             "temperature": 0,
             "ignore_eos": True,
@@ -229,8 +258,11 @@ def _event(target: Target, answer: Answer, data: bytes, now: float) -> None:
             tokens: list[Any] = [int(word) if word else other for word, other in _WORD.findall(choice["text"])]
         else:
             tokens = list((choice.get("logprobs") or {}).get("tokens") or [])
-        answer.tokens += tokens
-        answer.times += [now] * len(tokens)
+        if choice["index"]:
+            answer.others.setdefault(choice["index"], []).extend(tokens)
+        else:
+            answer.tokens += tokens
+            answer.times += [now] * len(tokens)
 
 
 def _code_of(body: bytes, status: int) -> str:

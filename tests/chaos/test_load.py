@@ -93,6 +93,26 @@ async def test_requests_say_who_asks_and_what() -> None:
         assert "x-tenant: b" in front.heads[0]
 
 
+async def test_every_choice_of_every_prompt_is_judged() -> None:
+    second = (5, 6, 7)
+    ask = Ask(ASK.prompt, ASK.expected, n=2, beside=((second, tuple(expected_tokens(second, 12))),))
+    answer = await answered(ask)
+    assert answer.is_whole
+    assert answer.verdict.is_right
+    assert sorted(answer.others) == [1, 2, 3]
+    spoiled = await answered(ask, spoil=lambda tokens: [*tokens[:5], tokens[4], *tokens[5:]])
+    assert spoiled.verdict == Verdict(doubled=4)
+    answer.others.pop(3)
+    assert answer.verdict == Verdict(missing=12), "a choice that never came"
+
+
+def test_broad_requests_have_several_choices() -> None:
+    asks = Asks(expected_tokens, seed=3)
+    for ask in (asks.broad() for _ in range(50)):
+        assert 2 <= ask.num_choices <= 9
+        assert all(len(ask.expected_of(choice)) == len(ask.expected) for choice in range(ask.num_choices))
+
+
 async def test_a_steady_load_is_sent_from_its_seed_and_all_of_it_is_judged() -> None:
     async with fake_front(spoil=lambda tokens: tokens[:1] + tokens) as front:
         answers = await steady(target(front), Asks(expected_tokens, seed=3), rate=100, for_s=0.2, seed=5)
