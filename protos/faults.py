@@ -97,6 +97,14 @@ POSSIBLE: dict[Point, frozenset[Action]] = {
 }
 """What can happen where: bytes can be altered only where there are some, and a step cannot be left out."""
 
+_MESSAGES = frozenset({Point.HINGE_OUT, Point.HINGE_IN, Point.HINGE_FETCH, Point.MANAGER_REPORT})
+_HAS_PEER = _MESSAGES | {point for point in Point if point.startswith("session.")} | {Point.HINGE_DIAL}
+_HAS_MESSAGE = _MESSAGES | {Point.HINGE_DELIVER, Point.ENGINE_STEP, Point.MANAGER_LIST}
+_IN_ROUTER = frozenset(
+    {Point.SESSION_OPEN, Point.SESSION_SUBMIT, Point.SESSION_CANCEL, Point.MANAGER_LIST, Point.ROUTER_PLACE}
+)
+_OTHERS = ("router", "manager")  # processes that are no engines, by the name that a rule gives them
+
 
 class FaultRule(Settings):
     """One fault: where, what, and for which of the occasions there. Occasions are counted per rule, from 1."""
@@ -107,10 +115,12 @@ class FaultRule(Settings):
     engine: str = Field("*", description="pattern of the process that fails: an engine's id, router or manager")
     message: str = Field("*", description="pattern of the message's kind, where there are kinds")
     nth: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="the occasions that fail, counted from 1")
-    probability: float = Field(0.0, ge=0, le=1, description="that an occasion fails, instead of nth")
+    probability: float = Field(
+        0.0, ge=0, le=1, allow_inf_nan=False, description="that an occasion fails, instead of nth"
+    )
     limit: int | None = Field(None, ge=1, description="at most so often; null: without end")
     delay_s: Seconds = Field(0.05, description="delay, and the longest wait of reorder")
-    for_s: float = Field(0.0, ge=0, description="stop: time until it continues; 0: never")
+    for_s: float = Field(0.0, ge=0, allow_inf_nan=False, description="stop: time until it continues; 0: never")
 
     @model_validator(mode="after")
     def _can_happen(self) -> FaultRule:
@@ -119,6 +129,22 @@ class FaultRule(Settings):
             raise ValueError(f"{self.action} cannot happen at {self.point}; what can: {known}")
         if bool(self.nth) == bool(self.probability):
             raise ValueError("a fault needs nth or a probability, and not both")
+        if self.for_s and self.action is not Action.STOP:
+            raise ValueError("for_s is of stop alone")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> FaultRule:
+        """A rule that never fires would make a test of recovery pass for nothing."""
+        if self.peer != "*" and self.point not in _HAS_PEER:
+            raise ValueError(f"{self.point} knows no peer")
+        if self.message != "*" and self.point not in _HAS_MESSAGE:
+            raise ValueError(f"{self.point} knows no kinds of message")
+        where = "router" if self.point in _IN_ROUTER else "manager" if self.point is Point.MANAGER_REPORT else None
+        if where is not None and not fnmatchcase(where, self.engine):
+            raise ValueError(f"{self.point} is in the process named {where}, which {self.engine} does not mean")
+        if where is None and self.engine in _OTHERS:
+            raise ValueError(f"{self.point} is in engines, not in the {self.engine}")
         return self
 
 
@@ -240,6 +266,8 @@ class FaultPlan:
                 return
             self._read_ns = written_ns
             settings = FaultSettings.model_validate(json.loads(self._file.read_bytes()))
+            if settings.file is not None:
+                raise ValueError("a plan's file names no other file")
         except FileNotFoundError:
             return
         except (OSError, ValueError, ValidationError) as exc:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -92,9 +94,10 @@ def test_the_first_rule_wins_and_all_count() -> None:
 @pytest.mark.parametrize("action", ["stop", "kill"])
 def test_stop_and_kill_happen_here_and_are_not_told(action: str) -> None:
     acts: list[Fault] = []
-    made = plan(rule("engine.step", action, for_s=2.0), acts=acts)
+    for_s = 2.0 if action == "stop" else 0.0
+    made = plan(rule("engine.step", action, for_s=for_s), acts=acts)
     assert made.at(Point.ENGINE_STEP) is None
-    assert [(fault.action, fault.for_s) for fault in acts] == [(action, 2.0)]
+    assert [(fault.action, fault.for_s) for fault in acts] == [(action, for_s)]
     assert made.counters() == {"fault_engine_step_total": 1.0}
 
 
@@ -131,6 +134,26 @@ def test_a_rule_that_never_fires_is_refused() -> None:
         rule(nth=(1,), probability=0.5)
 
 
+@pytest.mark.parametrize(
+    ("point", "more", "why"),
+    [
+        ("engine.step", {"peer": "decode-0"}, "knows no peer"),
+        ("hinge.gather", {"peer": "decode-*"}, "knows no peer"),
+        ("session.status", {"message": "status"}, "knows no kinds"),
+        ("hinge.publish", {"message": "chunk"}, "knows no kinds"),
+        ("session.submit", {"engine": "decode-0"}, "process named router"),
+        ("manager.report", {"engine": "prefill-*"}, "process named manager"),
+        ("engine.start", {"engine": "router"}, "is in engines"),
+        ("engine.step", {"for_s": 1.0}, "of stop alone"),
+        ("engine.step", {"nth": (), "probability": math.nan}, "finite"),
+        ("engine.step", {"action": "stop", "for_s": math.inf}, "finite"),
+    ],
+)
+def test_a_rule_that_no_occasion_can_meet_is_refused(point: str, more: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        rule(point, **{"action": "raise"} | more)
+
+
 def test_a_raise_looks_like_a_failure_of_its_place() -> None:
     assert isinstance(injected(Point.HINGE_FETCH), TransferError)
     assert isinstance(injected(Point.ENGINE_STEP), EngineFault)
@@ -155,8 +178,10 @@ def test_a_file_replaces_the_rules_whenever_it_changes(tmp_path: Path, caplog: p
         assert fires(made, 2) == []
         assert fires(made, 2, Point.HINGE_IN) == [1]
         write("{")
+        write(json.dumps({"rules": [], "file": str(file)}))
         write('{"rules": [{"point": "nowhere"}]}')
         assert "is not taken" in caplog.text
+        assert "names no other file" in caplog.text
         assert fires(made, 2, Point.HINGE_IN) == [], "the counts go on, and the rules stay"
         write('{"rules": [{"point": "hinge.in", "action": "drop", "nth": [1]}]}')
         assert fires(made, 2, Point.HINGE_IN) == [1], "a new file counts from one"
