@@ -175,7 +175,8 @@ class DecodeWorker:
         return counters
 
     def _refusal(self, request: GenerateRequest) -> DiptychError | None:
-        if len(self._sequences) >= self._max_sequences:
+        # This one included; of ended ones that drain there are no more than the pool has blocks for.
+        if self._books.num_live > self._max_sequences:
             return Overloaded("the decode engine's queue is full")
         if error := refusal(request, self._max_context_tokens, self._runner.vocab_size):
             return error

@@ -35,6 +35,9 @@ from diptych.protos.types import (
 
 from .scheduler import Job, PrefillScheduler, Share, State
 
+# Ended jobs whose peers have not let go of them. A silent peer is given up after 1.2 s: so many clients may leave then.
+MAX_DRAINING = 2048
+
 log = logging.getLogger(__name__)
 
 
@@ -157,7 +160,8 @@ class PrefillWorker:
         return counters
 
     def _refusal(self, request: GenerateRequest) -> DiptychError | None:
-        if len(self._jobs) >= self._max_jobs:
+        live = self._books.num_live  # this one included, which is no job yet
+        if live > self._max_jobs or len(self._jobs) + 1 - live > MAX_DRAINING:
             return Overloaded("the prefill engine's queue is full")
         if error := refusal(request, self._max_context_tokens, self._runner.vocab_size):
             return error

@@ -308,6 +308,16 @@ def test_a_full_queue_refuses() -> None:
     assert bench.submit(PROMPT) not in bench.ledger.finishes, "there is room again"
 
 
+def test_an_ended_request_whose_blocks_a_silent_peer_may_still_fill_takes_no_place_in_the_queue() -> None:
+    bench = DecodeBench(settings=settings(max_running=1, max_waiting=0))
+    first = bench.submit(PROMPT)
+    bench.want(first)
+    bench.step()
+    bench.cancel(first)
+    assert bench.pool.counts().used, "it drains"
+    assert bench.submit(PROMPT, transfer=False) not in bench.ledger.finishes
+
+
 @pytest.mark.parametrize(
     ("num_prompt", "max_tokens", "expected"),
     [(0, 8, "invalid_request"), (200, 8, "context_length_exceeded"), (37, 1, "no_kv_blocks"), (36, 2, "no_kv_blocks")],

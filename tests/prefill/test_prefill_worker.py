@@ -367,8 +367,22 @@ def test_a_full_queue_refuses() -> None:
     assert set(bench.ledger.finishes) == {keys[3]}
     assert code(bench, keys[3]) == "overloaded"
     bench.cancel(keys[1])
+    assert bench.submit(PROMPT) not in bench.ledger.finishes, "there is room again, before its peer says a word"
+
+
+def test_ended_requests_whose_peer_is_silent_take_no_place_in_the_queue_until_they_are_very_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("diptych.prefill.worker.MAX_DRAINING", 5)
+    bench = PrefillBench(settings=settings(max_running=1, max_waiting=1))
+    for _ in range(5):
+        bench.cancel(bench.submit(PROMPT))
+    last = bench.submit(PROMPT)
+    assert last not in bench.ledger.finishes
+    bench.cancel(last)
+    assert code(bench, bench.submit(PROMPT)) == "overloaded"
     bench.release_sent()
-    assert bench.submit(PROMPT) not in bench.ledger.finishes, "there is room again"
+    assert bench.submit(PROMPT) not in bench.ledger.finishes
 
 
 @pytest.mark.parametrize(
