@@ -100,17 +100,21 @@ def scale(
 def restart(
     model: Annotated[str | None, typer.Argument(help="A served model; by default all.")] = None,
     role: Annotated[str | None, typer.Option(help="prefill or decode; by default both.", callback=_role)] = None,
+    router: Annotated[bool, typer.Option("--router", help="The router alone.")] = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
     url: Url = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster it runs on (host:port).")] = None,
 ) -> None:
-    """Replace engines one by one while they serve; each finishes its requests after its successor is ready."""
+    """Replace the engines one by one while they serve, then the router where no model or role is named; each process
+    finishes its requests after its successor is ready.
+    """
     from diptych.cluster.scale import run_restart
     from diptych.protos.types import Role
 
     which = None if role is None else Role(role)
-    raise typer.Exit(run_restart(model, which, config=config, overrides=overrides or (), url=url, address=address))
+    code = run_restart(model, which, router=router, config=config, overrides=overrides or (), url=url, address=address)
+    raise typer.Exit(code)
 
 
 @app.command("apply")

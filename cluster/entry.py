@@ -8,12 +8,14 @@ engines up and takes them down. torch is never imported in these processes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ray import serve
 from ray.serve import Application
@@ -24,15 +26,22 @@ from diptych.cluster.control.sigterm import work_before_sigterm_ends
 from diptych.cluster.inprocess import post_json
 from diptych.cluster.models import ModelFolder
 from diptych.cluster.observability.tracing import configure_tracing, flush_tracing
-from diptych.protos.errors import EngineLost, InvalidRequest, StartupError, error_from_code
+from diptych.protos.errors import EngineLost, InvalidRequest, ShuttingDown, StartupError, error_from_code
 from diptych.protos.faults import FaultSettings, plan_of
 from diptych.protos.trust import ROUTER
 from diptych.protos.types import EngineRef
 
+if TYPE_CHECKING:
+    from diptych.cluster.control.held import HeldSocket
+
+log = logging.getLogger(__name__)
+
 APP_NAME = "diptych"
 READY_POLL_S = 0.05
-HEALTH_TIMEOUT_S = 5.0
 SHUTDOWN_MARGIN_S = 15.0
+# Of the grace after SIGTERM this much, or half of it, is for running requests when no successor comes.
+LAST_REQUESTS_S = 10.0
+HOLDER_ANSWERS_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +61,7 @@ class RouterPlan:
     settings: RouterSettings
     models: tuple[RoutedModel, ...]
     security: SecuritySettings
+    holder: Path  # where the listening socket is asked for
     trace_file: Path | None = None
     faults: FaultSettings = field(default_factory=FaultSettings)
 
@@ -60,7 +70,7 @@ class RouterPlan:
     name="Router",
     num_replicas=1,
     max_ongoing_requests=10_000,  # admission is the router's own work, with a bounded queue
-    health_check_period_s=5,
+    health_check_period_s=1,  # Serve replaces a replica after the third bad answer, or when its process is gone
     health_check_timeout_s=10,
     max_constructor_retry_count=1,
     ray_actor_options={"num_cpus": 0},
@@ -71,7 +81,6 @@ class RouterDeployment:
 
     async def __init__(self, plan: RouterPlan | DeploymentHandle[Any]) -> None:  # type: ignore[misc] # Serve awaits it
         from diptych.cluster.api.app import create_app
-        from diptych.cluster.api.listener import start_listener
         from diptych.cluster.api.served import ServedModel
         from diptych.cluster.control.directory import ManagerDirectory
         from diptych.cluster.control.gcs import GcsStore
@@ -96,29 +105,46 @@ class RouterDeployment:
         file = plan.security.api_keys
         self._app = create_app(self._router, models, None if file is None else ApiKeys(file))
         self._own_app = create_app(self._router, models)  # for handles: who calls one holds Ray's token
-        self._is_draining = False
+        self._settings = plan.settings
+        self._draining: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
+        self._successor: asyncio.Future[int | None] = loop.create_future()
         work_before_sigterm_ends(lambda: self._end_in_order(loop))
-        self._settings = settings = plan.settings
+        self._held = await _held_socket(plan)
+        await self._listen()
+
+    async def _listen(self) -> None:
+        from diptych.cluster.api.listener import start_listener
+
+        settings, held = self._settings, self._held
+        if held is not None and not held.is_first:
+            # Connections wait or are served by the replica before this one: none is better off with a 503.
+            with contextlib.suppress(EngineLost):
+                await self.ready(timeout_s=settings.connect_timeout_s)
         self._listener = await start_listener(
             self._app,
             host=settings.host,
             port=settings.port,
             limits=settings.limits,
             metrics=self._router.metrics,
+            sock=None if held is None else held.listening(),
         )
+        if held is not None:
+            for how, count in held.replicas_before.items():
+                self._router.metrics.counters["replicas_before"].labels(how).inc(count)
+            await held.accepts()
+        log.info("router replica %d accepts at %s", os.getpid(), self._listener.url)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
 
     async def check_health(self) -> None:
-        """Raises, and Serve replaces the replica, when the listener takes no connections."""
-        if self._is_draining:
-            return
-        async with asyncio.timeout(HEALTH_TIMEOUT_S):
-            _, writer = await asyncio.open_connection(self._listener.host, self._listener.port)
-        writer.close()
-        await writer.wait_closed()
+        """Raises, and Serve replaces the replica, when it leaves or takes no connections."""
+        if self._leaving is not None:
+            raise ShuttingDown("this replica leaves, another should take over")
+        if self._draining is None and not self._listener.is_accepting:
+            raise ShuttingDown("the listener takes no connections")
 
     async def url(self) -> str:
         """Where the listener is."""
@@ -140,21 +166,67 @@ class RouterDeployment:
 
     async def drain(self, grace_s: float) -> None:
         """Accept nothing more, let running requests end for `grace_s` seconds, cancel the rest. Once."""
-        if self._is_draining:
-            return
-        self._is_draining = True
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._end(grace_s), name="drain")
+        await asyncio.shield(self._draining)
+
+    async def _end(self, grace_s: float) -> None:
+        if self._held is not None:
+            await self._held.close()
         await self._listener.stop(grace_s)
         await self._router.stop()
         flush_tracing()
 
+    async def restart(self) -> tuple[int, int]:
+        """Give way to another replica; the pids of this one and of that one, which accepts now. Raises StartupError
+        when none has taken over within router.drain_grace_s.
+        """
+        if self._held is None:
+            raise StartupError("nobody holds the router's socket: it cannot be restarted without refusing connections")
+        self._leave(self._settings.drain_grace_s, 2 * self._settings.drain_grace_s)
+        successor = await asyncio.shield(self._successor)
+        if successor is None:
+            raise StartupError("no other router has come up within router.drain_grace_s")
+        return os.getpid(), successor
+
+    def _leave(self, patience_s: float, grace_s: float) -> asyncio.Future[None]:
+        """From now on not ready, and Serve starts another replica: for `patience_s` this one serves on until that one
+        does, and without patience only if one does already. All ends within `grace_s`.
+        """
+        if self._leaving is None:
+            self._app.state.is_leaving = True
+            self._leaving = asyncio.create_task(self._give_way(patience_s, grace_s), name="leave")
+        return asyncio.shield(self._leaving)
+
+    async def _give_way(self, patience_s: float, grace_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace_s
+        successor = None
+        if self._held is not None and self._draining is None:
+            await self._held.leaves()
+            successor = await self._held.successor(max(patience_s, HOLDER_ANSWERS_S))
+        self._successor.set_result(successor)
+        if self._draining is None and (successor is not None or patience_s):
+            log.info("router replica %d gives way to %s", os.getpid(), successor or "nobody: no other has come up")
+            await self._listener.hand_over(end - loop.time())
+            # What came through Serve; its counts are plain numbers.
+            while self._router.in_flight and loop.time() < end:  # noqa: ASYNC110
+                await asyncio.sleep(READY_POLL_S)
+        await self.drain(max(end - loop.time(), 0.0))
+
     def _end_in_order(self, loop: asyncio.AbstractEventLoop) -> None:
-        """At SIGTERM, in a thread: running requests end; Serve makes another replica when the process is gone."""
+        """At SIGTERM, in a thread: another replica takes over, running requests end, then the process does."""
         grace_s = self._settings.drain_grace_s
-        asyncio.run_coroutine_threadsafe(self.drain(grace_s), loop).result(grace_s + SHUTDOWN_MARGIN_S)
+        patience_s = 0.0 if self._held is None else grace_s - min(grace_s / 2, LAST_REQUESTS_S)
+
+        async def leave() -> None:
+            await self._leave(patience_s, grace_s)
+
+        asyncio.run_coroutine_threadsafe(leave(), loop).result(2 * grace_s + SHUTDOWN_MARGIN_S)
 
     async def __del__(self) -> None:
         """Serve awaits it before it ends a replica."""
-        await self.drain(self._settings.drain_grace_s)
+        await self._leave(0.0, self._settings.drain_grace_s)
 
     async def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         """A chat completion, whole: the body and the answer of POST /v1/chat/completions. Raises its errors."""
@@ -174,6 +246,22 @@ class RouterDeployment:
         return answer
 
 
+async def _held_socket(plan: RouterPlan) -> HeldSocket | None:
+    """None where nobody holds one within reach. Raises StartupError when the address is taken."""
+    from diptych.cluster.control.held import HeldSocket
+
+    try:
+        return await HeldSocket.ask(plan.holder, plan.settings.host, plan.settings.port)
+    except OSError as exc:
+        log.warning(
+            "nobody holds the listening socket at %s (%s): this replica binds it for itself, and connections are "
+            "refused while another takes its place",
+            plan.holder,
+            exc,
+        )
+        return None
+
+
 @serve.deployment(
     name="Pools",
     num_replicas=1,
@@ -191,7 +279,7 @@ class PoolsDeployment:
         logging.getLogger("diptych").setLevel(logging.INFO)
         self._keeper = PoolsKeeper(config)
         folders = await self._keeper.start()
-        self._plan = router_plan(config, folders)
+        self._plan = router_plan(config, folders, self._keeper.holder)
 
     async def router_plan(self) -> RouterPlan:
         """For Router."""
@@ -202,8 +290,8 @@ class PoolsDeployment:
         await self._keeper.stop()
 
 
-def router_plan(config: DiptychConfig, folders: Mapping[str, ModelFolder]) -> RouterPlan:
-    """What a router replica of this configuration is told; `folders` by model name."""
+def router_plan(config: DiptychConfig, folders: Mapping[str, ModelFolder], holder: Path) -> RouterPlan:
+    """What a router replica of this configuration is told; `folders` by model name, `holder` as in SocketHolder."""
     models = tuple(
         RoutedModel(name=name, folder=folders[name], max_context_tokens=settings.max_context_tokens, seed=settings.seed)
         for name, settings in config.models.items()
@@ -212,9 +300,15 @@ def router_plan(config: DiptychConfig, folders: Mapping[str, ModelFolder]) -> Ro
         settings=config.router,
         models=models,
         security=config.security,
+        holder=holder,
         trace_file=config.telemetry.trace_file,
         faults=config.faults,
     )
+
+
+def stop_timeout_s(config: DiptychConfig) -> float:
+    """After which Serve kills a replica that it has asked to end; one that waits for its successor takes longest."""
+    return 2 * config.router.drain_grace_s + SHUTDOWN_MARGIN_S
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -239,9 +333,9 @@ def build(args: dict[str, Any]) -> Application:
         )
     if "port" not in config.router.model_fields_set:
         config = config.model_copy(update={"router": config.router.model_copy(update={"port": 0})})
-    grace_s = config.router.drain_grace_s + SHUTDOWN_MARGIN_S
-    pools = cast("Any", PoolsDeployment).options(graceful_shutdown_timeout_s=grace_s).bind(config)
-    return cast("Application", cast("Any", RouterDeployment).options(graceful_shutdown_timeout_s=grace_s).bind(pools))
+    timeout_s = stop_timeout_s(config)
+    pools = cast("Any", PoolsDeployment).options(graceful_shutdown_timeout_s=timeout_s).bind(config)
+    return cast("Application", cast("Any", RouterDeployment).options(graceful_shutdown_timeout_s=timeout_s).bind(pools))
 
 
 def __getattr__(name: str) -> Application:

@@ -49,24 +49,36 @@ def run_restart(
     model: str | None,
     role: Role | None,
     *,
+    router: bool = False,
     config: Path | None = None,
     overrides: Sequence[str] = (),
     url: str | None = None,
     address: str | None = None,
 ) -> int:
-    """Replace the engines of a model (None: all) and role (None: both) one by one; the exit code."""
+    """Replace the engines of a model (None: all) and role (None: both) one by one, then, when neither is named, the
+    router; with `router` that alone. The exit code.
+    """
     try:
-        from diptych.cluster.control.connect import manager, restart
+        if router and not (model is None and role is None):
+            raise StartupError("--router is the router of all models and roles: name none beside it")
+        from diptych.cluster.control.connect import manager, restart, restart_router
 
         handle = manager(address, url, load_config(config, overrides).run_dir)
-        began = time.monotonic()
-        done = restart(handle, model, role, timeout_s=CALL_TIMEOUT_S)
+        failed = False
+        if not router:
+            began = time.monotonic()
+            done = restart(handle, model, role, timeout_s=CALL_TIMEOUT_S)
+            _print_done(done)
+            print(f"{len(done.started)} engines started, {len(done.ended)} ended: {time.monotonic() - began:.1f} s")
+            failed = bool(done.failed)
+        if router or (model is None and role is None):
+            began = time.monotonic()
+            old, new = restart_router(timeout_s=CALL_TIMEOUT_S)
+            print(f"the router is another process (pid {new}, before {old}): {time.monotonic() - began:.1f} s")
     except DiptychError as exc:
         print(f"diptych: {exc}", file=sys.stderr)
         return 1
-    _print_done(done)
-    print(f"{len(done.started)} engines started, {len(done.ended)} ended: {time.monotonic() - began:.1f} s")
-    return 1 if done.failed else 0
+    return 1 if failed else 0
 
 
 def run_role(

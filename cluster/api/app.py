@@ -63,9 +63,13 @@ class _Pages:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """200 when every model has a place to go, a connected decode engine, and the first start-up is over."""
+        """200 when every model has a place to go, a connected decode engine, the first start-up is over, and this
+        replica stays.
+        """
         states = {name: {role.value: len(self._router.view.live(name, role)) for role in Role} for name in self._models}
-        is_ready = bool(states) and all(self._router.is_ready(name) for name in states)
+        is_ready = (
+            bool(states) and not request.app.state.is_leaving and all(self._router.is_ready(name) for name in states)
+        )
         return JSONResponse({"ready": is_ready, "models": states}, 200 if is_ready else 503)
 
     async def metrics(self, request: Request) -> Response:
@@ -148,6 +152,7 @@ def create_app(router: Router, models: Iterable[ServedModel], keys: ApiKeys | No
     routes = [GuardedRoute(path, to, method=method, access=who, doorkeeper=door) for method, path, to, who in table]
     handlers = {DiptychError: on_error, HTTPException: on_error, Exception: on_error}
     app = Starlette(routes=routes, exception_handlers=handlers)
+    app.state.is_leaving = False  # set by who runs the replica
     app.router.redirect_slashes = False
     app.router.default = guarded_default(door, app.router.default)
     return app

@@ -2,15 +2,16 @@
 
 connection -> headers (bytes, count, deadline) -> app (body: bytes, deadline) -> writes (stall) -> keep-alive (idle)
 
-While it stops, running answers end as they would, and a new request on a connection that is open is refused with 503.
+Handing over, it leaves the address to another that has the same socket: connections that are open are served on, each
+to its next answer. While it stops, running answers end as they would, and a new request is refused with 503.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
+import select
 import socket
 from collections.abc import Generator
 from typing import Any
@@ -32,12 +33,14 @@ from diptych.protos.errors import (
 from diptych.protos.openai_replies import error_body
 from diptych.protos.trust import Refusals
 
+from .address import BACKLOG, bind
 from .body import refuse_body
 
 MAX_HEADERS = 128
 # Bytes that are neither header nor body: the frames of a chunked body. Honest clients need 1 in 100 of the body.
 FRAMING_BYTES = 64 << 10
-BACKLOG = 1024
+LINGER_S = 1.0  # a connection that is silent for longer has no request on its way
+HAND_OVER_POLL_S = 0.05
 
 
 class HeadersTooLarge(RequestError):
@@ -61,6 +64,7 @@ class _BoundedProtocol(HttpToolsProtocol):
     limits: LimitSettings
     refusals: Refusals
     metrics: RouterMetrics | None
+    is_handing_over = False  # also set on that subclass
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -70,6 +74,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._is_refused = False
         self._head_bytes = 0  # since the request began, until its headers were complete
         self._extra_bytes = 0  # of the request's body that were not body
+        self._heard_at = self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -88,6 +93,7 @@ class _BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
+        self._heard_at = self.loop.time()
         if self._header_timer is None and (self.cycle is None or self.cycle.response_complete):
             self._expect_headers()
         if self._in_headers:
@@ -117,6 +123,8 @@ class _BoundedProtocol(HttpToolsProtocol):
             self._refuse(self._headers_too_large())
         else:
             super().on_headers_complete()
+            if self.is_handing_over:
+                self.cycle.keep_alive = False  # its answer says so
 
     def on_body(self, body: bytes) -> None:
         if not self._is_refused:
@@ -138,6 +146,26 @@ class _BoundedProtocol(HttpToolsProtocol):
     def resume_writing(self) -> None:
         self._stop(self._write_timer)
         super().resume_writing()
+
+    def on_response_complete(self) -> None:
+        self._heard_at = self.loop.time()
+        super().on_response_complete()
+
+    def end_soon(self) -> None:
+        """An answer that has not begun is the last one here; one that has begun could not say so, the next one does."""
+        if self.cycle is not None and not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
+    def close_if_silent(self) -> None:
+        """Close when nothing is asked, was asked lately, or lies unread in the kernel."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            return
+        if self._head_bytes or self.loop.time() - self._heard_at < LINGER_S or self.transport.is_closing():
+            return
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        if not poll.poll(0):
+            self.transport.close()
 
     def refuse_further(self) -> None:
         """The answer in work goes on; requests to come are told that the server ends."""
@@ -186,17 +214,45 @@ async def _shutting_down(scope: Scope, receive: Receive, send: Send) -> None:
 class _Server(uvicorn.Server):
     grace_s = 0.0
     is_stopping = False
+    protocol: type[_BoundedProtocol]
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield  # signals belong to the process's entry point
 
+    async def hand_over(self, grace_s: float) -> None:
+        """Accept nothing more; until `grace_s` has passed or every connection has ended."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace_s
+        self.protocol.is_handing_over = True
+        await self._stop_accepting()
+        for connection in self.server_state.connections:
+            assert isinstance(connection, _BoundedProtocol)
+            connection.end_soon()
+        while loop.time() < end and not self.should_exit:
+            await asyncio.sleep(HAND_OVER_POLL_S)
+            if not self.server_state.connections:
+                break
+            for connection in [] if self.server_state.tasks else list(self.server_state.connections):
+                assert isinstance(connection, _BoundedProtocol)
+                connection.close_if_silent()
+
+    async def _stop_accepting(self) -> None:
+        loop = asyncio.get_running_loop()
+        for server in self.servers:
+            for sock in server.sockets:
+                loop.remove_reader(sock.fileno())
+        # asyncio drops a connection that was accepted just now when its server closes before the next round but one.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        for server in self.servers:
+            server.close()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's, which closes idle connections first thing, after the running answers have had their time."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self.grace_s
-        for server in self.servers:
-            server.close()
+        await self._stop_accepting()
         for connection in self.server_state.connections:
             assert isinstance(connection, _BoundedProtocol)
             connection.refuse_further()
@@ -230,6 +286,18 @@ class Listener:
         """Whether new requests are refused because of `stop`."""
         return self._server.is_stopping
 
+    @property
+    def is_accepting(self) -> bool:
+        """Whether new connections are taken."""
+        return all(server.is_serving() for server in self._server.servers)
+
+    async def hand_over(self, grace_s: float) -> None:
+        """Leave the address to others that have its socket, and serve the connections that are open: each is closed
+        after its next answer, which says so, or when nothing runs and it is silent. Returns when none is left, or after
+        `grace_s` seconds. `stop` comes afterwards, or ends it early.
+        """
+        await self._server.hand_over(grace_s)
+
     async def stop(self, grace_s: float) -> None:
         """Accept nothing more, let running requests end for at most `grace_s` seconds, then cancel them.
 
@@ -241,13 +309,20 @@ class Listener:
 
 
 async def start_listener(
-    app: ASGIApp, *, host: str, port: int, limits: LimitSettings, metrics: RouterMetrics | None = None
+    app: ASGIApp,
+    *,
+    host: str,
+    port: int,
+    limits: LimitSettings,
+    metrics: RouterMetrics | None = None,
+    sock: socket.socket | None = None,
 ) -> Listener:
     """Serve `app` on the running loop; port 0 takes a free one. Raises StartupError when the address is taken.
 
-    Connections that it turns away before the app sees a request count in `metrics`.
+    Connections that it turns away before the app sees a request count in `metrics`. With `sock`, which listens there
+    already and may be others' too, nothing is bound; it is closed in the end.
     """
-    sock = _bind(host, port)
+    sock = sock or bind(host, port)
     own = {"limits": limits, "refusals": Refusals("the API listener"), "metrics": metrics}
     protocol = type("BoundedProtocol", (_BoundedProtocol,), own)
     config = uvicorn.Config(
@@ -264,28 +339,12 @@ async def start_listener(
         backlog=BACKLOG,
     )
     server = _Server(config)
+    server.protocol = protocol
+    address = sock.getsockname()[:2]
     task = asyncio.create_task(server.serve(sockets=[sock]), name="http listener")
     while not server.started:
         if task.done():
             task.result()
             raise StartupError(f"the listener on {host}:{port} ended at once")
         await asyncio.sleep(0)
-    return Listener(server, task, sock.getsockname()[:2])
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-        sock.listen(BACKLOG)
-    except OSError as exc:
-        sock.close()
-        if exc.errno == errno.EADDRINUSE:
-            raise StartupError(
-                f"port {port} on {host} is in use by another program; stop it or choose another port with router.port"
-            ) from exc
-        raise StartupError(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
-    sock.setblocking(False)
-    return sock
+    return Listener(server, task, address)

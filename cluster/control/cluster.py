@@ -1,7 +1,7 @@
 """One whole cluster: starts it stage by stage and ends it in the reverse order, whatever stage it had reached.
 
-model -> memory plan -> ray -> manager -> engines and serve -> ready
-router drains -> serve (on a Ray that is not ours) -> engines -> manager -> driver -> ray
+model -> memory plan -> ray -> manager -> socket holder -> engines and serve -> ready
+socket holder -> router drains -> serve (on a Ray that is not ours) -> engines -> manager -> driver -> ray
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from diptych.cluster.security import check_security, names_of
 from diptych.protos.errors import StartupError
 
 from . import host, keyring
+from .holder import SocketHolder, holder_path
 from .launch import RayHead, start_ray
 from .memory import plan_memory
 from .plan import ClusterPlan, plan_cluster
@@ -53,6 +54,7 @@ class Cluster:
         self._head: RayHead | None = None
         self._manager: Any = None
         self._router: Any = None
+        self._holder: SocketHolder | None = None
         self._news: Any = None
         self._num_news = -1
         self._ending = contextlib.ExitStack()  # what to undo, last first
@@ -86,7 +88,7 @@ class Cluster:
         with stage("manager"):
             self._start_manager(plan)
         with stage("serve"):
-            serve_url = self._start_router(folders)
+            serve_url = self._start_router(folders, folder)
         with stage("engines") as notes:  # they load while Serve starts; these are the seconds that remain
             started = self._wait_engines(config.ray.engine_timeout_s)
             notes += [_engine_note(engine) for engine in started]
@@ -131,6 +133,8 @@ class Cluster:
 
     def stop(self) -> None:
         """Drain and end everything that was started. Never raises."""
+        if self._holder is not None:
+            self._holder.close()  # or connections would wait for a replica that never comes
         if self._router is not None:
             self._say("draining: no new requests, running ones may finish")
             grace_s = self._config.router.drain_grace_s
@@ -219,10 +223,10 @@ class Cluster:
             ray.kill(self._manager)
             keyring.withdraw(GcsStore())
 
-    def _start_router(self, folders: dict[str, ModelFolder]) -> str:
+    def _start_router(self, folders: dict[str, ModelFolder], folder: Path) -> str:
         from ray import serve
 
-        from diptych.cluster.entry import APP_NAME, RouterDeployment, router_plan
+        from diptych.cluster.entry import APP_NAME, RouterDeployment, router_plan, stop_timeout_s
 
         config = self._config
         # Serve says on this terminal what it does and what it misses while it ends; only errors are of use here.
@@ -235,9 +239,13 @@ class Cluster:
         )
         if self._head is None:  # our own Ray takes Serve down with it, and other people's apps live on theirs
             self._ending.callback(serve.delete, APP_NAME)
-        plan = router_plan(config, folders)
+        holder = SocketHolder(holder_path(folder))
+        holder.start()
+        self._holder = holder
+        router = cast("Any", RouterDeployment).options(graceful_shutdown_timeout_s=stop_timeout_s(config))
+        plan = router_plan(config, folders, holder.path)
         try:
-            self._router = serve.run(cast("Any", RouterDeployment).bind(plan), name=APP_NAME, route_prefix="/")
+            self._router = serve.run(router.bind(plan), name=APP_NAME, route_prefix="/")
         except RuntimeError as exc:
             raise StartupError(f"the router did not start: {' '.join(str(exc).split())[-600:]}") from exc
         return f"http://{config.router.host}:{port}"

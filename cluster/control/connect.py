@@ -99,6 +99,25 @@ def restart(handle: Any, model: str | None, role: Role | None, *, timeout_s: flo
     return cast("Scaled", _done(handle.restart.remote(model, role), timeout_s))
 
 
+def restart_router(*, timeout_s: float) -> tuple[int, int]:
+    """Let another router replica take the place of the one that serves, on the Ray cluster that this process has
+    joined; the pids of both. Raises StartupError.
+    """
+    import ray
+
+    handle = _app_handle("diptych")
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it says on the terminal how its handles work
+    try:
+        old, new = handle.restart.remote().result(timeout_s=timeout_s)
+    except ray.exceptions.RayTaskError as exc:
+        if isinstance(exc.cause, StartupError):
+            raise exc.cause from exc
+        raise
+    except (ray.exceptions.RayError, TimeoutError) as exc:
+        raise StartupError(f"the router does not answer: {' '.join(str(exc).split())[:300]}") from exc
+    return old, new
+
+
 def set_role(handle: Any, engine: str, role: Role, *, timeout_s: float) -> EngineInfo:
     """Ask the manager of `handle` for another role of an engine and wait; see Pools.set_role. Raises its errors,
     StartupError.

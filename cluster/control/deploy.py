@@ -1,9 +1,12 @@
-"""The engines of a Serve app: what `diptych serve` does for its own Ray, done from inside a Ray cluster that exists."""
+"""The engines of a Serve app and the socket of its router: what `diptych serve` does for its own Ray, done from inside
+a Ray cluster that exists.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import shutil
 import uuid
@@ -18,6 +21,7 @@ from diptych.protos.errors import StartupError
 
 from . import host, keyring
 from .gcs import GcsStore
+from .holder import SocketHolder, holder_path
 from .manager_actor import ensure_manager
 from .memory import plan_memory
 from .plan import plan_cluster
@@ -35,6 +39,13 @@ class PoolsKeeper:
         self._config = config
         self._owner = uuid.uuid4().hex
         self._folder: Path | None = None
+        self._holder: SocketHolder | None = None
+
+    @property
+    def holder(self) -> Path:
+        """Where routers on this machine get their listening socket; after `start`."""
+        assert self._holder is not None
+        return self._holder.path
 
     async def start(self) -> dict[str, ModelFolder]:
         """Until all engines are ready; the models' folders by name. Raises StartupError, and nothing is left then."""
@@ -64,6 +75,9 @@ class PoolsKeeper:
             done = await manager.settled.remote()
             if done.failed:
                 raise StartupError("; ".join(done.failed))
+            holder = SocketHolder(holder_path(self._folder, _cluster_name()))
+            holder.start()
+            self._holder = holder
         except BaseException:
             await self.stop(grace_s=0.0)
             raise
@@ -72,6 +86,8 @@ class PoolsKeeper:
     async def stop(self, grace_s: float | None = None) -> None:
         """Let the engines finish what they have, for the configuration's grace unless told otherwise, and end them."""
         grace_s = self._config.router.drain_grace_s if grace_s is None else grace_s
+        if self._holder is not None:
+            self._holder.close()
         manager = ensure_manager()
         with contextlib.suppress(ray.exceptions.RayError):
             if await manager.release.remote(self._owner, grace_s):
@@ -79,3 +95,8 @@ class PoolsKeeper:
                 keyring.withdraw(GcsStore())
                 if self._folder is not None:
                     shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _cluster_name() -> str:
+    """Tells Ray clusters of one user on one machine apart."""
+    return "-" + hashlib.sha256(ray.get_runtime_context().gcs_address.encode()).hexdigest()[:8]

@@ -112,6 +112,12 @@ ROUTER_METRICS: dict[str, MetricSpec] = {
         "Connections and requests that the API turned away before it read them, by error code",
         ("code",),
     ),
+    "replicas_before": MetricSpec(
+        "diptych_router_replicas_before_total",
+        "counter",
+        "Router replicas that accepted at this address before this one: handed_over (nothing was refused) or died",
+        ("how",),
+    ),
     "sessions_lost": MetricSpec(
         "diptych_engine_sessions_lost_total", "counter", "Engine streams that broke", ("engine",)
     ),

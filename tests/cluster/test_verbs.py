@@ -84,7 +84,7 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
         "serve": where | {"--model", "--port", "--address"},
         "status": where | {"--url"},
         "scale": where | {"model", "--prefill", "--decode", "--url", "--address"},
-        "restart": where | {"model", "--role", "--url", "--address"},
+        "restart": where | {"model", "--role", "--router", "--url", "--address"},
         "apply": where | {"--url"},
         "role": where | {"engine", "role", "--url", "--address"},
         "models": where | {"--url"},

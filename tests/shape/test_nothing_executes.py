@@ -27,7 +27,9 @@ ATTRIBUTES = {
 # Where sockets are made. All else goes through these.
 GRPC_IN = {Path("protos/channels.py")}
 LISTENERS_IN = {
-    Path("cluster/api/listener.py"),  # HTTP
+    Path("cluster/api/address.py"),  # HTTP
+    Path("cluster/api/listener.py"),
+    Path("cluster/control/holder.py"),  # hands out the socket of HTTP
     Path("kvtransfer/transports/shm.py"),  # hands out the ring
 }
 PROBES_IN = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import httpx2
 import pytest
 
+from diptych.cluster.api.address import bind
 from diptych.cluster.api.listener import start_listener
 from diptych.cluster.api.testing import FrontDoor, front_door
 from diptych.cluster.config import LimitSettings
@@ -259,3 +260,96 @@ async def test_stopping_cancels_what_outlives_the_grace() -> None:
         await door.listener.stop(0.1)
         await asyncio.gather(task, return_exceptions=True)
         await until(lambda: door.decode.open_orders == 0 and door.router.in_flight == {})
+
+
+ASK = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+async def test_a_listener_that_hands_over_leaves_new_connections_to_the_other_and_serves_its_own() -> None:
+    """The kept connection gets its answer, which says that it is the last; the stream that runs ends as it would."""
+    async with front_door(step_s=0.005) as door, dialled(door) as kept, dialled(door) as (reader, writer):
+        assert b"connection: close" not in await answer_to(*kept, ASK)
+        writer.write(post({"model": "echo", "prompt": "hello", "max_tokens": 200, "stream": True}))
+        await until(lambda: door.decode.status().steps > 2)
+        assert door.listener.is_accepting
+        handing_over = asyncio.create_task(door.listener.hand_over(20))
+        await until(lambda: not door.listener.is_accepting)
+        with pytest.raises(ConnectionRefusedError):  # this socket was its alone
+            await asyncio.open_connection(door.listener.host, door.listener.port)
+        last = await answer_to(*kept, ASK)
+        assert last.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in last
+        assert await kept[0].read() == b""
+        assert not handing_over.done()
+        async with asyncio.timeout(10):
+            text = await reader.readuntil(b"data: [DONE]")
+            # The stream began before anybody knew: the connection stays for one more answer, which can say so.
+            await reader.readuntil(b"0\r\n\r\n")
+            assert b"connection: close" in await answer_to(reader, writer, ASK)
+            await handing_over
+        assert text.count(b"data: ") > 100
+        assert door.listener.connections == 0
+
+
+async def test_connections_of_a_shared_socket_never_meet_a_closed_door() -> None:
+    """Each of many new connections is answered while listeners take turns."""
+    with bind("127.0.0.1", 0) as sock:
+        host, port = sock.getsockname()
+        over = asyncio.Event()
+        answered = 0
+
+        async def client() -> None:
+            nonlocal answered
+            while not over.is_set():
+                reader, writer = await asyncio.open_connection(host, port)
+                answer = await answer_to(reader, writer, ASK)
+                assert answer.startswith(b"HTTP/1.1 200"), answer
+                answered += 1
+                writer.close()
+                await writer.wait_closed()
+
+        async def turns() -> None:
+            old = await start_listener(_well, host=host, port=port, limits=LimitSettings(), sock=sock.dup())
+            for _ in range(5):
+                before = answered
+                await until(lambda: answered > before + 20)  # noqa: B023 - called here and now
+                new = await start_listener(_well, host=host, port=port, limits=LimitSettings(), sock=sock.dup())
+                await old.hand_over(10)
+                assert old.connections == 0
+                await old.stop(0)
+                old = new
+            over.set()
+            await old.hand_over(10)
+            await old.stop(0)
+
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            for _ in range(8):
+                group.create_task(client())
+            await turns()
+
+
+async def test_a_silent_connection_is_closed_last_and_one_with_an_unread_request_is_not(
+    door: FrontDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diptych.cluster.api.listener.LINGER_S", 0.0)
+    async with dialled(door) as (reader, writer), dialled(door) as (_, silent):
+        await answer_to(reader, writer, ASK)
+        await until(lambda: door.listener.connections == 2)
+        [asking] = [
+            one
+            for one in door.listener._server.server_state.connections
+            if one.client == writer.get_extra_info("sockname")
+        ]
+        writer.write(ASK)  # lies in the kernel: nothing has run since
+        asking.close_if_silent()  # type: ignore[union-attr]
+        async with asyncio.timeout(10):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            await door.listener.hand_over(10)
+        assert door.listener.connections == 0
+        assert not silent.is_closing()
+
+
+async def _well(scope: object, receive: object, send: Callable[[dict[str, object]], Awaitable[None]]) -> None:
+    headers = [(b"content-length", b"2")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"{}"})
