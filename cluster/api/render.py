@@ -1,7 +1,6 @@
 """Messages to token ids: the model's chat template in a sandbox, then its tokenizer. One Renderer per served model.
 
-Templates come with the model and never from a request. They run without access to Python's inner attributes, with a
-bound on the text they make and on the time they take.
+The sandbox and its bounds are template.py's.
 """
 
 from __future__ import annotations
@@ -12,68 +11,18 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError
-from jinja2.exceptions import SecurityError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from diptych.protos.errors import ContextTooLong, InvalidRequest, StartupError
 from diptych.protos.openai import Message
 
+from .template import TooMuch, compile_template, render
 from .text import TokenTable
 
-MAX_TEMPLATE_CHARS = 256 << 10
-MAX_GROWTH_CHARS = 1 << 20  # text that a template may add to the messages
-MAX_RENDER_S = 0.25
 INLINE_CHARS = 8 << 10  # longer texts are tokenised in a thread: 8 KiB take about 2 ms
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with the operators that can make a huge text of a small template under watch."""
-
-    intercepted_binops = frozenset(("*", "**", "%"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*" and not (isinstance(left, int | float) and isinstance(right, int | float)):
-            sequence, times = (left, right) if isinstance(right, int) else (right, left)
-            if len(sequence) * times > MAX_GROWTH_CHARS:
-                raise SecurityError("a repeated text is too long")
-        if operator == "**" and (abs(left) > 1_000 or abs(right) > 64):
-            raise SecurityError("a power is too large")
-        if operator == "%" and isinstance(left, str):
-            raise SecurityError("text formatting by % is not allowed")
-        return super().call_binop(context, operator, left, right)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def compile_template(source: str) -> Template:
-    """A chat template as transformers would read it. Raises StartupError on a broken or oversized one."""
-    if len(source) > MAX_TEMPLATE_CHARS:
-        raise StartupError(f"the chat template has {len(source)} characters; the limit is {MAX_TEMPLATE_CHARS}")
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json
-    for filter_name in ("center", "indent", "format", "xmlattr", "urlize"):  # pad or format without a bound
-        environment.filters.pop(filter_name, None)
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    for global_name in ("lipsum", "cycler", "joiner"):
-        environment.globals.pop(global_name, None)
-    try:
-        return environment.from_string(source)
-    except TemplateError as exc:
-        raise StartupError(f"the chat template is broken: {exc}") from exc
 
 
 class Renderer:
@@ -123,18 +72,12 @@ class Renderer:
             {"role": "system" if message.role == "developer" else message.role, "content": message.content}
             for message in messages
         ]
-        room = sum(len(turn["content"]) for turn in turns) * 2 + MAX_GROWTH_CHARS
-        end = self._clock() + MAX_RENDER_S
-        pieces = []
         try:
-            for piece in self._template.generate(messages=turns, add_generation_prompt=True, **self._variables):
-                pieces.append(piece)
-                room -= len(piece)
-                if room < 0 or self._clock() > end:
-                    raise InvalidRequest("the chat template makes too much of these messages", "messages")
+            return render(self._template, turns, self._variables, self._clock)
+        except TooMuch:
+            raise InvalidRequest("the chat template makes too much of these messages", "messages") from None
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as exc:
             raise InvalidRequest(f"the model's chat template refuses these messages: {exc}", "messages") from exc
-        return "".join(pieces)
 
     async def encode(self, text: str, *, add_special: bool, max_tokens: int, param: str) -> tuple[int, ...]:
         """Token ids; long texts in a thread. Raises ContextTooLong early when `text` cannot fit into `max_tokens`."""

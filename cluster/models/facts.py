@@ -184,8 +184,15 @@ def _keys(value: object) -> Iterator[str]:
             yield from _keys(item)
 
 
+def _foreign_kernels(config: Mapping[str, object]) -> Iterator[str]:
+    """Where transformers would fetch an implementation from a repository: a name with a slash."""
+    for key, value in config.items():
+        if key.endswith("_implementation") and "/" in json.dumps(value):
+            yield key
+
+
 def _refuse_code(path: Path, config: Mapping[str, object]) -> None:
-    found = sorted({"auto_map", "trust_remote_code"} & set(_keys(config)))
+    found = sorted(({"auto_map", "trust_remote_code"} & set(_keys(config))) | set(_foreign_kernels(config)))
     if found:
         raise StartupError(
             f"{path} asks to run Python code that came with the checkpoint ({', '.join(found)}); such code is never "

@@ -27,6 +27,7 @@ from diptych.protos.settings import EchoSettings
 from .echo import echo_folder
 from .facts import ModelFolder, read_facts
 from .hub import HUB_NAME, snapshot
+from .trial import check_template
 
 _FORMAT = "1"  # of what a conversion writes; a new number converts every file anew
 _LOCK_WAIT_S = 900.0
@@ -85,13 +86,23 @@ def resolve(
     path = Path(source).expanduser()
     if source and path.is_dir():
         path = path.resolve()
-        return ModelFolder(path, read_facts(path, path.name, has_weights=has_weights))
+        return _tried(ModelFolder(path, read_facts(path, path.name, has_weights=has_weights)))
     if source and path.is_file() and path.suffix.lower() == ".gguf":
-        return _converted(path.resolve(), path.stem, cache, progress)
+        return _tried(_converted(path.resolve(), path.stem, cache, progress))
     if HUB_NAME.fullmatch(source) and not path.exists() and path.suffix.lower() != ".gguf":
         folder = snapshot(source, progress)
-        return ModelFolder(folder, read_facts(folder, source))
+        return _tried(ModelFolder(folder, read_facts(folder, source)))
     raise StartupError(_explain(source, path))
+
+
+def _tried(folder: ModelFolder) -> ModelFolder:
+    """The folder, when its chat template has passed its trial. What a checksum pins was tried when it was pinned."""
+    if (template := folder.facts.chat_template) is not None:
+        try:
+            check_template(template)
+        except StartupError as exc:
+            raise StartupError(f"{folder.path}: {exc}") from exc
+    return folder
 
 
 def _explain(source: str, path: Path) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from diptych.cluster.api.render import INLINE_CHARS, Renderer, compile_template
+from diptych.cluster.api.render import INLINE_CHARS, Renderer
+from diptych.cluster.api.template import compile_template
 from diptych.cluster.api.testing import TEMPLATE, byte_level_tokenizer
 from diptych.cluster.config import default_cache_dir
 from diptych.cluster.models import resolve
