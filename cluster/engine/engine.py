@@ -153,13 +153,13 @@ class Engine:
         return self._sessions.draining
 
     def drain(self, grace_s: float) -> bool:
-        """Refuse new requests, wait for the running ones and for KV that other engines have yet to fetch.
+        """Refuse new requests, wait for the running ones, their last frames, and KV that other engines have yet to fetch.
 
         False: some were left after `grace_s`.
         """
         if self._faults is not None:
             pass_point(self._faults, Point.ENGINE_DRAIN)
-        self._sessions.draining = True
+        self._asyncio_thread.call(self._sessions.refuse_all(), STOP_TIMEOUT_S)
         deadline = time.monotonic() + grace_s
         while (busy := self._is_busy()) and time.monotonic() < deadline:
             time.sleep(BUSY_POLL_S)
@@ -195,7 +195,8 @@ class Engine:
 
     def _is_busy(self) -> bool:
         ends = (self._parts.sender, self._parts.receiver)
-        return bool(self._sessions.num_requests or any(end.open_transfers for end in ends if end is not None))
+        has_transfers = any(end.open_transfers for end in ends if end is not None)
+        return bool(has_transfers or self._sessions.num_requests or self._sessions.num_unsent)
 
     def stop(self) -> None:
         """End sessions (their requests are cancelled), drivers and threads."""

@@ -192,6 +192,10 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
 
     # Coroutines, so that they run in the asyncio thread, between two frames.
 
+    async def refuse_all(self) -> None:
+        """Refuse new orders. One that was taken before is in the books when this returns."""
+        self.draining = True
+
     async def leave_roles(self, roles: Collection[Role]) -> None:
         """Refuse new orders of these roles."""
         self._open_roles = self._open_roles - frozenset(roles)
@@ -213,6 +217,11 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
     def num_sessions(self) -> int:
         """Open streams."""
         return len(self._sessions)
+
+    @property
+    def num_unsent(self) -> int:
+        """Frames that wait for their routers to read; from any thread."""
+        return sum(len(session.frames) for session in tuple(self._sessions))
 
     @property
     def num_requests(self) -> int:
