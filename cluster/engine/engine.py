@@ -153,7 +153,7 @@ class Engine:
         return self._sessions.draining
 
     def drain(self, grace_s: float) -> bool:
-        """Refuse new requests, wait for the running ones, their last frames, and KV that other engines have yet to fetch.
+        """Refuse new requests, wait for running ones, their last frames and KV that other engines have yet to fetch.
 
         False: some were left after `grace_s`.
         """
