@@ -208,25 +208,3 @@ def test_a_killed_manager_comes_back_and_goes_on_replacing_what_dies(own: Cluste
     assert {n: e["epoch"] for n, e in engines(own).items() if n != name} == {
         n: e["epoch"] for n, e in before.items() if n != name
     }, "what lived was adopted, not replaced"
-
-
-def test_a_router_that_gets_sigterm_ends_its_streams_and_another_takes_its_address(own: Cluster) -> None:
-    router = own.get("/info")["routers"][0]["pid"]
-    expected = str(own.post("/v1/completions", body(1))["choices"][0]["text"])
-
-    async def one() -> str:
-        async with httpx2.AsyncClient(base_url=own.url, timeout=PATIENCE_S) as http:
-            running = asyncio.create_task(streamed(http, 1))
-            await until(lambda: any(own.get("/info")["routers"][0]["in_flight"].values()) or running.done(), "idle")
-            os.kill(router, signal.SIGTERM)
-            return await running
-
-    def another() -> bool:
-        try:
-            return bool(own.get("/info")["routers"][0]["pid"] != router) and len(engines(own)) == 3
-        except OSError:
-            return False
-
-    assert asyncio.run(one()) == expected
-    asyncio.run(until(another, "no other router"))
-    assert str(own.post("/v1/completions", body(1))["choices"][0]["text"]) == expected
