@@ -5,16 +5,19 @@ Proof and role are checked once per call, before a byte of its body is parsed; m
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from . import engine_pb2, kv_pb2
 from .errors import StartupError
-from .trust import CERTIFICATE_SUFFIX, ROUTER, Gate, Refusal, Refusals, Trust
+from .trust import CERTIFICATE_SUFFIX, ROUTER, Connections, Gate, Refusal, Refusals, TlsIdentity, Trust
 from .types import EngineRef, Role
 
 ENGINE_SERVICE = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
@@ -41,6 +44,9 @@ _CODES = {
     Refusal.ROLE: grpc.StatusCode.PERMISSION_DENIED,
     Refusal.NO_MESSAGE: grpc.StatusCode.INVALID_ARGUMENT,
 }
+
+_SETTLE_S = 2.0  # after which a connection that was let in has made its first call; ours make it at once
+_CONNECTIONS: WeakKeyDictionary[grpc.aio.Server, Connections] = WeakKeyDictionary()  # of servers with TLS
 
 Option = tuple[str, int | str]
 
@@ -99,9 +105,15 @@ def _refuse_plaintext(trust: Trust, target: str) -> None:
 def make_server(trust: Trust, me: EngineRef, refused: dict[str, Refusals]) -> grpc.aio.Server:
     """A server of the engine `me` that takes calls with a proof only. Call in the event loop that serves.
 
-    `refused` counts by service name; calls of unknown services count for the Engine service.
+    `refused` counts by service name; calls of unknown services count for the Engine service, and so do connections over
+    TCP that TLS turns away, two seconds later.
     """
-    return grpc.aio.server(options=_SERVER_OPTIONS, interceptors=(_Guard(Gate(trust, me, CALLERS), trust, refused),))
+    connections = Connections(refused[ENGINE_SERVICE]) if trust.tls is not None and ENGINE_SERVICE in refused else None
+    guard = _Guard(Gate(trust, me, CALLERS), trust, refused, connections)
+    server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=(guard,))
+    if connections is not None:
+        _CONNECTIONS[server] = connections
+    return server
 
 
 def listen(server: grpc.aio.Server, trust: Trust, target: str) -> None:
@@ -111,19 +123,35 @@ def listen(server: grpc.aio.Server, trust: Trust, target: str) -> None:
         if trust.tls is None:
             server.add_insecure_port(target)
         else:
-            pair = (trust.tls.key, trust.tls.cert)
-            server.add_secure_port(target, grpc.ssl_server_credentials([pair], trust.tls.ca, require_client_auth=True))
+            server.add_secure_port(target, _server_credentials(trust.tls, _CONNECTIONS.get(server), target))
     except RuntimeError as exc:
         raise StartupError(f"an engine cannot listen on {target}: {exc}") from exc
+
+
+def _server_credentials(tls: TlsIdentity, connections: Connections | None, target: str) -> grpc.ServerCredentials:
+    pair = (tls.key, tls.cert)
+    if connections is None or target.startswith("unix"):  # whose callers all have the same name
+        return grpc.ssl_server_credentials([pair], tls.ca, require_client_auth=True)
+    loop, settle = asyncio.get_running_loop(), connections.settle
+
+    def begin() -> None:
+        """gRPC asks at each handshake, in a thread of its own, for certificates to use from now on: None, the same."""
+        number = connections.begin()
+        with suppress(RuntimeError):  # the loop is closed: the server goes down
+            loop.call_soon_threadsafe(loop.call_later, _SETTLE_S, settle, number)
+
+    own = grpc.ssl_server_certificate_configuration([pair], tls.ca)
+    return grpc.dynamic_ssl_server_credentials(own, begin, require_client_authentication=True)
 
 
 class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Stands before every handler of a server."""
 
-    def __init__(self, gate: Gate, trust: Trust, refused: dict[str, Refusals]) -> None:
+    def __init__(self, gate: Gate, trust: Trust, refused: dict[str, Refusals], connections: Connections | None) -> None:
         self._gate = gate
         self._has_certificates = trust.tls is not None
         self._refused = refused
+        self._connections = connections
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -136,6 +164,7 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return self._guarded(handler, method) if handler is not None else None
 
         async def refuse(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+            self._note_call(context)
             await self._abort(method, refusal, context)
 
         # Taken for a stream whatever it is: so nothing of the body is read.
@@ -165,7 +194,12 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return grpc.unary_stream_rpc_method_handler(unary, None, handler.response_serializer)
         return grpc.stream_stream_rpc_method_handler(stream, handler.request_deserializer, handler.response_serializer)
 
+    def _note_call(self, context: grpc.aio.ServicerContext) -> None:
+        if self._connections is not None:
+            self._connections.call(context.peer())
+
     async def _check_role(self, method: str, context: grpc.aio.ServicerContext) -> None:
+        self._note_call(context)
         if not self._has_certificates:
             return
         shown = {name.decode() for name in context.auth_context().get("x509_subject_alternative_name", ())}

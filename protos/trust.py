@@ -30,6 +30,7 @@ CERTIFICATE_SUFFIX = ".diptych.internal"  # prefill.diptych.internal: the DNS na
 _MAX_SEEN = 1 << 18  # proofs remembered; 2,000 calls a second for twice MAX_AGE_S
 _MAX_PEERS = 1024
 _QUIET_S = 60.0
+_MAX_CONNECTIONS = 1 << 16  # remembered by address and port
 _PROOF = re.compile(r"1 ([a-z-]{1,64}) ([0-9]{1,12}) ([0-9a-f]{32}) ([0-9a-f]{64})")
 
 log = logging.getLogger(__name__)
@@ -189,3 +190,42 @@ class Refusals:
                 return  # an attack from everywhere: the counter tells of it
             self._quiet_until[host] = now + _QUIET_S
         log.warning("%s refused %r: %s (for a minute more from there is only counted)", self._listener, host, reason)
+
+
+class Connections:
+    """Finds those that TLS turns away, of which gRPC tells nobody: they began and made no call. Thread-safe.
+
+    Counts only: which of several connections it was that made no call stays unknown.
+    """
+
+    def __init__(self, refused: Refusals) -> None:
+        self._refused = refused
+        self._callers: dict[str, None] = {}
+        self._num_begun = 0
+        self._num_called = 0
+        self._num_told = 0
+        self._lock = threading.Lock()
+
+    def begin(self) -> int:
+        """One more handshake begins; its number is for `settle`."""
+        with self._lock:
+            self._num_begun += 1
+            return self._num_begun
+
+    def call(self, peer: str) -> None:
+        """A call came. `peer`: address and port, which tell connections apart."""
+        with self._lock:
+            if peer in self._callers:
+                return
+            if len(self._callers) >= _MAX_CONNECTIONS:
+                del self._callers[next(iter(self._callers))]
+            self._callers[peer] = None
+            self._num_called += 1
+
+    def settle(self, number: int) -> None:
+        """By now a caller that was let in would have called: what has begun until `number` and did not is refused."""
+        with self._lock:
+            fresh = number - self._num_called - self._num_told
+            self._num_told += max(fresh, 0)
+        for _ in range(fresh):
+            self._refused.note("an unknown address", "a connection without a certificate that is good here, or idle")
