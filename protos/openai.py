@@ -40,6 +40,7 @@ FIXED: dict[str, tuple[object, ...]] = {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
+MAX_ANSWERS = 128  # of one request, over all its prompts
 _VLLM_FIXED = ("skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens", "use_beam_search")
 # What clients echo back from an answer's message, empty.
 _EMPTY_IN_MESSAGE: dict[str, tuple[object, ...]] = {
@@ -159,28 +160,28 @@ class ChatRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def _prompt(value: object) -> str | tuple[int, ...]:
+def _prompts(value: object) -> tuple[str | tuple[int, ...], ...]:
     if isinstance(value, list) and value and all(isinstance(entry, str | list) for entry in value):
-        if len(value) > 1:
-            raise InvalidRequest(f"prompt holds {len(value)} prompts; send one request for each", "prompt")
-        value = value[0]
-    if isinstance(value, str):
-        if not value:
-            raise InvalidRequest("prompt is empty", "prompt")
-        return value
-    if not isinstance(value, list) or not all(type(token) is int for token in value):
-        raise InvalidRequest("prompt must be a string or a list of token ids", "prompt")
+        if len(value) > MAX_ANSWERS:
+            raise InvalidRequest(f"prompt holds {len(value)} prompts; {MAX_ANSWERS} is the limit", "prompt")
+        return tuple(_prompt(entry, f"prompt[{at}]") for at, entry in enumerate(value))
+    return (_prompt(value, "prompt"),)
+
+
+def _prompt(value: object, path: str) -> str | tuple[int, ...]:
+    if not isinstance(value, str) and not (isinstance(value, list) and all(type(token) is int for token in value)):
+        raise InvalidRequest(f"{path} must be a string or a list of token ids", "prompt")
     if not value:
-        raise InvalidRequest("prompt is empty", "prompt")
-    return tuple(value)
+        raise InvalidRequest(f"{path} is empty", "prompt")
+    return value if isinstance(value, str) else tuple(value)
 
 
 class CompletionRequest(GenerationRequest):
-    """Body of POST /v1/completions."""
+    """Body of POST /v1/completions. One prompt or several, each a text or token ids; each gets its n choices."""
 
     fixed = frozenset({"suffix", *_VLLM_FIXED})
 
-    prompt: Annotated[str | tuple[int, ...], PlainValidator(_prompt)]
+    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_prompts)]
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None  # 0: with echo, to score a prompt
     logprobs: Alternatives | None = None
     echo: bool | None = None
@@ -210,6 +211,11 @@ def parse_completion(body: bytes) -> CompletionRequest:
     request = _parse(CompletionRequest, body)
     if request.best_of not in (None, request.num_choices):
         raise InvalidRequest(f"best_of must equal n ({request.num_choices}): every choice is returned", "best_of")
+    if (total := len(request.prompt) * request.num_choices) > MAX_ANSWERS:
+        number = len(request.prompt)
+        raise InvalidRequest(
+            f"{number} prompts with n: {request.num_choices} make {total} choices; {MAX_ANSWERS} is the limit", "n"
+        )
     if request.max_tokens == 0 and not request.echo:
         raise InvalidRequest("max_tokens: 0 is for requests with echo: true", "max_tokens")
     return request

@@ -1,7 +1,7 @@
-"""One choice of an answer, from the router's tokens to pieces of text; and the n choices of one request at once.
+"""One choice of an answer, from the router's tokens to pieces of text; and all choices of one request at once.
 
-Choice 0 goes first. The others follow to the same engines as soon as the decode engine has the prompt, so that they
-find its blocks in both prefix caches:   0 ---token from decode---+--> 1, 2, ... n-1 (interleaved)
+Of each prompt the first choice leads. The others follow it to the same engines as soon as the decode engine has the
+prompt, so that they find its blocks in both prefix caches:   0 ---token from decode---+--> 1, 2, ... n-1 (interleaved)
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Choice:
     index: int
     call: GenerateCall
     text: TextStream
+    leads: bool = True  # the first one of its prompt
     keep_end: bool = False  # an end token's own text is shown
     is_scoring: bool = False  # its one token is made for the prompt's logprobs only and is not part of the answer
     echoed: int = 0  # characters of the prompt that are shown before the text
@@ -127,8 +128,8 @@ async def run(router: Router, choices: Sequence[Choice]) -> AsyncGenerator[tuple
 
 async def _run_several(router: Router, choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Piece | None]]:
     queue: asyncio.Queue[tuple[Choice, Piece | Exception | None]] = asyncio.Queue(MAX_PENDING)
-    first, *others = choices
-    tasks = [asyncio.create_task(_pour(router, first, queue))]
+    tasks = [asyncio.create_task(_pour(router, choice, queue)) for choice in choices if choice.leads]
+    waiting = _followers(choices)
     num_open = len(choices)
     try:
         while num_open:
@@ -136,16 +137,26 @@ async def _run_several(router: Router, choices: Sequence[Choice]) -> AsyncGenera
             if isinstance(event, Exception):
                 raise event
             num_open -= event is None
-            if others and first.is_rooted:
-                for other in others:
-                    other.call = replace(other.call, pin=first.placement)
+            if choice.index in waiting and choice.is_rooted:
+                for other in waiting.pop(choice.index):
+                    other.call = replace(other.call, pin=choice.placement)
                     tasks.append(asyncio.create_task(_pour(router, other, queue)))
-                others = []
             yield choice, event
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _followers(choices: Sequence[Choice]) -> dict[int, list[Choice]]:
+    """By the index of the choice that leads them."""
+    found: dict[int, list[Choice]] = {}
+    for choice in choices:
+        if choice.leads:
+            behind = found.setdefault(choice.index, [])
+        else:
+            behind.append(choice)
+    return found
 
 
 async def _pour(router: Router, choice: Choice, queue: asyncio.Queue[tuple[Choice, Piece | Exception | None]]) -> None:

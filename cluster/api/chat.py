@@ -25,11 +25,11 @@ class ChatEndpoint:
         """The checked body."""
         return parse_chat(body)
 
-    async def prompt(self, request: GenerationRequest, model: ServedModel, room: int) -> tuple[int, ...]:
-        """The rendered conversation; special tokens come from the template alone."""
+    async def prompts(self, request: GenerationRequest, model: ServedModel, room: int) -> list[tuple[int, ...]]:
+        """The rendered conversation, which is one; special tokens come from the template alone."""
         assert isinstance(request, ChatRequest)
         text = model.renderer.chat_text(request.messages)
-        return await model.renderer.encode(text, add_special=False, max_tokens=room, param="messages")
+        return [await model.renderer.encode(text, add_special=False, max_tokens=room, param="messages")]
 
     def max_tokens(self, request: GenerationRequest) -> tuple[str, int] | None:
         """Under either of its two names."""

@@ -27,13 +27,17 @@ class CompletionEndpoint:
         """The checked body."""
         return parse_completion(body)
 
-    async def prompt(self, request: GenerationRequest, model: ServedModel, room: int) -> tuple[int, ...]:
-        """Token ids as given, or the text's, with what the tokenizer puts around a text."""
+    async def prompts(self, request: GenerationRequest, model: ServedModel, room: int) -> list[tuple[int, ...]]:
+        """Token ids as given, or a text's, with what the tokenizer puts around a text."""
         assert isinstance(request, CompletionRequest)
-        if isinstance(request.prompt, str):
-            return await model.renderer.encode(request.prompt, add_special=True, max_tokens=room, param="prompt")
-        check_token_ids(request.prompt, model.vocab_size, "prompt")
-        return request.prompt
+        found = []
+        for prompt in request.prompt:
+            if isinstance(prompt, str):
+                prompt = await model.renderer.encode(prompt, add_special=True, max_tokens=room, param="prompt")
+            else:
+                check_token_ids(prompt, model.vocab_size, "prompt")
+            found.append(prompt)
+        return found
 
     def max_tokens(self, request: GenerationRequest) -> tuple[str, int] | None:
         """As asked."""
@@ -62,8 +66,9 @@ class CompletionEndpoint:
             offsets.append(stream.num_settled)
             text += stream.feed([token])
         text += stream.flush()
-        if isinstance(request.prompt, str):
-            text = request.prompt
+        given = request.prompt[choice.index // request.num_choices]
+        if isinstance(given, str):
+            text = given
         if request.logprobs is None:
             return Piece(text)
         told = [replace(own, top=own.top[: request.logprobs]) for own in choice.prompt_logprobs or ()]
@@ -76,11 +81,13 @@ class CompletionEndpoint:
 
     def answer(self, answer: Answer, choices: list[Whole]) -> JsonObject:
         """The whole answer; vLLM's prompt_logprobs stand in each choice."""
-        shaped = [text_choice(w.choice.index, w.text, w.choice.finish_reason, w.logprobs) for w in choices]
-        first, num_top = choices[0].choice, answer.request.prompt_logprobs
-        if num_top is not None and first.prompt_logprobs is not None:
-            told = prompt_logprobs(first.call.prompt, first.prompt_logprobs, num_top, answer.model.renderer.table)
-            shaped = [{**choice, "prompt_logprobs": told} for choice in shaped]
+        shaped = []
+        for whole in choices:
+            choice, top = whole.choice, answer.request.prompt_logprobs
+            shaped.append(text_choice(choice.index, whole.text, choice.finish_reason, whole.logprobs))
+            if top is not None and choice.prompt_logprobs is not None:
+                told = prompt_logprobs(choice.call.prompt, choice.prompt_logprobs, top, answer.model.renderer.table)
+                shaped[-1] |= {"prompt_logprobs": told}
         return completion(
             "text_completion",
             id=answer.id,

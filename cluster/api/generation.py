@@ -25,6 +25,7 @@ from diptych.protos.errors import ContextTooLong, RequestTooLarge, UnknownModel
 from diptych.protos.openai import GenerationRequest
 from diptych.protos.openai_replies import JsonObject, usage
 from diptych.protos.strict_json import printable
+from diptych.protos.types import SamplingParams
 
 from .access import tenant_of
 from .answer import Choice, Piece, run
@@ -54,8 +55,8 @@ class Endpoint(Protocol):
     def parse(self, body: bytes) -> GenerationRequest:
         """The checked body. Raises InvalidRequest."""
 
-    async def prompt(self, request: GenerationRequest, model: ServedModel, room: int) -> tuple[int, ...]:
-        """Token ids; `room` is the context's size in tokens."""
+    async def prompts(self, request: GenerationRequest, model: ServedModel, room: int) -> list[tuple[int, ...]]:
+        """Token ids of each; `room` is the context's size in tokens."""
 
     def max_tokens(self, request: GenerationRequest) -> tuple[str, int] | None:
         """The field by which the client asked for a number of tokens, and the number; None where it named none."""
@@ -86,12 +87,18 @@ class Answer:
     id: str
     created: int
 
+    def first_of(self, choice: Choice) -> Choice:
+        """The first choice of the same prompt."""
+        return self.choices[choice.index - choice.index % self.request.num_choices]
+
     def usage(self) -> JsonObject:
-        """The prompt once, the tokens of all choices; found in a cache is what choice 0 found there."""
-        first = self.choices[0]
-        assert first.explanation is not None
-        generated = sum(choice.num_tokens for choice in self.choices)
-        return usage(len(first.call.prompt), generated, first.explanation.cached_tokens)
+        """Each prompt once, the tokens of all choices; found in a cache is what the first of a prompt found there."""
+        firsts = self.choices[:: self.request.num_choices]
+        return usage(
+            sum(len(first.call.prompt) for first in firsts),
+            sum(choice.num_tokens for choice in self.choices),
+            sum(first.explanation.cached_tokens for first in firsts if first.explanation is not None),
+        )
 
     def explanation(self) -> JsonObject | None:
         """How each choice was answered, if the client asked."""
@@ -143,9 +150,29 @@ class GenerationApp:
             known = ", ".join(sorted(self._models))
             raise UnknownModel(f"the model {printable(request.model)} is not served; there is: {known}", "model")
         room = min(model.max_context_tokens, self._router.view.capacity_tokens(model.name) or model.max_context_tokens)
-        prompt = await self._endpoint.prompt(request, model, room)
-        max_tokens = self._max_tokens(request, len(prompt), room)
-        sampling = await sampling_of(
+        choices: list[Choice] = []
+        for prompt in await self._endpoint.prompts(request, model, room):
+            max_tokens = self._max_tokens(request, len(prompt), room)
+            call = GenerateCall(
+                model=model.name,
+                prompt=prompt,
+                sampling=await self._sampling(request, model, prompt, max_tokens),
+                salt=tenant.encode(),
+                timeout_s=request.timeout_s,
+                arrived_at=arrived_at,
+                traceparent=header(scope, b"traceparent"),
+                priority=request.priority or 0,
+                tenant=tenant,
+                session=session,
+            )
+            for place in range(request.num_choices):
+                choices.append(_choice(len(choices), place, request, model, call, is_scoring=max_tokens == 0))
+        return Answer(request, model, choices, self._endpoint.id_prefix + os.urandom(12).hex(), int(time.time()))
+
+    async def _sampling(
+        self, request: GenerationRequest, model: ServedModel, prompt: tuple[int, ...], max_tokens: int
+    ) -> SamplingParams:
+        return await sampling_of(
             request,
             model,
             prompt,
@@ -153,20 +180,6 @@ class GenerationApp:
             logprobs=self._endpoint.logprobs(request),
             prompt_logprobs=self._endpoint.prompt_logprobs(request),
         )
-        call = GenerateCall(
-            model=model.name,
-            prompt=prompt,
-            sampling=sampling,
-            salt=tenant.encode(),
-            timeout_s=request.timeout_s,
-            arrived_at=arrived_at,
-            traceparent=header(scope, b"traceparent"),
-            priority=request.priority or 0,
-            tenant=tenant,
-            session=session,
-        )
-        choices = [_choice(i, request, model, call, is_scoring=max_tokens == 0) for i in range(request.num_choices)]
-        return Answer(request, model, choices, self._endpoint.id_prefix + os.urandom(12).hex(), int(time.time()))
 
     def _max_tokens(self, request: GenerationRequest, num_prompt: int, room: int) -> int:
         left = room - num_prompt
@@ -214,7 +227,7 @@ class GenerationApp:
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
     def _echo(self, answer: Answer, choice: Choice) -> Piece:
-        choice.prompt_logprobs = answer.choices[0].prompt_logprobs
+        choice.prompt_logprobs = answer.first_of(choice).prompt_logprobs
         piece = self._endpoint.echo(answer.request, choice, answer.model.renderer.table) or Piece("")
         choice.echoed = len(piece.text)
         return piece
@@ -273,7 +286,7 @@ class GenerationApp:
 
 
 def _choice(
-    index: int, request: GenerationRequest, model: ServedModel, call: GenerateCall, *, is_scoring: bool
+    index: int, place: int, request: GenerationRequest, model: ServedModel, call: GenerateCall, *, is_scoring: bool
 ) -> Choice:
     include = request.include_stop_str_in_output is True
     text = TextStream(
@@ -285,8 +298,9 @@ def _choice(
     )
     return Choice(
         index=index,
-        call=dataclasses.replace(call, sampling=of_choice(call.sampling, index)),
+        call=dataclasses.replace(call, sampling=of_choice(call.sampling, place)),
         text=text,
+        leads=place == 0,
         keep_end=include,
         is_scoring=is_scoring,
     )

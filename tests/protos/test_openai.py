@@ -229,14 +229,33 @@ def test_stop_is_one_string_or_a_list_without_repetitions() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "wanted"),
-    [("hi", "hi"), (["hi"], "hi"), ([1, 2], (1, 2)), ([[1, 2]], (1, 2)), ([-1, 2**31], (-1, 2**31))],
+    [
+        ("hi", ("hi",)),
+        (["hi"], ("hi",)),
+        ([1, 2], ((1, 2),)),
+        ([[1, 2]], ((1, 2),)),
+        ([-1, 2**31], ((-1, 2**31),)),
+        (["a", "b"], ("a", "b")),
+        ([[1], [2, 3]], ((1,), (2, 3))),
+        (["a", [1]], ("a", (1,))),
+    ],
 )
-def test_a_prompt_is_one_text_or_one_list_of_ids(prompt: Any, wanted: Any) -> None:
+def test_prompts_are_texts_or_lists_of_ids(prompt: Any, wanted: Any) -> None:
     assert completion(prompt=prompt).prompt == wanted
 
 
+def test_a_request_has_so_many_answers_at_most() -> None:
+    assert len(completion(prompt=["a"] * 128).prompt) == 128
+    for fields, told in (
+        ({"prompt": ["a"] * 129}, "prompt holds 129 prompts; 128 is the limit"),
+        ({"prompt": ["a"] * 65, "n": 2}, "65 prompts with n: 2 make 130 choices; 128 is the limit"),
+    ):
+        with pytest.raises(InvalidRequest, match=told):
+            completion(**fields)
+
+
 @pytest.mark.parametrize(
-    "prompt", ["", [], [[]], [""], ["a", "b"], [[1], [2]], [1.0], [True], [None], [1, "a"], {}, 1, None, [[["a"]]]]
+    "prompt", ["", [], [[]], [""], ["a", ""], [[1], []], [1.0], [True], [None], [1, "a"], {}, 1, None, [[["a"]]]]
 )
 def test_any_other_prompt_is_refused(prompt: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:

@@ -147,3 +147,49 @@ async def test_a_client_that_leaves_cancels_all_choices(stream: bool) -> None:
 async def test_each_choice_ends_at_its_own_stop_string(http: httpx2.AsyncClient) -> None:
     answer = (await http.post(TEXT, json={**ASK, "max_tokens": 200, "stop": "brown"})).json()
     assert [(c["text"], c["finish_reason"]) for c in answer["choices"]] == [("the quick ", "stop")] * 3
+
+
+PROMPTS = ["the quick brown fox", "jumps over", "the lazy dog and more"]
+
+
+async def test_several_prompts_are_answered_as_if_each_came_alone(client: openai.AsyncOpenAI, door: FrontDoor) -> None:
+    alone = [await client.completions.create(**{**ASK, "prompt": prompt, "n": 2}) for prompt in PROMPTS]
+    seeds_alone = seeds(door)
+    together = await client.completions.create(**{**ASK, "prompt": PROMPTS, "n": 2})
+    assert [choice.index for choice in together.choices] == [0, 1, 2, 3, 4, 5]
+    assert [c.text for c in together.choices] == [c.text for answer in alone for c in answer.choices]
+    assert sorted(seeds(door)[6:]) == sorted(seeds_alone)
+    assert together.usage is not None
+    assert together.usage.completion_tokens == 36
+    assert together.usage.prompt_tokens == sum(a.usage.prompt_tokens for a in alone if a.usage is not None)
+
+
+async def test_streamed_prompts_join_to_the_whole_ones(client: openai.AsyncOpenAI) -> None:
+    ask = {**ASK, "prompt": PROMPTS, "n": 2, "echo": True, "logprobs": 1}
+    whole = await client.completions.create(**ask)
+    texts, ends = [""] * 6, []
+    async for event in await client.completions.create(**ask, stream=True):
+        for choice in event.choices:
+            texts[choice.index] += choice.text
+            ends += [choice.index] if choice.finish_reason else []
+    assert texts == [choice.text for choice in whole.choices]
+    assert sorted(ends) == list(range(6))
+    for choice, prompt in zip(whole.choices, (p for p in PROMPTS for _ in range(2)), strict=True):
+        assert choice.text.startswith(prompt)
+
+
+async def test_the_logprobs_of_a_prompt_stand_at_its_own_choices(http: httpx2.AsyncClient) -> None:
+    answer = (await http.post(TEXT, json={**ASK, "prompt": PROMPTS, "prompt_logprobs": 0})).json()
+    alone = [(await http.post(TEXT, json={**ASK, "prompt": p, "prompt_logprobs": 0})).json() for p in PROMPTS]
+    told = [choice.get("prompt_logprobs") for choice in answer["choices"]]
+    assert told == [choice.get("prompt_logprobs") for one in alone for choice in one["choices"]]
+    assert len({json.dumps(entry) for entry in told}) == 3
+
+
+async def test_one_prompt_that_is_too_long_refuses_all_before_any_starts(
+    http: httpx2.AsyncClient, door: FrontDoor
+) -> None:
+    answer = await http.post(TEXT, json={**ASK, "prompt": ["short", "long " * 100_000]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert door.decode.orders == []
