@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import pickle
 import random
@@ -24,35 +23,18 @@ from pathlib import Path
 import grpc
 import pytest
 from small_cluster import SmallCluster, connected, small_cluster
+from strangers import ANSWER_S, METHODS, Bomb, body_of, call, listening, refusals, throw, unchanged
 
 from diptych.cluster.router.session import EngineSession, SessionTerms
-from diptych.protos import engine_pb2 as pb
-from diptych.protos import kv_pb2
 from diptych.protos.channels import (
-    FETCH_BYTES,
-    KV_SESSION,
     MAX_MESSAGE_BYTES,
     SESSION,
-    open_blocking_channel,
 )
 from diptych.protos.trust import PROOF_KEY, Trust
 from diptych.protos.types import EngineId, EngineRef, Role
 
-PROMPT = "t1 t2 t3 t4 t5 t6 t7 t8 " * 20
-OTHER = "t9 t8 t7 t6 " * 30
-ANSWER_S = 10
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS_FRAME = b"\0\0\0\4\0\0\0\0\0"
-
-
-class Bomb:
-    """Whoever unpickles it touches the canary."""
-
-    def __init__(self, canary: Path) -> None:
-        self._canary = canary
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, (f"touch {self._canary}",)
 
 
 def frame(kind: int, payload: bytes, *, stream: int = 1, flags: int = 0, length: int | None = None) -> bytes:
@@ -98,69 +80,6 @@ async def cluster(run_dir: Path) -> AsyncIterator[SmallCluster]:
         yield await connected(made)
 
 
-def listening() -> set[str]:
-    """Unix paths and 127.0.0.1:port of every socket on which this process listens, as the kernel says."""
-    own = set()
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
-            own.add(os.readlink(entry))
-    found = set()
-    for line in Path("/proc/self/net/unix").read_text().splitlines()[1:]:
-        columns = line.split()
-        if int(columns[3], 16) & 0x10000 and f"socket:[{columns[6]}]" in own:
-            found.add(f"unix:{columns[7]}")
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
-            columns = line.split()
-            if columns[3] == "0A" and f"socket:[{columns[9]}]" in own:
-                found.add(f"tcp:{int(columns[1].rpartition(':')[2], 16)}")
-    return found
-
-
-async def throw(target: str, data: bytes) -> bytes:
-    """Send, close our half, read until the other side closes or some seconds have passed."""
-    kind, _, where = target.partition(":")
-    opened = asyncio.open_unix_connection(where) if kind == "unix" else asyncio.open_connection("127.0.0.1", int(where))
-    reader, writer = await opened
-    try:
-        writer.write(data)
-        with contextlib.suppress(OSError):
-            writer.write_eof()
-        async with asyncio.timeout(ANSWER_S):
-            return await reader.read()
-    except (OSError, TimeoutError):
-        return b""
-    finally:
-        writer.close()
-        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
-
-
-@contextlib.asynccontextmanager
-async def unchanged(cluster: SmallCluster, caplog: pytest.LogCaptureFixture) -> AsyncIterator[None]:
-    """What happens inside leaves tokens, pools, sessions and tasks as they were, and no error in the log."""
-    before = await cluster.answer(PROMPT)
-    assert await cluster.answer(PROMPT) == before
-    await cluster.answer(OTHER)
-    pools = await cluster.at_rest()
-    sessions = list(cluster.router.view.sessions())
-    tasks, sockets = len(asyncio.all_tasks()), listening()
-    yield
-    assert await cluster.answer(PROMPT) == before
-    assert await cluster.at_rest() == pools
-    assert list(cluster.router.view.sessions()) == sessions
-    assert all(session.is_ready and session.losses == 0 for session in sessions)
-    assert listening() == sockets
-    async with asyncio.timeout(ANSWER_S):
-        while len(asyncio.all_tasks()) > tasks:  # noqa: ASYNC110  connections end a little after their last byte
-            await asyncio.sleep(0.01)
-    loud = [record for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info]
-    assert not loud, [record.getMessage() for record in loud]
-
-
-def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "diptych.protos.trust"]
-
-
 async def test_garbage_on_every_listening_socket_changes_nothing(
     cluster: SmallCluster, caplog: pytest.LogCaptureFixture, tmp_path: Path, run_dir: Path
 ) -> None:
@@ -191,7 +110,7 @@ async def test_garbage_on_every_listening_socket_changes_nothing(
 async def test_a_silent_and_a_slow_caller_keep_nobody_out(
     cluster: SmallCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with unchanged(cluster, caplog):
+    async with unchanged(cluster, caplog, asks=True):
         held = []
         for target in listening():
             kind, _, where = target.partition(":")
@@ -202,35 +121,6 @@ async def test_a_silent_and_a_slow_caller_keep_nobody_out(
         for caller in held:
             caller.close()
         await cluster.at_rest()
-
-
-def call(ref: EngineRef, method: str, body: bytes, metadata: object, trust: Trust) -> grpc.StatusCode:
-    """One call with one message, as raw bytes; how it ends."""
-    with open_blocking_channel(
-        trust, ref.target, role="any", options=[("grpc.max_send_message_length", -1)]
-    ) as channel:
-        stream = channel.stream_stream(method)(iter([body]), metadata=metadata, timeout=ANSWER_S)
-        try:
-            for _ in stream:
-                pass
-        except grpc.RpcError:
-            pass
-        code = stream.code()
-        assert isinstance(code, grpc.StatusCode)
-        return code
-
-
-def body_of(method: str, ref: EngineRef) -> bytes:
-    """What would open a session if it were read."""
-    if method == SESSION:
-        return pb.RouterFrame(open=pb.Open(router_id="stranger", engine_epoch=ref.epoch)).SerializeToString()
-    if method == KV_SESSION:
-        hello = kv_pb2.Hello(engine_id="decode-0", engine_epoch=1 << 40, peer_epoch=ref.epoch, transports=["grpc"])
-        return kv_pb2.KvMsg(src_epoch=1 << 40, pair_epoch=1 << 30, hello=hello).SerializeToString()
-    return kv_pb2.FetchRequest(key=kv_pb2.TransferKey(transfer_id=bytes(16))).SerializeToString()
-
-
-METHODS = {SESSION: "router", KV_SESSION: "decode", FETCH_BYTES: "decode"}
 
 
 async def test_calls_without_the_secret_end_before_their_body_is_read(
