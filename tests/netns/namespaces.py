@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -54,6 +55,7 @@ class Namespace:
 
     def __init__(self, name: str) -> None:
         self.name = f"dt{os.getpid()}{name}"
+        self._cables: list[str] = []
         ip("netns", "add", self.name)
         self.ip("link", "set", "lo", "up")
 
@@ -72,6 +74,7 @@ class Namespace:
     def join(self, device: str, mine: str, *, other: Namespace | None, theirs: str) -> None:
         """A cable to another namespace, or to that of this process: addresses with their prefix lengths."""
         far = f"{self.name}{device}"
+        self._cables.append(device)
         self.ip("link", "add", device, "type", "veth", "peer", "name", far)
         where = other.name if other is not None else str(os.getpid())
         self.ip("link", "set", far, "netns", where)
@@ -105,6 +108,11 @@ class Namespace:
         opened.append(fd)
 
     def remove(self) -> None:
-        """Idempotent."""
+        """Idempotent. The kernel takes a namespace apart some time later, so its cables go first: their names and
+        addresses are wanted again.
+        """
         if Path(f"/run/netns/{self.name}").exists():
+            while self._cables:
+                with contextlib.suppress(subprocess.SubprocessError):  # of a cable that was never whole
+                    self.ip("link", "del", self._cables.pop())
             ip("netns", "del", self.name)

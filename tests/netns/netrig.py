@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from cable import Cable
 from engine_process import INFO, STATUS
 from namespaces import Namespace
-from cable import Cable
 
 from diptych.cluster.config import RouterSettings, SecuritySettings, TlsSettings
 from diptych.cluster.router.call import Explanation
@@ -170,7 +170,7 @@ class NetRig:
         """Seconds until an answer's KV comes over the wire again. Raises TimeoutError."""
         began = time.monotonic()
         async with asyncio.timeout(within_s):
-            while not (await self.ask()).transport:
+            while not (await self.ask()).transport:  # noqa: ASYNC110 - a question at a time
                 await asyncio.sleep(0.05)
         return time.monotonic() - began
 
