@@ -10,7 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diptych.protos.errors import DiptychError, Disagreement, EngineFault, EngineLost, error_from_code
+from diptych.protos.errors import (
+    Cancelled,
+    DiptychError,
+    Disagreement,
+    EngineFault,
+    EngineLost,
+    TransferError,
+    error_from_code,
+)
 from diptych.protos.types import Finish, FinishReason, Role, TokenLogprobs
 
 MAX_EARLY = 65_536  # tokens that wait for an earlier one; a healthy engine leaves none
@@ -121,7 +129,7 @@ class TokenMerge:
         if isinstance(decode, DiptychError):
             self._fail(decode, Role.DECODE)
         elif decode is not None and decode.reason is FinishReason.ERROR:
-            self._fail(error_from_code(decode.error_code, decode.error_message), Role.DECODE)
+            self._fail(_error_of(decode), Role.DECODE)
         elif len(self.over) == len(self._roles):
             missing = "the whole answer" if is_told else "the prompt's logprobs"
             cause = _cause(prefill)
@@ -148,5 +156,11 @@ def _cause(outcome: Finish | DiptychError | None) -> DiptychError | None:
     if isinstance(outcome, Finish):
         if outcome.reason is not FinishReason.ERROR:
             return None
-        return error_from_code(outcome.error_code, outcome.error_message)
+        return _error_of(outcome)
     return outcome
+
+
+def _error_of(finish: Finish) -> DiptychError:
+    if finish.error_code == Cancelled.code:  # not by this router: the other engine lost sight of it and told this one
+        return TransferError("the other engine gave the request up")
+    return error_from_code(finish.error_code, finish.error_message)

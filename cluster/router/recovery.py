@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 
 from diptych.cluster.config import RouterSettings
 from diptych.cluster.observability.metrics import RouterMetrics
-from diptych.protos.errors import CapacityError, DeadlineExceeded, DiptychError, Disagreement, ShuttingDown
+from diptych.protos.errors import (
+    CapacityError,
+    DeadlineExceeded,
+    DiptychError,
+    Disagreement,
+    ShuttingDown,
+    TransferError,
+)
 from diptych.protos.types import EngineRef, GenerateRequest, Role
 
 from .attempt import Attempt
@@ -197,7 +204,9 @@ class Recovery:
     async def _charge(self, work: Work, error: DiptychError) -> None:
         """Raises `error` when nobody pays for another attempt."""
         failures, limit = self._counted(work)
-        failures.append(work.last.incident if work.last is not None else None)
+        # Who has a strike was given no fallback: that the transfer failed is no failure of its own.
+        if not (work.strikes and isinstance(error, TransferError)):
+            failures.append(work.last.incident if work.last is not None else None)
         if not limit or (isinstance(error, CapacityError) and not self._has_other(work)):
             raise error
         if sum(self._counts(one) is not False for one in failures) > limit:

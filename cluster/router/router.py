@@ -17,7 +17,7 @@ from opentelemetry import trace
 from diptych.cluster.config import RouterSettings
 from diptych.cluster.observability.metrics import EngineReading, RouterMetrics
 from diptych.cluster.observability.tracing import context_from, traceparent_of
-from diptych.protos.errors import DeadlineExceeded, DiptychError, EngineLost
+from diptych.protos.errors import DeadlineExceeded, DiptychError, EngineLost, TransferError
 from diptych.protos.faults import FaultPlan, Point
 from diptych.protos.status import EngineDirectory
 from diptych.protos.trust import ROUTER, Trust
@@ -210,6 +210,8 @@ class Router:
                 return
             except DiptychError as exc:
                 failure = exc
+                if isinstance(exc, TransferError):  # who felled the prefill engine is known by that engine's end
+                    await attempt.linger()
                 recovery.failed(work, attempt)
             finally:
                 attempt.close()

@@ -27,7 +27,7 @@ from diptych.protos.codec import (
     status_to_pb,
 )
 from diptych.protos.engine_pb2_grpc import EngineServicer, add_EngineServicer_to_server
-from diptych.protos.errors import DiptychError
+from diptych.protos.errors import DiptychError, EngineFault
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.types import (
     DecodeOrder,
@@ -64,6 +64,7 @@ class Faults:
     wrong_first_token: bool = False  # decode: with also_first_token, another one than prefill's
     dies_at: int | None = None  # the whole engine ends before this index, and takes with it what is not sent yet
     poison: int | None = None  # it ends when it gets an order whose prompt holds this token
+    raises_on: int | None = None  # a step with a prompt that holds this token ends all orders with engine_fault
     is_stopped: bool = False  # it keeps its connections, and neither reads nor writes
 
 
@@ -165,6 +166,9 @@ class EchoEngine(EngineServicer):
         self._sessions: set[_Session] = set()
         self._server: grpc.aio.Server | None = None
         self._steps = 0
+        self.stepped_at = 0.0  # loop time of the last step
+        self.num_raised = 0  # steps
+        self._working: dict[asyncio.Task[None], tuple[_Session, int, PrefillOrder | DecodeOrder]] = {}
         self._death: asyncio.Task[None] | None = None
         self._keeps_orders = keeps_orders
 
@@ -288,6 +292,8 @@ class EchoEngine(EngineServicer):
                 task = asyncio.create_task(self._work(session, frame.submit.handle, order))
                 session.jobs.setdefault(order.request.key, set()).add(task)
                 task.add_done_callback(partial(session.end_job, order.request.key))
+                self._working[task] = session, frame.submit.handle, order
+                task.add_done_callback(self._working.pop)
             elif frame.WhichOneof("frame") == "cancel":
                 key = key_from_pb(frame.cancel)
                 self.cancels.append(key)
@@ -317,6 +323,10 @@ class EchoEngine(EngineServicer):
             await asyncio.sleep(self._step_s)
             if self._breaks(session, index):
                 return
+            self.stepped_at = asyncio.get_running_loop().time()
+            if self.faults.raises_on in request.prompt:
+                self._raise()
+                return
             if self.faults.error is not None and index >= self.faults.error_at and self.faults.error_count > 0:
                 self.faults.error_count -= 1
                 self._finish(session, handle, order, FinishReason.ERROR, index, self.faults.error)
@@ -328,6 +338,17 @@ class EchoEngine(EngineServicer):
             reason = FinishReason.HANDOFF
         if not self._breaks(session, end):
             self._finish(session, handle, order, reason, end)
+
+    def _raise(self) -> None:
+        self.num_raised += 1
+        ends: dict[_Session, list[pb.Finish]] = {}
+        for task, (session, handle, order) in list(self._working.items()):
+            end = _end_of(order, FinishReason.ERROR, 0, self._step_s, EngineFault("the step raised"))
+            ends.setdefault(session, []).append(finish_to_pb(handle, end))
+            if task is not asyncio.current_task():
+                task.cancel()
+        for session, finishes in ends.items():
+            session.outbox.put_nowait(pb.EngineFrame(tokens=pb.StepTokens(finishes=finishes)))
 
     def _breaks(self, session: _Session, index: int) -> bool:
         """Whether nothing is sent any more, from token `index` on."""
@@ -367,21 +388,31 @@ class EchoEngine(EngineServicer):
         num_tokens: int,
         error: DiptychError | None = None,
     ) -> None:
-        is_prefill = isinstance(order, PrefillOrder)
-        crossed = isinstance(order, DecodeOrder) and order.prefill is not None
-        finish = Finish(
-            key=order.request.key,
-            role=Role.PREFILL if is_prefill else Role.DECODE,
-            reason=reason,
-            num_tokens=num_tokens,
-            cached_tokens=len(order.request.prompt) // 16 * 16 if is_prefill else 0,
-            error_code=error.code if error is not None else "",
-            error_message=str(error) if error is not None else "",
-            times=StageTimes(prefill=self._step_s) if is_prefill else StageTimes(decode=self._step_s * num_tokens),
-            transfer_bytes=1024 * len(order.request.prompt) if crossed else 0,
-            transport="echo" if crossed else "",
-        )
+        finish = _end_of(order, reason, num_tokens, self._step_s, error)
         session.outbox.put_nowait(pb.EngineFrame(tokens=pb.StepTokens(finishes=[finish_to_pb(handle, finish)])))
+
+
+def _end_of(
+    order: PrefillOrder | DecodeOrder,
+    reason: FinishReason,
+    num_tokens: int,
+    step_s: float,
+    error: DiptychError | None,
+) -> Finish:
+    is_prefill = isinstance(order, PrefillOrder)
+    crossed = isinstance(order, DecodeOrder) and order.prefill is not None
+    return Finish(
+        key=order.request.key,
+        role=Role.PREFILL if is_prefill else Role.DECODE,
+        reason=reason,
+        num_tokens=num_tokens,
+        cached_tokens=len(order.request.prompt) // 16 * 16 if is_prefill else 0,
+        error_code=error.code if error is not None else "",
+        error_message=str(error) if error is not None else "",
+        times=StageTimes(prefill=step_s) if is_prefill else StageTimes(decode=step_s * num_tokens),
+        transfer_bytes=1024 * len(order.request.prompt) if crossed else 0,
+        transport="echo" if crossed else "",
+    )
 
 
 def _length(prompt: tuple[int, ...], max_tokens: int, stops: frozenset[int]) -> tuple[int, FinishReason]:

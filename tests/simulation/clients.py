@@ -8,12 +8,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import invariants
 from invariants import Violation
-from runner import STOP_TOKEN, answer_of
+from runner import POISON_SEED, STOP_TOKEN, answer_of
 
 from diptych.cluster.router.call import GenerateCall
 from diptych.cluster.router.placement import Placement
-from diptych.protos.errors import DiptychError
+from diptych.protos.errors import DiptychError, EngineFault, EngineLost, Fenced, Quarantined
 from diptych.protos.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 MODEL = "echo"
 LATE_S = 0.25  # so long after its deadline a call must have ended
 MAX_TOKENS = 12
+MOST_FELLED = 4  # by one request: its first attempt has a fallback on the decode engine, then three are enough
+LIMIT = 2  # router.migration_limit
+GIVEN_UP = frozenset({EngineLost.code, EngineFault.code, Fenced.code})
 
 
 @dataclass(slots=True)
@@ -38,6 +42,7 @@ class Client:
     cancel_after_s: float | None = None
     cancel_at: int | None = None
     stop_at: int | None = None
+    is_poison: bool = False  # every step that samples for it raises, or kills its engine
     siblings: list[Client] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     outcome: str = ""
@@ -47,6 +52,7 @@ class Client:
         sampling = SamplingParams(
             max_tokens=self.max_tokens,
             temperature=0.0,
+            seed=POISON_SEED if self.is_poison else 0,
             stop_token_ids=frozenset({STOP_TOKEN} if self.stop else ()),
         )
         return GenerateCall(
@@ -56,12 +62,15 @@ class Client:
             salt=self.tenant.encode(),
             tenant=self.tenant,
             timeout_s=self.timeout_s,
+            traceparent=self.name,
             pin=pin,
         )
 
 
 def draw(rng: random.Random, requests: int, span_s: float) -> list[Client]:
-    """Two tenants, three families of prompts with shared beginnings; some are cancelled, some late, some siblings."""
+    """Two tenants, three families of prompts with shared beginnings; some are cancelled, some late, some siblings. In
+    one run of six there is a poisonous one on top.
+    """
     families = [[rng.randrange(40) for _ in range(rng.choice((4, 8, 12)))] for _ in range(3)]
     clients: list[Client] = []
     count = 0
@@ -75,6 +84,9 @@ def draw(rng: random.Random, requests: int, span_s: float) -> list[Client]:
             first.siblings.append(other)
             count += 1
         clients.append(first)
+    if rng.random() < 1 / 6:
+        prompt = (*rng.choice(families), *(rng.randrange(40) for _ in range(4)))
+        clients.append(Client("poison", rng.uniform(0, span_s), prompt, 6, False, "", is_poison=True))
     return clients
 
 
@@ -111,8 +123,7 @@ async def serve(world: World, client: Client, pin: Placement | None = None) -> N
     except DiptychError as error:
         client.outcome = error.code
         world.note(None, client.name, None, error)
-        if error.code not in world.allowed:
-            world.violated(Violation("i7", f"{client.name} failed with {error.code}: {error}"))
+        _check_failure(world, client, error)
     except Violation as wrong:
         world.violated(wrong)
     took = world.loop.time() - began
@@ -121,6 +132,8 @@ async def serve(world: World, client: Client, pin: Placement | None = None) -> N
         world.violated(Violation("i7", f"{client.name} took {took:.3f} s with a deadline of {client.timeout_s:.3f}"))
     if client.outcome == "done":
         _check_whole(world, client)
+    if client.is_poison:
+        _check_poison(world, client)
     world.ended(client)
     for task in siblings or [asyncio.ensure_future(serve(world, one)) for one in client.siblings]:
         await task
@@ -149,6 +162,32 @@ async def _read(world: World, client: Client, pin: Placement | None, siblings: l
                 client.outcome = "cancelled"
                 return
             word = client.stop_at is not None and len(client.tokens) >= client.stop_at
+
+
+def _check_failure(world: World, client: Client, error: DiptychError) -> None:
+    """By a known code, and for a reason that the world knows of, too."""
+    deaths, steps, odd = world.strikes_of(client.name)
+    if error.code not in invariants.ALLOWED_CODES:
+        world.violated(Violation("i7", f"{client.name} failed with {error.code}: {error}"))
+    elif error.code == Quarantined.code:
+        what = (client.prompt, client.max_tokens, client.stop)
+        if what not in world.convicted and deaths + steps < 2:
+            world.violated(
+                Violation("i7", f"{client.name} is innocent and quarantined: {deaths} deaths, {steps} steps")
+            )
+        world.convicted.add(what)
+        world.counters["quarantined by a coincidence"] += not client.is_poison
+    elif error.code in GIVEN_UP and client.tokens and deaths + odd <= LIMIT and not world.is_hopeless:
+        world.violated(Violation("i7", f"{client.name} was given up in its midst after {deaths} deaths: {error}"))
+
+
+def _check_poison(world: World, client: Client) -> None:
+    """It is convicted before it has cost much, as long as the router hears anybody and is heard."""
+    world.counters[f"poison: {client.outcome}"] += 1
+    is_caught = client.outcome == Quarantined.code or world.is_hopeless
+    if not is_caught or world.poison.num_felled > MOST_FELLED:
+        words = f"the poison ended with {client.outcome} and {world.poison.num_felled} engines or steps felled"
+        world.violated(Violation("i7", words))
 
 
 def _check_reason(client: Client, reason: FinishReason) -> None:

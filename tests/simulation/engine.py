@@ -144,6 +144,8 @@ class SimEngine:
         self._readers: dict[Link, _Reader] = {}
         self._ended: set[TransferKey] = set()
         self._steps = 0
+        if info.roles & world.poison.roles:
+            self.runner.on_poison = self._poisoned
         if Role.PREFILL in info.roles:
             self._add_prefill()
         if Role.DECODE in info.roles:
@@ -212,6 +214,12 @@ class SimEngine:
             self.routes.close_all(politely=politely)
             for end in self._channels.values():
                 end.close()
+
+    def _poisoned(self) -> None:
+        self.world.poison.num_felled += 1
+        if self.world.poison.kills and self.is_alive:
+            self.kill()
+            self.world.members.died(self)
 
     def stop(self) -> None:
         """SIGSTOP."""

@@ -50,6 +50,36 @@ def part(world: World) -> str:
     return f"{one} {other} {way}"
 
 
+def cut_off(world: World) -> str:
+    """The router loses all engines at once, both ways or one way: for longer or shorter than anybody waits."""
+    rng = world.rng
+    until = world.loop.time() + rng.choice((0.5, 1.5, 3.0, 6.0)) * rng.random()
+    way = rng.choice(("both", "there", "back"))
+    for name in ("p0", "p1", "d0", "d1"):
+        if way != "back":
+            world.network.cut(ROUTER, name, until)
+        if way != "there":
+            world.network.cut(name, ROUTER, until)
+    return f"{way} {until:.3f}"
+
+
+def stall(world: World) -> str:
+    """Decode engines stand still one after another, too long for the router and not for the manager: none is dead."""
+    rng, names = world.rng, []
+    for turn in range(rng.randrange(1, 5)):
+        at, seconds = turn * rng.uniform(1.0, 1.4), rng.uniform(1.02, 1.45)
+        names.append(f"d{turn % 2} {at:.3f} {seconds:.3f}")
+        world.loop.call_later(at, _stand, world, turn % 2, seconds)
+    return ", ".join(names)
+
+
+def _stand(world: World, number: int, seconds: float) -> None:
+    for engine in world.members.current(Role.DECODE)[number : number + 1]:
+        if not engine.is_stopped:
+            engine.stop()
+            world.loop.call_later(seconds, engine.resume)
+
+
 def burst(world: World) -> str:
     """Single messages of the hinge are lost, doubled, overtaken."""
     rng = world.rng
@@ -97,7 +127,6 @@ def step_fault(world: World) -> str:
     if engine is None:
         return "nobody"
     engine.runner.fault = True
-    world.allowed.add("engine_fault")
     return engine.name
 
 
@@ -113,6 +142,8 @@ KINDS: tuple[Callable[[World], str], ...] = (
     stop,
     part,
     part,
+    cut_off,
+    stall,
     burst,
     burst,
     flip,
@@ -120,18 +151,24 @@ KINDS: tuple[Callable[[World], str], ...] = (
     break_session,
     drain,
     step_fault,
+    step_fault,
     restart_manager,
 )
 
 
-def plan(world: World, count: int, span_s: float) -> None:
-    """`count` faults or a few more, while the requests are on their way."""
-    rng = world.rng
+def plan(world: World, count: int, span_s: float) -> float:
+    """`count` faults or a few more, while the requests are on their way; the moment of the last one."""
+    rng, last = world.rng, 0.0
     for _ in range(count + rng.randrange(3)):
-        world.loop.call_later(rng.uniform(0.0, span_s + 0.5), _strike, world, rng.choice(KINDS))
+        handle = world.loop.call_later(rng.uniform(0.0, span_s + 0.5), _strike, world, rng.choice(KINDS))
+        last = max(last, handle.when())
+    return last
 
 
 def _strike(world: World, kind: Callable[[World], str]) -> None:
     detail = kind(world)
-    world.counters[f"fault {kind.__name__}"] += detail != "nobody"
+    while detail == "nobody":  # is there to be struck by this one
+        kind = world.rng.choice((part, burst, flip))
+        detail = kind(world)
+    world.counters[f"fault {kind.__name__}"] += 1
     world.note(None, "fault", kind.__name__, detail)

@@ -26,6 +26,7 @@ SETTLE_S = 36  # a lease, a quarantine and something
 ALLOWED_CODES = frozenset(
     {
         "engine_lost",
+        "engine_fault",
         "fenced",
         "peer_lost",
         "overloaded",

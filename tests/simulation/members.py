@@ -46,6 +46,7 @@ class Members:
         self._is_down = False
         self._is_closed = False
         self.lives: dict[EngineRef, SimEngine] = {}
+        self.given_up: set[EngineRef] = set()  # lives that the manager has declared dead
 
     def launch(self, engine_id: str, roles: frozenset[Role], seconds: float) -> None:
         """A new life; it serves after `seconds`."""
@@ -102,6 +103,7 @@ class Members:
 
     def _replace(self, engine: SimEngine, reason: str) -> None:
         if self._manager.report_dead(engine.ref.engine_id, engine.ref.epoch, reason):
+            self.given_up.add(engine.ref)
             self._tell()
             self.launch(engine.name, engine.info.roles, 0.5 + 0.5 * self._world.rng.random())
 

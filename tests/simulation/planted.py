@@ -1,4 +1,4 @@
-"""Twelve bugs of the kind that serving systems have shipped, each as a patch of the present code.
+"""Twelve bugs of the kind that serving systems have shipped and three of recovery, each as a patch of the present code.
 
 A patch takes a pytest MonkeyPatch and lasts as long as that.
 """
@@ -13,6 +13,7 @@ import engine
 import pytest
 
 from diptych.cluster.router.merge import TokenMerge
+from diptych.cluster.router.recovery import Recovery
 from diptych.cluster.router.router import Router
 from diptych.decode.decision import Decision
 from diptych.decode.residents import Residents
@@ -27,7 +28,7 @@ from diptych.kvtransfer.ring import RingView, SlotRef
 from diptych.kvtransfer.sender import SenderMachine
 from diptych.prefill.scheduler import Job, PrefillScheduler, Share
 from diptych.prefill.worker import PrefillWorker
-from diptych.protos.errors import DiptychError
+from diptych.protos.errors import DiptychError, EngineFault
 from diptych.protos.ports import Released
 from diptych.protos.step import StepPlan
 from diptych.protos.types import DecodeOrder, FinishReason, PrefillOrder, Role
@@ -207,3 +208,19 @@ def a_moved_request_repeats_a_token(patch: Patch) -> None:
 
     patch.setattr(Router, "_resumed", shorter)
     patch.setattr(TokenMerge, "__init__", begin)
+
+
+def silence_convicts(patch: Patch) -> None:
+    async def at_once(self: Recovery, work: Any, incidents: Any) -> None:
+        pass
+
+    patch.setattr(Recovery, "_find_out", at_once)
+    patch.setattr(Recovery, "_is_strike", lambda self, strike: True)
+
+
+def silence_uses_up_the_moves(patch: Patch) -> None:
+    patch.setattr(Recovery, "_counts", lambda self, cause: True)
+
+
+def a_step_that_raises_is_the_answer(patch: Patch) -> None:
+    patch.setattr(EngineFault, "retryable", False)

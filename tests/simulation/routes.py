@@ -74,7 +74,7 @@ class Routes:
         """The engine gives its oldest stream up."""
         if self._streams:
             stream = self._streams[0]
-            stream.end.send(Bye())
+            stream.end.send(Bye(has_reason=False))
             stream.end.close()
             self._forget(stream)
 
@@ -149,6 +149,7 @@ class Routes:
     def _tick(self) -> None:
         engine = self._engine
         for stream in [one for one in self._streams if engine.clock() - one.heard_at > ROUTER_SILENCE_S]:
+            stream.end.send(Bye())
             stream.end.close()
             self._forget(stream)
         change = engine.names.drain()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from diptych.protos.step import StepPlan, StepResult, StepRow
 
 VOCAB = 64
 STOP_TOKEN = 7
+POISON_SEED = 666  # of a request over which every step fails
 EMPTY = 0
 _MASK = (1 << 64) - 1
 
@@ -67,6 +68,7 @@ class SimRunner:
         self.vocab_size = VOCAB
         self.block_tokens = block_tokens
         self.fault = False  # the next step raises, after it has written garbage
+        self.on_poison: Callable[[], None] | None = None  # a step that samples for the poison: called, then it raises
         self._kv = [[EMPTY] * block_tokens for _ in range(num_blocks)]
         self._result: StepResult | None = None
 
@@ -74,6 +76,9 @@ class SimRunner:
         assert plan.rows
         assert plan.num_tokens <= self.max_step_tokens
         fault, self.fault = self.fault, False
+        if self.on_poison and any(row.sample is not None and row.sample.seed == POISON_SEED for row in plan.rows):
+            fault = True
+            self.on_poison()
         size, kv = self.block_tokens, self._kv
         written: set[int] = set()
         for row in plan.rows:

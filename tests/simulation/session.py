@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 from network import End, stream
 from wire import Bye, Cancel, Names, Open, Ping, Status, Submit, Tokens, Welcome
 
+from diptych.cluster.router.attempt import Attempt
 from diptych.cluster.router.estimate import EngineMeter
+from diptych.cluster.router.incident import Incident, is_fault, raised
 from diptych.cluster.router.mirror import PrefixMirror
 from diptych.cluster.router.session import LossCause, SessionTerms, Sink
 from diptych.protos.errors import EngineLost
 from diptych.protos.status import EngineInfo, EngineStatus
-from diptych.protos.types import DecodeOrder, PrefillOrder, Role, TransferKey
+from diptych.protos.types import DecodeOrder, Finish, PrefillOrder, Role, TransferKey
 
 if TYPE_CHECKING:
     from world import World
@@ -33,6 +35,8 @@ class SimSession:
         self.meter = EngineMeter()
         self.losses = 0
         self.loss_cause: LossCause = "broken"
+        self.incident: Incident | None = None
+        self._gave_reason = False
         self.is_ready = False
         self._world = world
         self._loop = world.loop
@@ -46,10 +50,6 @@ class SimSession:
         self._dials = 0
         self._failures = 0
         self._is_over = False
-
-    @property
-    def is_loss_a_death(self) -> bool:
-        return self.loss_cause != "ended" and not self.info.draining
 
     @property
     def in_flight(self) -> int:
@@ -94,7 +94,7 @@ class SimSession:
             return
         self._dials += 1
         dial = self._dials
-        self.loss_cause = "broken"
+        self.loss_cause, self._gave_reason = "broken", False
         there = self._world.life(self.info.ref)
         if there is None or not there.is_alive:
             self._loop.call_later(0.001, self._broken, dial)
@@ -141,8 +141,8 @@ class SimSession:
                 self.is_ready = True
                 self._on_change()
                 self._watch(self._dials)
-            case Bye():
-                self.loss_cause = "ended"
+            case Bye(has_reason):
+                self.loss_cause, self._gave_reason = "ended", has_reason
             case Tokens(rows, ends):
                 self._deliver(rows, ends)
             case Status(status):
@@ -156,10 +156,21 @@ class SimSession:
             entry = self._sinks.get(handle)
             if entry is not None:
                 entry[0].on_token(index, token)
-        for handle, finish in ends:
+        known = [(handle, finish) for handle, finish in ends if handle in self._sinks]
+        self.incident = raised(self.info.ref, self.losses, (finish for _, finish in known))
+        for handle, finish in known:
             entry = self._sinks.pop(handle, None)
             if entry is not None:
+                self._note(entry[0], finish)
                 entry[0].on_end(entry[1], finish)
+
+    def _note(self, sink: Sink, finish: Finish | None) -> None:
+        """The world knows whom what has struck; what the router makes of it is compared with that."""
+        assert isinstance(sink, Attempt)
+        if finish is None:
+            self._world.struck(sink.request.traceparent, self.info.ref, self.incident)
+        elif is_fault(finish):
+            self._world.struck(sink.request.traceparent, None, self.incident)
 
     def _lose(self, error: EngineLost) -> None:
         if self._end is not None:
@@ -170,6 +181,10 @@ class SimSession:
             self.is_ready = False
             self.losses += 1
             self._on_change()
+        harmless = self.info.draining or self._gave_reason
+        is_odd = self.loss_cause == "ended" and not harmless
+        self.incident = None if is_odd else Incident(self.info.ref, self.losses, nobody_died=harmless)
         sinks, self._sinks = self._sinks, {}
         for sink, role, _ in sinks.values():
+            self._note(sink, None)
             sink.on_end(role, error)

@@ -37,7 +37,9 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Bye:
-    """The engine ends the stream by its own will."""
+    """The engine ends the stream by its own will, with words that say why or as a defect would."""
+
+    has_reason: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,11 +29,13 @@ from session import SimSession
 
 from diptych.cluster.config import LimitSettings, RouterSettings
 from diptych.cluster.observability.metrics import RouterMetrics
+from diptych.cluster.router.incident import Incident
 from diptych.cluster.router.router import Router
 from diptych.protos.types import EngineRef, Role
 
 IDLE_S = 60.0  # nobody gets anything for so long although somebody waits: no_progress
 LOOK_EVERY = 16  # turns of an engine between two looks at its books
+FELLED = ((Role.PREFILL, Role.DECODE), (Role.DECODE,))  # whom poison fells
 TEAM = {"p0": Role.PREFILL, "p1": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE}
 
 
@@ -50,19 +52,29 @@ class Outcome:
     log: list[str] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class Poison:
+    """What a poisonous request does, to engines of which roles; drawn for every run, met in few."""
+
+    roles: frozenset[Role]
+    kills: bool
+    num_felled: int = 0
+
+
 class World:
     """One run. `note` is the trace; `violated` ends the run."""
 
     def __init__(self, seed: int, *, keep_log: bool = False) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
+        self.poison = Poison(frozenset(self.rng.choice(FELLED)), self.rng.random() < 0.5)
         self.loop = SimLoop()
         self.network = Network(self.loop, self.rng)
         self.violation: Violation | None = None
         self.counters: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.log: list[str] = []
-        self.allowed = set(invariants.ALLOWED_CODES)  # of errors that a client may see
+        self.convicted: set[tuple[tuple[int, ...], int, bool]] = set()  # what may be quarantined: prompt, length, stop
         self.router: Router
         self.members: Members
         self._keep_log = keep_log
@@ -71,6 +83,8 @@ class World:
         self._progress_at = 0.0
         self._waiting = 0
         self._flips = 0
+        self._struck: dict[str, list[tuple[EngineRef | None, bool]]] = {}
+        self._refusals_before = 0.0
         self._turns = 0
 
     # ---- what happens ---------------------------------------------------------------------------
@@ -107,6 +121,32 @@ class World:
         if not client.outcome:
             self.violated(Violation("i7", f"{client.name} has no end"))
         self.outcomes[client.outcome] += 1
+
+    def struck(self, name: str, engine: EngineRef | None, incident: Incident | None) -> None:
+        """A call lost an engine, or a step that it was in raised."""
+        self._struck.setdefault(name, []).append((engine, incident is None))
+
+    def strikes_of(self, name: str) -> tuple[int, int, int]:
+        """What a call has suffered: engines that did die, steps that raised, streams that an engine gave up."""
+        struck = self._struck.get(name, [])
+        dead = {ref for ref, is_odd in struck if ref is not None and not is_odd and self.is_dead(ref)}
+        return len(dead), sum(ref is None for ref, _ in struck), sum(is_odd for _, is_odd in struck)
+
+    def is_dead(self, ref: EngineRef) -> bool:
+        """Whether that life is over, or the manager says so."""
+        engine = self.life(ref)
+        return engine is None or not engine.is_alive or ref in self.members.given_up
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the router may give up what it has begun: nobody hears it any more, or its budget is used up."""
+        return self.network.is_silent or self._refusals() > self._refusals_before
+
+    def _refusals(self) -> float:
+        counter = self.router.metrics.counters["retry_budget_refused"]
+        return sum(
+            sample.value for family in counter.collect() for sample in family.samples if sample.name.endswith("_total")
+        )
 
     def flipped(self, data: bytes) -> bytes:
         """What lies in a slot: not always what was put there."""
@@ -168,6 +208,7 @@ class World:
             rng=self.rng,
             connect=partial(SimSession, self),  # type: ignore[arg-type]
         )
+        self._refusals_before = self._refusals()
         for name, role in TEAM.items():
             self.members.launch(name, frozenset({role}), 0.0)
         await asyncio.sleep(0.001)
@@ -175,12 +216,13 @@ class World:
         await asyncio.sleep(0.1)
         span_s = self.rng.choice((0.3, 1.0, 2.0))
         clients = draw(self.rng, requests, span_s)
-        faults.plan(self, num_faults, span_s)
+        last = faults.plan(self, num_faults, span_s)
         if self.seed % 4 == 3:  # I5 from any state: nobody hears anybody from here on
             self.loop.call_later(self.rng.uniform(0.2, span_s + 0.2), self.network.silence)
         self._waiting = sum(1 + len(client.siblings) for client in clients)
         tasks = [asyncio.ensure_future(serve(self, client)) for client in clients]
         await self._finish(tasks)
+        await asyncio.sleep(max(last - self.loop.time(), 0))
         await self._settle()
 
     async def _finish(self, tasks: list[asyncio.Task[None]]) -> None:

@@ -256,3 +256,11 @@ def test_a_handoff_before_the_prompts_logprobs_are_whole_is_an_error_at_once() -
     merge.end(Role.PREFILL, finish(Role.PREFILL, FinishReason.HANDOFF, 1))
     merge.settle()
     assert isinstance(merge.error, EngineLost)
+
+
+def test_a_cancel_that_nobody_here_asked_for_can_be_tried_elsewhere() -> None:
+    merge = TokenMerge(has_prefill=True)
+    merge.end(Role.DECODE, finish(Role.DECODE, FinishReason.ERROR, code="cancelled"))
+    merge.settle()
+    assert merge.error is not None
+    assert merge.error.retryable
