@@ -92,7 +92,7 @@ def find_cluster(run_dir: Path, url: str | None = None) -> ClusterState | None:
     """The cluster below `run_dir` (at `url`, if given) that was started last and whose process lives, or None."""
     files = sorted(run_dir.glob(f"*/{STATE_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for file in files:
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
             raw = json.loads(file.read_text(encoding="utf-8"))
             state = ClusterState(**(raw | {"models": tuple(raw["models"])}))
             if _lives(state.pid) and url in (None, state.url):
