@@ -48,7 +48,8 @@ class RayEngine:
         while True:
             try:
                 if self._os_process is None:  # asked first: what loads for minutes may be stopped meanwhile
-                    self._os_process = _engine_process(await self._actor.pid.remote())
+                    with contextlib.suppress(psutil.Error):
+                        self._os_process = psutil.Process(await self._actor.pid.remote())
                 return cast("EngineStarted", await self._actor.start.remote())
             except ray.exceptions.RayTaskError as exc:
                 cause = str(exc.cause) if isinstance(exc.cause, DiptychError) else repr(exc.cause)

@@ -16,6 +16,8 @@ from diptych.protos.types import Role
 from .spec import EngineSpec, EngineStarted
 
 UNHEARD_S = 5.0  # a manager pings more often
+LAST_WORDS_S = 2.0
+FAILED = 70  # the exit code of a process whose engine cannot go on
 
 
 class EngineActor:
@@ -113,7 +115,11 @@ class EngineActor:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def _fail(self, error: BaseException) -> None:
-        # An engine without its step thread is dead; the process must be, too, so that everyone learns of it at once.
+        # An engine without its step thread is dead; the process must be, too, so that everyone learns of it at once. A
+        # thread that hangs may hold what logging waits for.
+        last = threading.Timer(LAST_WORDS_S, os._exit, (FAILED,))
+        last.daemon = True
+        last.start()
         logging.getLogger(__name__).critical("engine %s ends: %r", self._spec.engine_id, error)
         logging.shutdown()
-        os._exit(70)
+        os._exit(FAILED)

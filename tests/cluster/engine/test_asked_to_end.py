@@ -42,3 +42,23 @@ def test_an_engine_that_was_asked_to_end_ends_when_it_is_taken_away_or_nobody_is
     program = PROGRAM.format(unheard_s=1e9 if is_drained else 0, is_drained=is_drained)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout.split(), done.returncode) == (said, code), done.stderr
+
+
+def test_an_engine_that_cannot_go_on_ends_though_the_thread_that_hangs_holds_the_log() -> None:
+    program = (
+        "import logging, threading\n"
+        "from types import SimpleNamespace\n"
+        "import diptych.cluster.engine.actor as actor\n"
+        "actor.LAST_WORDS_S = 0.2\n"
+        "engine = actor.EngineActor(SimpleNamespace(engine_id='decode-0'))\n"
+        "held = threading.Event()\n"
+        "def hang() -> None:\n"
+        "    logging.getLogger().handlers[0].acquire()\n"
+        "    held.set()\n"
+        "    threading.Event().wait()\n"
+        "threading.Thread(target=hang, daemon=True).start()\n"
+        "held.wait()\n"
+        "engine._fail(RuntimeError('it stands'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 70, done.stderr
