@@ -243,6 +243,8 @@ class ReceiverMachine:
             link = self._owes_abort_ack.pop(key, None)
             if link is not None:
                 self._send(link, AbortAck(key))
+        if result is FetchResult.CHECKSUM:
+            self.counters["kv_checksum_failures_total"] += 1  # of an ended transfer too: bytes were altered
         transfer = self._live(key)
         if transfer is None:
             return
@@ -255,8 +257,8 @@ class ReceiverMachine:
             self._send(transfer.link, self._ack(ready, ChunkStatus.OK))
             self._actions.append(Scatter(ready, transfer.blocks, ready.tok_to == transfer.num_tokens))
             return
-        name = {FetchResult.CHECKSUM: "kv_checksum_failures_total", FetchResult.TORN: "kv_torn_reads_total"}
-        self.counters[name.get(result, "kv_fetch_errors_total")] += 1
+        if result is not FetchResult.CHECKSUM:
+            self.counters["kv_torn_reads_total" if result is FetchResult.TORN else "kv_fetch_errors_total"] += 1
         if result is FetchResult.CHECKSUM and self._blame.altered(transfer.link, transfer.transport, now):
             self.counters["kv_transports_blamed_total"] += 1
             self._hang_up(transfer.link, now)  # the next transfer dials, without this transport
