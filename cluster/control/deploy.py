@@ -63,6 +63,9 @@ class PoolsKeeper:
             for name, settings in config.models.items()
         }
         self._folder = make_folder(config.run_dir, FOLDER)
+        holder = SocketHolder(holder_path(self._folder, _cluster_name()))
+        holder.start()  # first: a router whose holder died looks for this one, and shows it its socket
+        self._holder = holder
         plan = plan_cluster(config, folders, self._folder)
         manager = ensure_manager()
         _, present = await manager.engines.remote()
@@ -75,9 +78,6 @@ class PoolsKeeper:
             done = await manager.settled.remote()
             if done.failed:
                 raise StartupError("; ".join(done.failed))
-            holder = SocketHolder(holder_path(self._folder, _cluster_name()))
-            holder.start()
-            self._holder = holder
         except BaseException:
             await self.stop(grace_s=0.0)
             raise

@@ -23,7 +23,7 @@ from .holder import MESSAGE_BYTES
 _Dialled = tuple[socket.socket, dict[str, Any], socket.socket]
 
 DIAL_TIMEOUT_S = 5.0
-RETRY_S = 0.5
+RETRY_S = 0.2
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -156,6 +158,71 @@ def test_the_example_deploys_answers_scales_and_goes(site: Site) -> None:
     assert (gone.returncode, gone.stdout) == (1, "")
     assert "no Serve app diptych" in gone.stderr
     assert gone.stderr.count("\n") == 1, gone.stderr
+
+
+class Asking(threading.Thread):
+    """A request after the other, each on a connection of its own."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self.url, self.wrong, self.over = url, list[str](), threading.Event()
+        self.answers = 0
+
+    def run(self) -> None:
+        body = json.dumps({"model": "echo", "prompt": [1, 2, 3], "max_tokens": 20}).encode()
+        while not self.over.is_set():
+            request = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=PATIENCE_S) as reply:
+                    reply.read()
+            except OSError as exc:
+                self.wrong.append(repr(exc))
+            self.answers += 1
+
+
+def replicas(site: Site, name: str) -> set[int]:
+    lines = alive(descendants(site.head.pid))
+    return {int(line.split()[0]) for line in lines if f"ServeReplica:diptych:{name}" in line}
+
+
+def test_the_router_of_an_app_is_replaced_without_a_refused_connection_also_after_the_death_of_its_holder(
+    site: Site,
+) -> None:
+    config = yaml.safe_load(EXAMPLE.read_text())
+    config["http_options"]["port"] = free_port()
+    [app] = config["applications"]
+    echo = {"source": "echo", "kv": {"memory_mib": 32}}
+    app["args"] = {"run_dir": str(site.folder / "run"), "models": {"echo": echo}}
+    deploy(site, config)
+    until(lambda: site.app().get("status") == "RUNNING", lambda: str(site.app()))
+    url = site.diptych("status").stdout.split(": ")[0]
+    asking = Asking(url)
+    asking.start()
+
+    def handed_over_from(old: int) -> None:
+        until(lambda: not alive({old}), lambda: "the old replica does not end")
+        before = asking.answers
+        until(lambda: asking.answers > before, lambda: f"no answers any more: {asking.wrong}")
+        assert asking.wrong == []
+
+    [router] = replicas(site, "Router")
+    os.kill(router, signal.SIGTERM)
+    handed_over_from(router)
+    [pools] = replicas(site, "Pools")
+    os.kill(pools, signal.SIGKILL)
+    until(lambda: len(found := replicas(site, "Pools")) == 1 and found != {pools}, lambda: "no other Pools")
+    until(lambda: site.app().get("status") == "RUNNING", lambda: str(site.app()))
+    [router] = replicas(site, "Router")
+    done = site.diptych("restart", "--router")
+    assert f"before {router})" in done.stdout, done.stderr
+    handed_over_from(router)
+    assert site.diptych("status").stdout.split(": ")[0] == url
+    asking.over.set()
+    asking.join()
+    site.serve("shutdown", "-y")
+    until(lambda: not site.engines(), lambda: str(site.engines()))
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"{url}/health", timeout=PATIENCE_S)
 
 
 def test_what_serve_build_prints_deploys(site: Site) -> None:
