@@ -15,7 +15,7 @@ from runner import POISON_SEED, STOP_TOKEN, answer_of
 from diptych.cluster.router.call import GenerateCall
 from diptych.cluster.router.placement import Placement
 from diptych.protos.errors import DiptychError, EngineFault, EngineLost, Fenced, Quarantined
-from diptych.protos.types import FinishReason, SamplingParams
+from diptych.protos.types import FinishReason, Role, SamplingParams
 
 if TYPE_CHECKING:
     from world import World
@@ -184,7 +184,9 @@ def _check_failure(world: World, client: Client, error: DiptychError) -> None:
 def _check_poison(world: World, client: Client) -> None:
     """It is convicted before it has cost much, as long as the router hears anybody and is heard."""
     world.counters[f"poison: {client.outcome}"] += 1
-    is_caught = client.outcome == Quarantined.code or world.is_hopeless
+    # Engines that it does not harm may bring its tokens one by one, if others are in trouble each time it is moved.
+    is_lucky = client.outcome == "done" and Role.PREFILL not in world.poison.roles
+    is_caught = client.outcome == Quarantined.code or is_lucky or world.is_hopeless
     if not is_caught or world.poison.num_felled > MOST_FELLED:
         words = f"the poison ended with {client.outcome} and {world.poison.num_felled} engines or steps felled"
         world.violated(Violation("i7", words))
