@@ -140,7 +140,7 @@ class Recovery:
     def is_last(self, work: Work) -> bool:
         """Whether another failure could be the answer, as far as is known now."""
         failures, limit = self._counted(work)
-        return 1 + sum(self._counts(one) is True for one in failures) > limit
+        return 1 + self._num_counted(failures) > limit
 
     async def prepare(self, work: Work, attempt: Attempt, error: DiptychError) -> None:
         """Returns when the next attempt may be made, after `attempt` failed with `error`.
@@ -172,9 +172,10 @@ class Recovery:
             return
         await self._find_out(work, [strike.incident for strike in work.strikes])
         work.strikes = [strike for strike in work.strikes if self._is_strike(strike) is not False]
-        proven = [strike for strike in work.strikes if self._is_strike(strike)]
-        is_alone = work.is_alone and work.last in proven
-        if len(proven) >= (2 if is_alone else MAX_STRIKES):
+        proven = [strike.incident for strike in work.strikes if self._is_strike(strike)]
+        is_alone = work.is_alone and work.last is not None and work.last.incident in proven
+        count = len({one.engine if one.is_loss else one for one in proven})  # a life ends once only
+        if count >= (2 if is_alone else MAX_STRIKES):
             self._metrics.counters["quarantined"].labels(work.call.model).inc()
             raise self.quarantine.add(work.call)
 
@@ -198,8 +199,13 @@ class Recovery:
             return work.moves, self._settings.migration_limit
         return work.tries, self._settings.max_attempts - 1
 
-    def _counts(self, cause: Incident | None) -> bool | None:
-        return True if cause is None else self._view.has_died(cause)
+    def _num_counted(self, failures: list[Incident | None], *, unknown: bool = False) -> int:
+        """Those that a limit counts; with `unknown` also losses of which nobody knows yet. A life ends once only,
+        however often it was silent before.
+        """
+        verdicts = [(one.engine, self._view.has_died(one)) for one in failures if one is not None]
+        dead = {engine for engine, has_died in verdicts if has_died or (unknown and has_died is None)}
+        return failures.count(None) + len(dead)
 
     async def _charge(self, work: Work, error: DiptychError) -> None:
         """Raises `error` when nobody pays for another attempt."""
@@ -209,9 +215,9 @@ class Recovery:
             failures.append(work.last.incident if work.last is not None else None)
         if not limit or (isinstance(error, CapacityError) and not self._has_other(work)):
             raise error
-        if sum(self._counts(one) is not False for one in failures) > limit:
+        if self._num_counted(failures, unknown=True) > limit:
             await self._find_out(work, [one for one in failures if one is not None])
-            if sum(self._counts(one) is True for one in failures) > limit:
+            if self._num_counted(failures) > limit:
                 raise error
         if not self.budget.try_take(work.tenant):
             self._metrics.counters["retry_budget_refused"].labels(work.call.model, work.tenant).inc()

@@ -186,7 +186,9 @@ def _check_poison(world: World, client: Client) -> None:
     world.counters[f"poison: {client.outcome}"] += 1
     # Engines that it does not harm may bring its tokens one by one, if others are in trouble each time it is moved.
     is_lucky = client.outcome == "done" and Role.PREFILL not in world.poison.roles
-    is_caught = client.outcome == Quarantined.code or is_lucky or world.is_hopeless
+    deaths, _, odd = world.strikes_of(client.name)
+    is_spent = deaths + odd > LIMIT  # more engines died under it, of whatever, than it may move
+    is_caught = client.outcome == Quarantined.code or is_lucky or is_spent or world.is_hopeless
     if not is_caught or world.poison.num_felled > MOST_FELLED:
         words = f"the poison ended with {client.outcome} and {world.poison.num_felled} engines or steps felled"
         world.violated(Violation("i7", words))

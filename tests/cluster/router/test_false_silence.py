@@ -56,6 +56,26 @@ async def test_silences_before_the_first_token_use_up_no_attempts_either(tmp_pat
         assert r.metric("diptych_quarantined_total") == 0
 
 
+async def test_a_life_ends_once_however_often_it_was_silent_before(tmp_path: Path) -> None:
+    """Its death made three failures of the two silences before it."""
+    async with rig(tmp_path, {"d": D}, step_s=0.02, silence_s=0.4, migration_limit=2) as r:
+        engine = r.engines["d"]
+        asking = asyncio.create_task(r.ask(200))
+        for number in (1, 2):
+            await until(lambda number=number: len(engine.orders) == number and engine.open_orders > 0)  # type: ignore[misc]
+            await asyncio.sleep(0.05)
+            await stand(r, "d")
+        await until(lambda: len(engine.orders) == 3)
+        await asyncio.sleep(0.05)
+        reborn = EchoEngine(f"unix:{tmp_path}/2", engine_id="d", roles=D, epoch=2)
+        await reborn.start()
+        engine.die()
+        r.directory.set([reborn.info])
+        assert (await asking)[0] == wanted(200)
+        await r.router.stop()
+        await reborn.stop()
+
+
 def dying(r: Rig, at: int, *, is_told: bool) -> None:
     """Each engine dies at token `at` of an order or a little later. `is_told`: the directory hears of it."""
     alive = dict(r.engines)
