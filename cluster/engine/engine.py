@@ -40,6 +40,7 @@ SWITCH_INTERVAL_S = 0.0005
 STOP_TIMEOUT_S = 10.0
 WARM_UP_TOKENS = 64
 BUSY_POLL_S = 0.02
+TOLD_S = 1.0  # for routers to read that their requests were given up; one that does not is told by the stream's end
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class Engine:
     def drain(self, grace_s: float) -> bool:
         """Refuse new requests, wait for running ones, their last frames and KV that other engines have yet to fetch.
 
-        False: some were left after `grace_s`.
+        False: some were left after `grace_s`; they end with ShuttingDown, for other engines to go on with.
         """
         if self._faults is not None:
             pass_point(self._faults, Point.ENGINE_DRAIN)
@@ -163,13 +164,22 @@ class Engine:
         deadline = time.monotonic() + grace_s
         while (busy := self._is_busy()) and time.monotonic() < deadline:
             time.sleep(BUSY_POLL_S)
+        if busy:
+            self._give_away(self._spec.possible_roles)
         return not busy
+
+    def _give_away(self, roles: Collection[Role]) -> None:
+        for role in roles:
+            self._asyncio_thread.call(self._sessions.give_away(role), STOP_TIMEOUT_S)
+        deadline = time.monotonic() + TOLD_S
+        while self._sessions.num_unsent and time.monotonic() < deadline:
+            time.sleep(BUSY_POLL_S)
 
     def set_roles(self, roles: Collection[Role], grace_s: float) -> EngineInfo:
         """Be a prefill engine, a decode engine or both from now on; model, KV and sessions stay. Gives the new info.
 
-        Requests of a role that goes may take `grace_s` to end; what is left ends with EngineLost, for other engines to
-        go on with. Raises InvalidRequest for a role that it cannot have. Not from the asyncio or step thread.
+        Requests of a role that goes may take `grace_s` to end; what is left ends with ShuttingDown, for others to go
+        on with. Raises InvalidRequest for a role that it cannot have. Not from the asyncio or step thread.
         """
         wanted, possible = frozenset(roles), self._spec.possible_roles
         if not wanted or not wanted <= possible:
@@ -183,8 +193,7 @@ class Engine:
             deadline = time.monotonic() + grace_s
             while any(map(self._is_busy_as, leaving)) and time.monotonic() < deadline:
                 time.sleep(BUSY_POLL_S)
-            for role in leaving:
-                self._asyncio_thread.call(self._sessions.give_away(role), STOP_TIMEOUT_S)
+            self._give_away(leaving)
             info = dataclasses.replace(self._sessions.info, roles=wanted)
             self._asyncio_thread.call(self._sessions.take_roles(info), STOP_TIMEOUT_S)
         return info

@@ -23,7 +23,6 @@ from diptych.protos.errors import (
     CapacityError,
     DiptychError,
     EngineError,
-    EngineLost,
     InvalidRequest,
     Overloaded,
     ShuttingDown,
@@ -201,8 +200,8 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         self._open_roles = self._open_roles - frozenset(roles)
 
     async def give_away(self, role: Role) -> None:
-        """End what is left of a role with EngineLost, so that other engines go on with it."""
-        lost = EngineLost(f"engine {self._info.ref.engine_id} is {role} no more")
+        """End what is left of a role with ShuttingDown, so that other engines go on with it: nobody pays for that."""
+        lost = ShuttingDown(f"engine {self._info.ref.engine_id} is {role} no more")
         for key, route in self._routes[role].items():
             if route.session in self._sessions:  # what the worker still says of it reaches a handle that nobody holds
                 route.session.give_up(route.handle, key)
@@ -398,10 +397,11 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             ended = routes.pop(finish.key, None)
             if ended is None:
                 continue
+            is_held = ended.handle in ended.session.handles  # else it was given away, and its router told
             ended.session.give_up(ended.handle, finish.key)
             engine = self._info.ref.engine_id
             record_phase(finish, ended.traceparent, engine, ended.started_ns, time.time_ns())
-            if ended.session in self._sessions:
+            if is_held and ended.session in self._sessions:
                 columns[ended.session].finishes.append(codec.finish_to_pb(ended.handle, finish))
         for session, own in columns.items():
             session.send(own.frame())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from diptych.cluster.engine.spec import EngineSpec
 from diptych.cluster.models import ModelFacts
 from diptych.protos import codec
 from diptych.protos import engine_pb2 as pb
-from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
+from diptych.protos.settings import DecodeSettings, EchoSettings, KvSettings, PrefillSettings, TransferSettings
 from diptych.protos.types import DecodeOrder, EngineId, GenerateRequest, Role, SamplingParams, TransferKey
 
 WAIT_S = 20.0
@@ -43,6 +45,7 @@ SETTINGS = ModelSettings(
     kv=KvSettings(memory_mib=1, block_tokens=16),
     prefill=PrefillSettings(step_tokens=32, threads=1),
     decode=DecodeSettings(step_tokens=32, threads=1),
+    echo=EchoSettings(step_s=0.02),
 )
 ORDER = DecodeOrder(
     request=GenerateRequest(
@@ -89,9 +92,9 @@ def session_of(engine: Engine) -> _Session:
     return engine._asyncio_thread.call(begin(), STOP_TIMEOUT_S)
 
 
-def submit(engine: Engine, session: _Session) -> None:
+def submit(engine: Engine, session: _Session, order: DecodeOrder = ORDER) -> None:
     async def arrive() -> None:
-        engine._sessions._submit(session, codec.submit_to_pb(1, ORDER, 0.0))
+        engine._sessions._submit(session, codec.submit_to_pb(1, order, 0.0))
 
     engine._asyncio_thread.call(arrive(), STOP_TIMEOUT_S)
 
@@ -132,3 +135,20 @@ def test_frames_that_no_router_has_read_are_waited_for(engine: Engine) -> None:
     assert not engine.drain(0.1)
     engine._asyncio_thread.call(_forget(engine, session), STOP_TIMEOUT_S)
     assert engine.drain(WAIT_S)
+
+
+def test_what_a_drain_leaves_is_given_back_for_others_to_go_on_with(engine: Engine) -> None:
+    """A stream that just breaks costs a request one of its few moves; a whole pool may be restarted under it."""
+    session = session_of(engine)
+    long = replace(ORDER.request, sampling=replace(ORDER.request.sampling, max_tokens=400))
+    submit(engine, session, replace(ORDER, request=long))
+    while not any(frame.tokens.token for frame in list(session.frames)):
+        pass
+    assert not engine.drain(0.0)
+    deadline = time.monotonic() + WAIT_S
+    while (engine.status().blocks.used or engine._sessions.num_requests) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.status().blocks.used == 0
+    [end] = [finish for frame in list(session.frames) for finish in frame.tokens.finishes]
+    assert (end.handle, end.error.code) == (1, "shutting_down"), "it is told once"
+    engine._asyncio_thread.call(_forget(engine, session), STOP_TIMEOUT_S)

@@ -277,10 +277,11 @@ async def test_a_draining_prefill_engine_stays_until_its_kv_was_fetched(site: Si
     site.sessions["p"].submit(PrefillOrder(request=request(1, prompt), decode=d), early)  # nobody fetches this one yet
     async with asyncio.timeout(WAIT_S):
         await early.got_token.wait()
-    assert not await asyncio.to_thread(site.engines["p"].drain, 0.05)
+    draining = asyncio.create_task(asyncio.to_thread(site.engines["p"].drain, float(WAIT_S)))
+    assert not (await asyncio.wait({draining}, timeout=0.05))[0]
     decode = Sink()
     site.sessions["d"].submit(DecodeOrder(request=request(1, prompt), prefill=p), decode)
-    assert await asyncio.to_thread(site.engines["p"].drain, float(WAIT_S))
+    assert await draining
     done = await decode.finish()
     assert done.transfer_bytes > 0
     answer = early.tokens | decode.tokens
@@ -510,7 +511,7 @@ async def test_what_a_leaving_role_cannot_finish_is_given_to_others_and_leaves_n
     async with asyncio.timeout(WAIT_S):
         await running.got_token.wait()
     await asyncio.to_thread(site.engines["d"].set_roles, [Role.PREFILL], 0.0)
-    assert (await running.finish()).error_code == "engine_lost"
+    assert (await running.finish()).error_code == "shutting_down"
     assert (await site.counts("d")).used == 0
     await asyncio.to_thread(site.engines["d"].set_roles, list(Role), 0.0)
     again = Sink()
