@@ -1,5 +1,5 @@
 """`pytest tests/kvtransfer -k stateful --hypothesis-profile=nightly --timeout 900`: the three state machines, 21,000
-runs of 100 steps in all, about ten minutes.
+runs of 100 steps in all, ten to twenty minutes.
 """
 
 from __future__ import annotations
