@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 PHASES = ("queued", "prefill", "transfer", "token0", "decode", "finish", "any")
 Verb = Literal["kill", "term", "stop", "scale", "restart", "apply", "role"]
-OF_A_MODEL = ("scale", "restart")  # verbs whose first argument is the model
+OF_A_MODEL = ("scale",)  # verbs whose first argument is the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +299,23 @@ CONTROL = (
     Cell("kill-controller", ("F32",), "any", "kill -9 Ray Serve's controller", signal("kill", "controller", 1)),
     Cell("kill-proxy", ("F32",), "any", "kill -9 Ray Serve's proxy", signal("kill", "proxy", 1)),
     Cell("kill-router", ("F31",), "any", "kill -9 the router", signal("kill", "router-0", 8), may_break=True),
+    Cell(
+        "term-router",
+        ("R17", "F31"),
+        "decode",
+        "SIGTERM the router; requests go on coming for 12 s",
+        signal("term", "router-0", 4),
+        short=True,
+        over_s=12.0,
+    ),
+    Cell(
+        "restart-router",
+        ("R17", "R18"),
+        "any",
+        "the router is replaced",
+        signal("restart", "--router", 4),
+        keep_on=True,
+    ),
     Cell("term-prefill", ("R17",), "decode", "SIGTERM prefill", signal("term", P, 4), deaths=None),
     Cell("term-decode", ("R17",), "decode", "SIGTERM decode", signal("term", D, 4), deaths=None, short=True),
     Cell(
@@ -314,7 +331,7 @@ CONTROL = (
         "rolling-restart",
         ("F35", "R18"),
         "any",
-        "every engine is replaced, one by one",
+        "every engine is replaced, one by one, then the router",
         signal("restart", "", 4),
         deaths=None,
         keep_on=True,
