@@ -7,6 +7,7 @@ when one that is run twice (every 500th) does not leave the same trace.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import multiprocessing
 import sys
 import time
@@ -16,11 +17,12 @@ from collections.abc import Iterator
 import world
 
 REPLAY_EVERY = 500
-Row = tuple[int, str, Counter[str], Counter[str], float]
+REPLAYED = "replay"
+Row = tuple[int, str, str, Counter[str], Counter[str], float]  # seed, violation, trace, outcomes, counters, seconds
 
 
 def one(job: tuple[int, int, int]) -> Row:
-    """Seed, words of a violation, outcomes, counters, seconds of this process's time."""
+    """A seed's run: words of a violation or none, and seconds of this process's time."""
     seed, requests, faults = job
     began = time.process_time()
     outcome = world.run(seed, requests=requests, faults=faults)
@@ -28,8 +30,8 @@ def one(job: tuple[int, int, int]) -> Row:
     if not words and seed % REPLAY_EVERY == 0:
         again = world.run(seed, requests=requests, faults=faults)
         if again.trace != outcome.trace:
-            words = f"replay: the trace was {outcome.trace} and then {again.trace}"
-    return seed, words, outcome.outcomes, outcome.counters, time.process_time() - began
+            words = f"{REPLAYED}: the trace was {outcome.trace} and then {again.trace}"
+    return seed, words, outcome.trace, outcome.outcomes, outcome.counters, time.process_time() - began
 
 
 def rows(jobs: list[tuple[int, int, int]], workers: int) -> Iterator[Row]:
@@ -56,7 +58,9 @@ def main() -> int:
     counters: Counter[str] = Counter()
     broken: list[tuple[int, str]] = []
     busy_s = 0.0
-    for seed, words, ended, counted, seconds in rows(jobs, options.workers):
+    traces: dict[int, str] = {}
+    for seed, words, trace, ended, counted, seconds in rows(jobs, options.workers):
+        traces[seed] = trace
         outcomes += ended
         counters += counted
         busy_s += seconds
@@ -70,6 +74,10 @@ def main() -> int:
     print("calls:", ", ".join(f"{name} {count}" for name, count in sorted(outcomes.items())))
     print("faults:", ", ".join(f"{name[6:]} {n}" for name, n in sorted(counters.items()) if name.startswith("fault ")))
     print("seen:", ", ".join(f"{name} {n}" for name, n in sorted(counters.items()) if not name.startswith("fault ")))
+    num_twice = sum(seed % REPLAY_EVERY == 0 for seed in traces)
+    differing = sum(words.startswith(REPLAYED) for _, words in broken)
+    together = hashlib.blake2b("".join(traces[seed] for seed in sorted(traces)).encode(), digest_size=8).hexdigest()
+    print(f"replays: {num_twice} seeds run twice, {differing} with another trace; all traces together: {together}")
     for seed, _ in sorted(broken)[:10]:
         print(f"again: python tests/simulation/run.py --workers 1 --seeds {seed}")
     print(f"violations: {len(broken)}")
