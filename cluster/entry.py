@@ -70,6 +70,7 @@ class RouterPlan:
     name="Router",
     num_replicas=1,
     max_ongoing_requests=10_000,  # admission is the router's own work, with a bounded queue
+    max_surge_percent=100,  # an app that is deployed anew keeps its router until the next one accepts
     health_check_period_s=1,  # Serve replaces a replica after the third bad answer, or when its process is gone
     health_check_timeout_s=10,
     max_constructor_retry_count=1,

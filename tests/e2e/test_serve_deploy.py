@@ -118,8 +118,8 @@ def until(condition: Callable[[], object], message: Callable[[], str]) -> None:
         time.sleep(0.5)
 
 
-def ask(port: int) -> dict[str, Any]:
-    body = {"model": "smollm2-135m-instruct", "prompt": "Once upon a time", "max_tokens": 8}
+def ask(port: int, model: str = "smollm2-135m-instruct") -> dict[str, Any]:
+    body = {"model": model, "prompt": "Once upon a time", "max_tokens": 8}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -217,6 +217,15 @@ def test_the_router_of_an_app_is_replaced_without_a_refused_connection_also_afte
     assert f"before {router})" in done.stdout, done.stderr
     handed_over_from(router)
     assert site.diptych("status").stdout.split(": ")[0] == url
+    [router] = replicas(site, "Router")
+    app["args"]["router"] = {"default_max_tokens": 10}
+    deploy(site, config)
+    until(lambda: not alive({router}), lambda: "the old replica does not end")
+    until(lambda: site.app().get("status") == "RUNNING", lambda: str(site.app()))
+    assert site.diptych("status").stdout.split(": ")[0] == url
+    # The engines of the old Pools end before those of the new one are there; connections are taken all along.
+    assert [what for what in asking.wrong if "HTTPError 503" not in what] == []
+    assert ask(config["http_options"]["port"], "echo")["usage"]["completion_tokens"] == 8
     asking.over.set()
     asking.join()
     site.serve("shutdown", "-y")
