@@ -18,6 +18,7 @@ from diptych.protos.types import Role
 
 from .host import is_reachable
 from .launch import ray_environment
+from .manager import Member
 from .plan import ClusterPlan
 from .pools import Scaled
 from .state import ClusterState, find_cluster
@@ -96,7 +97,10 @@ def scale(handle: Any, model: str, role: Role, engines: int, *, timeout_s: float
 
 def restart(handle: Any, model: str | None, role: Role | None, *, timeout_s: float) -> Scaled:
     """Ask the manager of `handle` for other engines and wait; see Pools.restart. Raises its errors, StartupError."""
-    return cast("Scaled", _done(handle.restart.remote(model, role), timeout_s))
+    # Ray repeats a call when the manager dies under it: what was replaced by then is younger than these.
+    known = cast("list[Member]", _done(handle.members.remote(), timeout_s))
+    until = max((member.epoch for member in known), default=0)
+    return cast("Scaled", _done(handle.restart.remote(model, role, until), timeout_s))
 
 
 def restart_router(*, timeout_s: float) -> tuple[int, int]:

@@ -71,9 +71,9 @@ class PoolManagerActor:
         """See Pools.scale."""
         return await self._pools.scale(model, role, engines)
 
-    async def restart(self, model: str | None, role: Role | None) -> Scaled:
+    async def restart(self, model: str | None, role: Role | None, until: int | None = None) -> Scaled:
         """See Pools.restart."""
-        return await self._pools.restart(model, role)
+        return await self._pools.restart(model, role, until)
 
     async def set_role(self, engine: str, role: Role) -> EngineInfo:
         """See Pools.set_role."""

@@ -213,8 +213,9 @@ class Pools:
                 await self._share_cores()
         return replace(done, ended=tuple(life.engine_id for life in dismissed))
 
-    async def restart(self, model: str | None = None, role: Role | None = None) -> Scaled:
-        """Replace every engine, of one model or role where they are given, one after the other.
+    async def restart(self, model: str | None = None, role: Role | None = None, until: int | None = None) -> Scaled:
+        """Replace every engine, of one model or role where they are given, one after the other. With `until` only those
+        of this epoch or an earlier one: asked twice, each is replaced once.
 
         The old one goes when the new one serves and the routers know. Ends at the first that cannot be replaced:
         `failed` says why. Raises UnknownModel, InvalidRequest where there is no such pool.
@@ -222,7 +223,8 @@ class Pools:
         self.adopt()
         done = Scaled()
         async with self._turn:
-            for life in [self._lives[m.engine_id] for key in self._keys(model, role) for m in self._present(*key)]:
+            present = [m for key in self._keys(model, role) for m in self._present(*key)]
+            for life in [self._lives[m.engine_id] for m in present if until is None or m.epoch <= until]:
                 done += await self._replace(life)
                 if done.failed:
                     break
