@@ -134,7 +134,13 @@ class RayEngines:
     """Needs a process that is connected to Ray."""
 
     def launch(self, spec: EngineSpec) -> RayEngine:
-        """Does not wait for the process; it says what goes wrong when it is asked to start."""
+        """Does not wait for the process; it says what goes wrong when it is asked to start. Raises EngineLost."""
+        try:
+            return self._launch(spec)
+        except ray.exceptions.RayError as exc:
+            raise EngineLost("Ray makes no process for an engine now", detail=str(exc)) from exc
+
+    def _launch(self, spec: EngineSpec) -> RayEngine:
         # Unix sockets and shared memory are between processes of one machine: the one that the manager is on.
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False

@@ -61,7 +61,7 @@ class EngineProcesses(Protocol):
     """Where engines run."""
 
     def launch(self, spec: EngineSpec) -> EngineProcess:
-        """A new process; does not wait for it."""
+        """A new process; does not wait for it. Raises EngineLost when nobody takes the order."""
 
     def find(self, engine_id: EngineId, epoch: int, pid: int | None = None) -> EngineProcess | None:
         """The process of a life that another manager launched, `pid` if it said so, or None when it is gone."""

@@ -254,3 +254,23 @@ async def test_a_death_without_a_reason_is_a_death() -> None:
     world.process("decode-0").death.set_result("")
     await world.until(lambda: len(world.made) == 3 and world.states()["decode-0"] == "ready")
     assert world.memory > MIB
+
+
+async def test_a_launch_that_fails_leaves_no_member_behind_and_is_tried_again() -> None:
+    world = await started("engines.restart_backoff_s=0.001")
+    failures = [True, True]
+
+    def fail(process: FakeProcess) -> None:
+        if failures:
+            failures.pop()
+            raise EngineLost("nobody takes the order")
+
+    world.on_launch = fail
+    world.process("decode-0").death.set_result("gone")
+    await world.until(lambda: world.states().get("decode-0") == "ready")
+    assert world.states() == {"prefill-0": "ready", "decode-0": "ready"}
+    failures.append(True)
+    with pytest.raises(EngineLost):
+        await world.pools.scale("m", Role.DECODE, 2)
+    assert world.states() == {"prefill-0": "ready", "decode-0": "ready"}
+    assert sizes(world)["decode"] == 1
