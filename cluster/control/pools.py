@@ -197,7 +197,13 @@ class Pools:
             self._keep()
             if more > 0:
                 await self._share_cores()
-            launched = [self._launch(pool) for _ in range(more)]
+            launched: list[Life] = []
+            try:
+                launched.extend(self._launch(pool) for _ in range(more))
+            except EngineLost:
+                self._pools[model, role] = replace(pool, engines=max(pool.engines, len(present) + len(launched)))
+                self._keep()
+                raise
             dismissed = [self._lives[member.engine_id] for member in await self._least_loaded(present, -more)]
             leaving = [self._send_away(life) for life in dismissed]
         await _end_of(leaving)
@@ -327,8 +333,13 @@ class Pools:
         epoch = self._manager.register(engine_id, pool.template.roles, pool.model)
         total = sum(p.engines for p in self._pools.values())
         spec = replace(pool.template, engine_id=engine_id, epoch=epoch, cores=cores_per_engine(total))
+        try:
+            process = self._processes.launch(spec)
+        except EngineLost:
+            self._manager.report_left(engine_id, epoch)
+            raise
         key = (pool.model, pool.role)
-        return self._watch(Life(engine_id, epoch, key, self._processes.launch(spec), is_replacement=is_replacement))
+        return self._watch(Life(engine_id, epoch, key, process, is_replacement=is_replacement))
 
     def _watch(self, life: Life) -> Life:
         self._lives[life.engine_id] = life
@@ -374,15 +385,14 @@ class Pools:
                 pool = self._pools.get(key)
                 if self._plan is None or pool is None or len(self._present(*key)) >= pool.engines:
                     return
+                is_free = all(m.state is EngineState.DEAD for m in self._manager.members() if m.engine_id == name)
                 try:
                     self._check_more(pool, 1)
-                except StartupError as error:
+                    life = self._launch(pool, name if is_free else None, is_replacement=True)
+                    break
+                except (StartupError, EngineLost) as error:
                     wait_s = self._delay(name, None)
                     self._tell(f"engine {name} is not started again, the next try is in {wait_s:.1f} s: {error}")
-                    continue
-                is_free = all(m.state is EngineState.DEAD for m in self._manager.members() if m.engine_id == name)
-                life = self._launch(pool, name if is_free else None, is_replacement=True)
-                break
         await life.settled.wait()
         if not life.failure:
             self._tell(f"engine {life.engine_id} serves again, in epoch {life.epoch}")
