@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import functools
 import os
+import re
 import struct
 import subprocess
 import threading
@@ -17,6 +18,7 @@ _CLONE_NEWNET = 0x4000_0000
 _TUNSETIFF = 0x4004_54CA
 _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
 _RUN_S = 20
+DEVICE = "rt0"  # the end of a veth in a namespace
 
 
 @functools.cache
@@ -50,12 +52,22 @@ def run(*words: str) -> str:
     return done.stdout
 
 
+def remove_stale() -> None:
+    """What killed test runs left here; their engines ended with them."""
+    for path in Path("/run/netns").glob("dt[0-9]*"):
+        found = re.fullmatch(r"dt(\d+)[a-z]", path.name)
+        if found is not None and not Path(f"/proc/{found[1]}").exists():
+            with contextlib.suppress(subprocess.SubprocessError):  # of a namespace without a cable
+                ip("-n", path.name, "link", "del", DEVICE)
+            ip("netns", "del", path.name)
+
+
 class Namespace:
     """One of them. `remove` takes its links with it; processes in it must be gone before."""
 
     def __init__(self, name: str) -> None:
         self.name = f"dt{os.getpid()}{name}"
-        self._cables: list[str] = []
+        self._is_joined = False
         ip("netns", "add", self.name)
         self.ip("link", "set", "lo", "up")
 
@@ -71,10 +83,10 @@ class Namespace:
         """How to start a process in there; it takes the place of `ip`, so that its id is the one that is started."""
         return ["ip", "netns", "exec", self.name, *words]
 
-    def join(self, device: str, mine: str, *, other: Namespace | None, theirs: str) -> None:
+    def join(self, mine: str, *, other: Namespace | None, theirs: str) -> None:
         """A cable to another namespace, or to that of this process: addresses with their prefix lengths."""
-        far = f"{self.name}{device}"
-        self._cables.append(device)
+        device, far = DEVICE, f"{self.name}{DEVICE}"
+        self._is_joined = True
         self.ip("link", "add", device, "type", "veth", "peer", "name", far)
         where = other.name if other is not None else str(os.getpid())
         self.ip("link", "set", far, "netns", where)
@@ -108,11 +120,11 @@ class Namespace:
         opened.append(fd)
 
     def remove(self) -> None:
-        """Idempotent. The kernel takes a namespace apart some time later, so its cables go first: their names and
+        """Idempotent. The kernel takes a namespace apart some time later, so its cable goes first: its name and
         addresses are wanted again.
         """
         if Path(f"/run/netns/{self.name}").exists():
-            while self._cables:
+            if self._is_joined:
                 with contextlib.suppress(subprocess.SubprocessError):  # of a cable that was never whole
-                    self.ip("link", "del", self._cables.pop())
+                    self.ip("link", "del", DEVICE)
             ip("netns", "del", self.name)

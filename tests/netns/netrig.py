@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from cable import Cable
 from engine_process import INFO, STATUS
-from namespaces import Namespace
+from namespaces import Namespace, remove_stale
 
 from diptych.cluster.config import RouterSettings, SecuritySettings, TlsSettings
 from diptych.cluster.router.call import Explanation
@@ -247,13 +247,14 @@ def _spaces() -> Iterator[dict[str, Namespace]]:
     with ExitStack() as stack:
         lock = stack.enter_context(open(f"{tempfile.gettempdir()}/diptych-netns.lock", "w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_stale()
         spaces: dict[str, Namespace] = {}
         for name, short in (("prefill", "p"), ("decode", "d"), ("stranger", "s")):
             spaces[name] = Namespace(short)
             stack.callback(spaces[name].remove)
-        spaces["prefill"].join("rt0", "10.231.1.2/24", other=None, theirs="10.231.1.1/24")
-        spaces["decode"].join("rt0", "10.231.2.2/24", other=None, theirs="10.231.2.1/24")
-        spaces["stranger"].join("rt0", "10.231.3.2/24", other=spaces["prefill"], theirs="10.231.3.1/24")
+        spaces["prefill"].join("10.231.1.2/24", other=None, theirs="10.231.1.1/24")
+        spaces["decode"].join("10.231.2.2/24", other=None, theirs="10.231.2.1/24")
+        spaces["stranger"].join("10.231.3.2/24", other=spaces["prefill"], theirs="10.231.3.1/24")
         spaces["stranger"].ip("route", "add", PREFILL_HOST, "via", "10.231.3.1")
         yield spaces
 

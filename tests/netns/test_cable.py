@@ -54,7 +54,7 @@ def test_what_clients_said_is_put_together_whatever_the_order_of_their_packets()
         for source, text in texts.items()
         for at in range(0, len(text), 7)
     ]
-    packets += packets[:5] + [packet(b"", number=999), b"\x60 not of this kind of network".ljust(40)]
+    packets += [*packets[:5], packet(b"", number=999), b"\x60 not of this kind of network".ljust(40)]
     random.Random(1).shuffle(packets)
     assert sorted(said(packets, PORT)) == sorted(texts.values())
     assert said(packets, PORT + 1) == []
