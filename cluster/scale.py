@@ -15,7 +15,7 @@ from diptych.protos.errors import DiptychError, StartupError
 from diptych.protos.types import Role
 
 if TYPE_CHECKING:
-    from diptych.cluster.control.pools import Scaled
+    from diptych.cluster.control.scaled import Scaled
 
 CALL_TIMEOUT_S = 3600.0  # the manager has time limits of its own for engines that start and that drain
 

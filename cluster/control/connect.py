@@ -20,7 +20,7 @@ from .host import is_reachable
 from .launch import ray_environment
 from .manager import Member
 from .plan import ClusterPlan
-from .pools import Scaled
+from .scaled import Scaled
 from .state import ClusterState, find_cluster
 
 _CALL_TIMEOUT_S = 20.0

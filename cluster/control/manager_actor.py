@@ -22,8 +22,9 @@ from .faults import pass_point
 from .gcs import NAMESPACE, GcsStore
 from .manager import Member, PoolManager
 from .plan import ClusterPlan
-from .pools import Pools, Scaled
+from .pools import Pools
 from .readers import Readers
+from .scaled import Scaled
 
 MANAGER_NAME = "pool-manager"
 POLL_S = 10.0  # a long poll returns after this long at the latest

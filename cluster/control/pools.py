@@ -12,7 +12,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from diptych.cluster.engine.spec import EngineStarted
@@ -27,6 +27,7 @@ from .memory import Available
 from .plan import ClusterPlan, Pool, cores_per_engine
 from .restarts import Restarts
 from .room import Room
+from .scaled import Scaled, told
 
 CALL_TIMEOUT_S = 5.0
 _NEWS_KEPT = 64
@@ -34,18 +35,6 @@ _NEWS_KEPT = 64
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Scaled:
-    """What a change of pools did."""
-
-    started: tuple[EngineStarted, ...] = ()
-    failed: tuple[str, ...] = ()  # sentences
-    ended: tuple[EngineId, ...] = ()
-
-    def __add__(self, other: Scaled) -> Scaled:
-        return Scaled(self.started + other.started, self.failed + other.failed, self.ended + other.ended)
 
 
 async def _nobody_reads(version: int) -> None:
@@ -164,7 +153,7 @@ class Pools:
             await asyncio.wait({self._exchange})
         lives = self._latest
         await asyncio.gather(*(life.settled.wait() for life in lives))
-        return _told(lives)
+        return told(lives)
 
     async def exchanged(self) -> Scaled:
         """`settled`, when those of earlier plans have ended too. They stay when a successor cannot start."""
@@ -208,7 +197,7 @@ class Pools:
             leaving = [self._send_away(life) for life in dismissed]
         await _end_of(leaving)
         await asyncio.gather(*(life.settled.wait() for life in launched))
-        done = _told(launched)
+        done = told(launched)
         async with self._lock:
             failed = sum(bool(life.failure) and not life.leave.is_set() for life in launched)
             if failed and plan is self._plan:
@@ -436,13 +425,13 @@ class Pools:
             if fresh is None:
                 return Scaled(ended=(life.engine_id,))
             await fresh.settled.wait()
-            return replace(_told([fresh]), ended=(life.engine_id,))
+            return replace(told([fresh]), ended=(life.engine_id,))
         await fresh.settled.wait()
         if fresh.failure and not must_end:
-            return _told([fresh])
+            return told([fresh])
         await self._known(self._manager.version)
         await _end_of([self._send_away(life)])
-        return replace(_told([fresh]), ended=(life.engine_id,))
+        return replace(told([fresh]), ended=(life.engine_id,))
 
     async def _launch_one(self, key: tuple[str, Role]) -> Life | None:
         """One more, if the pool lacks any."""
@@ -589,10 +578,3 @@ async def _end_of(tasks: Sequence[asyncio.Task[None]]) -> None:
     """Not gather, which would cancel the tasks, and so kill their engines, when the caller goes away."""
     if tasks:
         await asyncio.wait(tasks)
-
-
-def _told(lives: Sequence[Life]) -> Scaled:
-    return Scaled(
-        started=tuple(life.started for life in lives if life.started is not None),
-        failed=tuple(life.failure for life in lives if life.failure),
-    )

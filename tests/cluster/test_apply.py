@@ -13,7 +13,7 @@ import pytest
 from diptych.cluster.apply import differences, run_apply
 from diptych.cluster.config import check_config, load_config
 from diptych.cluster.control import connect
-from diptych.cluster.control.pools import Scaled
+from diptych.cluster.control.scaled import Scaled
 from diptych.cluster.control.state import ClusterState, read_config, write_config, write_state
 from diptych.protos.types import EngineId
 
