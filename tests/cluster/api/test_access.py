@@ -17,6 +17,8 @@ import diptych
 from diptych.cluster.api.access import GuardedRoute
 from diptych.cluster.api.app import create_app
 from diptych.cluster.api.testing import FrontDoor, front_door
+from diptych.cluster.bench.serve import _first_model
+from diptych.cluster.bench.stream import Target, stream
 from diptych.cluster.chat import chat
 from diptych.cluster.client import Client
 from diptych.cluster.keys import ApiKeys, Caller, key_line, make_key
@@ -284,6 +286,11 @@ async def test_the_clients_and_the_command_show_the_key_of_the_environment(
     with pytest.raises(Forbidden):
         await asyncio.to_thread(lambda: ask(tenant="b"))
     assert await asyncio.to_thread(served, tmp_path, url) == (url, ["echo"])
+    assert await asyncio.to_thread(_first_model, url) == "echo"
+    streamed = json.dumps(ASK | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    assert (await stream(Target.parse(url, KEYS["b"]), streamed, 10)).completion_tokens == 3
+    assert "401" in (await stream(Target.parse(url), streamed, 10)).failure
+    assert KEYS["b"] not in repr(Target.parse(url, KEYS["b"]))
 
     with pytest.raises(StartupError, match="wants an admin's key; put it into the variable DIPTYCH_API_KEY"):
         await asyncio.to_thread(fetch_info, url)
