@@ -26,6 +26,7 @@ from diptych.cluster.models import ModelFolder, resolve
 from diptych.cluster.router.router import Router
 from diptych.cluster.router.testing import StaticDirectory
 from diptych.cluster.security import engine_name, trust_of
+from diptych.protos.faults import FaultSettings
 from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
 from diptych.protos.status import EngineInfo
 from diptych.protos.trust import ROUTER, Trust
@@ -115,9 +116,10 @@ async def small_cluster(
     trust: Callable[[str], Trust] | None = None,
     num: Mapping[Role, int] = ONE_EACH,
     settings: ModelSettings = SETTINGS,
+    faults: FaultSettings | None = None,
 ) -> AsyncIterator[SmallCluster]:
     """`trust` makes each process's by its name; without it all share one secret and the files of `security`. `num`
-    engines of each role.
+    engines of each role, which all have `faults`.
     """
     folder = await asyncio.to_thread(resolve, ECHO, cache_dir)
     security, secret = security or SecuritySettings(), os.urandom(32)
@@ -132,7 +134,7 @@ async def small_cluster(
         async def begin(role: Role, number: int, epoch: int) -> Engine:
             name = EngineId(f"{role.value}-{number}")
             spec = replace(_spec(folder, run_dir, role, transport), engine_id=name, epoch=epoch, settings=settings)
-            spec = replace(spec, host=host, security=security)
+            spec = replace(spec, host=host, security=security, faults=faults or FaultSettings())
             engine = Engine(spec, on_failure=raise_failure, trust=own(engine_name(spec.roles)))
             info = (await asyncio.to_thread(engine.start)).info
             alive[info.ref], infos[info.ref] = engine, info
