@@ -85,6 +85,8 @@ class SmallCluster:
             while True:
                 readings = {ref: engine.status() for ref, engine in self.alive.items()}
                 if not any(r.running or r.waiting or r.transfers or r.ring_slots_busy for r in readings.values()):
+                    # A reading is not of one moment: what ended while it was made may still hold its blocks in it.
+                    readings = {ref: engine.status() for ref, engine in self.alive.items()}
                     return {
                         role: max(
                             (reading.blocks for ref, reading in readings.items() if ref.engine_id.startswith(role)),
