@@ -32,10 +32,11 @@ class Incident:
 
 @dataclass(frozen=True, slots=True)
 class Strike:
-    """What a request was struck by while it worked as `role`."""
+    """What a request was struck by while it worked as `role`; `is_alone`: no other unproven one was."""
 
     role: Role
     incident: Incident
+    is_alone: bool = False
 
 
 def raised(engine: EngineRef, losses: int, finishes: Iterable[Finish]) -> Incident | None:

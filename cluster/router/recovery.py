@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from diptych.cluster.config import RouterSettings
 from diptych.cluster.observability.metrics import RouterMetrics
@@ -57,7 +57,6 @@ class Work:
     strikes: list[Strike] = field(default_factory=list)  # incidents since the last proof of its innocence
     last: Strike | None = None  # of the last attempt
     is_unproven: bool = False  # placed, and its decode engine made no token yet
-    is_alone: bool = False  # nobody else can have caused the last strike
 
     @property
     def name(self) -> bytes:
@@ -126,10 +125,9 @@ class Recovery:
     def failed(self, work: Work, attempt: Attempt) -> None:
         """It has failed: note what struck it, and in whose company. Before `closed`."""
         work.last = attempt.strike()
-        work.is_alone = False
         if work.last is not None and not work.last.incident.nobody_died:
+            work.last = replace(work.last, is_alone=self._suspects.is_alone(work.name, work.last.incident))
             work.strikes.append(work.last)
-            work.is_alone = self._suspects.is_alone(work.name, work.last.incident)
 
     def closed(self, work: Work, attempt: Attempt) -> None:
         """It is over, or its innocence is proven: what happens to its engines now is not its doing."""
@@ -153,7 +151,7 @@ class Recovery:
         if not error.retryable:
             raise error
         work.record.interrupted(attempt, error.code)
-        if len(work.strikes) > 1:
+        if len(work.strikes) > 1 and work.last is work.strikes[-1]:
             await self._judge(work)
         if isinstance(error, ShuttingDown) or (work.emitted and isinstance(error, CapacityError)):
             if not work.emitted and work.failures >= MAX_PAUSES:
@@ -165,16 +163,19 @@ class Recovery:
         work.record.again()
 
     async def _judge(self, work: Work) -> None:
-        """Raises Quarantined when it was alone in two incidents that happened beyond doubt, or in three with others. A
-        loss is beyond doubt when the directory confirms that the engine is dead; silence alone convicts nobody.
+        """Raises Quarantined after two incidents that happened beyond doubt if nobody else can have caused the last,
+        nor any step that raised; after three in company. A loss is beyond doubt when the directory confirms that the
+        engine is dead: silence convicts nobody.
         """
-        if not work.is_alone and len(work.strikes) < MAX_STRIKES:
+        is_alone = work.strikes[-1].is_alone
+        if not is_alone and len(work.strikes) < MAX_STRIKES:
             return
         await self._find_out(work, [strike.incident for strike in work.strikes])
         work.strikes = [strike for strike in work.strikes if self._is_strike(strike) is not False]
-        proven = [strike.incident for strike in work.strikes if self._is_strike(strike)]
-        is_alone = work.is_alone and work.last is not None and work.last.incident in proven
-        count = len({one.engine if one.is_loss else one for one in proven})  # a life ends once only
+        proven = [strike for strike in work.strikes if self._is_strike(strike)]
+        # A step that raises costs its company little: another try tells more than a guess. A life ends once only.
+        is_alone = bool(proven) and proven[-1].is_alone and all(one.is_alone or one.incident.is_loss for one in proven)
+        count = len({one.incident.engine if one.incident.is_loss else one.incident for one in proven})
         if count >= (2 if is_alone else MAX_STRIKES):
             self._metrics.counters["quarantined"].labels(work.call.model).inc()
             raise self.quarantine.add(work.call)

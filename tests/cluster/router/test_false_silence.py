@@ -77,7 +77,7 @@ async def test_a_life_ends_once_however_often_it_was_silent_before(tmp_path: Pat
 
 
 def dying(r: Rig, at: int, *, is_told: bool) -> None:
-    """Each engine dies at token `at` of an order or a little later. `is_told`: the directory hears of it."""
+    """Engines die at token `at` of an order or later, one after the other. `is_told`: the directory hears of it."""
     alive = dict(r.engines)
 
     def died(name: str) -> None:
@@ -86,12 +86,12 @@ def dying(r: Rig, at: int, *, is_told: bool) -> None:
             r.directory.set([engine.info for engine in alive.values()])
 
     for name, engine in r.engines.items():
-        engine.faults.dies_at = at + int(name[1:])
+        engine.faults.dies_at = at + 3 * int(name[1:])
         engine.on_death = lambda name=name: died(name)  # type: ignore[misc]
 
 
 async def test_deaths_that_the_directory_confirms_are_counted(tmp_path: Path) -> None:
-    async with rig(tmp_path, {f"d{i}": D for i in range(4)}, migration_limit=2) as r:
+    async with rig(tmp_path, {f"d{i}": D for i in range(4)}, step_s=0.01, migration_limit=2) as r:
         dying(r, 2, is_told=True)
         with pytest.raises(EngineLost):
             await r.ask(COUNT)
@@ -100,11 +100,11 @@ async def test_deaths_that_the_directory_confirms_are_counted(tmp_path: Path) ->
 
 async def test_without_the_directorys_word_a_request_goes_on_while_it_may(tmp_path: Path) -> None:
     names = {f"d{i}": D for i in range(5)}
-    async with rig(tmp_path, names, migration_limit=2, connect_timeout_s=0.2) as r:
+    async with rig(tmp_path, names, step_s=0.01, migration_limit=2, connect_timeout_s=0.2) as r:
         dying(r, 2, is_told=False)
         r.engines["d4"].faults.dies_at = None
-        tokens, finish = await r.ask(COUNT)
-        assert tokens == wanted(COUNT)
+        tokens, finish = await r.ask(20)
+        assert tokens == wanted(20)
         assert finish.migrations == 4
 
 
