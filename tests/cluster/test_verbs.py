@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from diptych.cluster.cli import app
 from diptych.cluster.inprocess import post_json
-from diptych.cluster.scale import run_scale
+from diptych.cluster.scale import run_restart, run_scale
 from diptych.cluster.status import render, run_status
 from diptych.protos.errors import StartupError
 from diptych.protos.types import Role
@@ -71,6 +71,12 @@ def test_scale_looks_in_the_run_dir_that_is_set(
     told = capsys.readouterr().err
     assert "(looked in /tmp/diptych-none)" in told
     assert "--config" in told
+
+
+def test_the_router_is_restarted_for_all_models_or_not_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    for model, role in (("tiny", None), (None, Role.DECODE)):
+        assert run_restart(model, role, router=True) == 1
+        assert "--router is the router of all models and roles" in capsys.readouterr().err
 
 
 def test_the_verbs_and_options_of_the_command_are_these() -> None:

@@ -338,7 +338,7 @@ async def test_a_silent_connection_is_closed_last_and_one_with_an_unread_request
         [asking] = [
             one
             for one in door.listener._server.server_state.connections
-            if one.client == writer.get_extra_info("sockname")
+            if one.client == writer.get_extra_info("sockname")  # type: ignore[union-attr]
         ]
         writer.write(ASK)  # lies in the kernel: nothing has run since
         asking.close_if_silent()  # type: ignore[union-attr]
