@@ -14,7 +14,7 @@ from runner import POISON_SEED, STOP_TOKEN, answer_of
 
 from diptych.cluster.router.call import GenerateCall
 from diptych.cluster.router.placement import Placement
-from diptych.protos.errors import DiptychError, EngineFault, EngineLost, Fenced, Quarantined
+from diptych.protos.errors import DiptychError, EngineFault, EngineLost, Fenced, NoBlocks, Overloaded, Quarantined
 from diptych.protos.types import FinishReason, Role, SamplingParams
 
 if TYPE_CHECKING:
@@ -188,7 +188,8 @@ def _check_poison(world: World, client: Client) -> None:
     is_lucky = client.outcome == "done" and Role.PREFILL not in world.poison.roles
     deaths, _, odd = world.strikes_of(client.name)
     is_spent = deaths + odd > LIMIT  # more engines died under it, of whatever, than it may move
-    is_caught = client.outcome == Quarantined.code or is_lucky or is_spent or world.is_hopeless
+    is_refused = client.outcome in {Overloaded.code, NoBlocks.code}
+    is_caught = client.outcome == Quarantined.code or is_refused or is_lucky or is_spent or world.is_hopeless
     if not is_caught or world.poison.num_felled > MOST_FELLED:
         words = f"the poison ended with {client.outcome} and {world.poison.num_felled} engines or steps felled"
         world.violated(Violation("i7", words))
