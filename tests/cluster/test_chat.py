@@ -15,7 +15,7 @@ from diptych.cluster.chat import TEMPERATURE, Conversation, chat
 from diptych.cluster.client import Client, ServerUnreachable
 from diptych.cluster.models import SamplingDefaults
 from diptych.cluster.router.rig import until
-from diptych.protos.errors import EngineFault
+from diptych.protos.errors import EngineError
 
 
 async def talk(url: str, lines: str, **options: Any) -> tuple[int, str, str]:
@@ -94,11 +94,11 @@ async def test_an_unknown_model_is_named() -> None:
 
 async def test_an_answer_that_breaks_is_told_and_forgotten() -> None:
     async with front_door() as door:
-        door.decode.faults.error = EngineFault("the step failed")
+        door.decode.faults.error = EngineError("the engine gives up")
         door.decode.faults.error_at = 3
         code, _, err = await talk(door.listener.url, "hello\n")
         assert code == 1
-        assert "the step failed" in err
+        assert "the engine gives up" in err
 
 
 async def test_an_interrupted_answer_stops_the_engines_and_is_kept() -> None:

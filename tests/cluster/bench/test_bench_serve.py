@@ -16,7 +16,7 @@ from diptych.cluster.api.testing import front_door
 from diptych.cluster.bench.serve import ServeOptions, arrivals, run_serve_bench, summary
 from diptych.cluster.bench.stream import Streamed, Target, stream
 from diptych.cluster.config import LimitSettings
-from diptych.protos.errors import EngineFault, StartupError
+from diptych.protos.errors import EngineError, StartupError
 
 FIELDS = {
     *("client", "url", "model", "requests", "rate", "concurrency", "input", "output", "seed", "completed", "failed"),
@@ -82,7 +82,7 @@ async def test_requests_that_an_engine_fails_are_counted_and_the_others_measured
     """An event in the stream once token 0 is out. One engine tells token and failure in order; two would race."""
     async with front_door() as door:
         await door.decode_alone()
-        door.decode.faults.error = EngineFault("broken by the test")
+        door.decode.faults.error = EngineError("broken by the test")
         door.decode.faults.error_at = error_at
         door.decode.faults.error_count = 3
         result = await bench(tmp_path, url=door.listener.url, requests=10, input=20, output=8, vocab=200)

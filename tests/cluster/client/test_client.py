@@ -24,7 +24,7 @@ from diptych.protos.errors import (
     ContextTooLong,
     DeadlineExceeded,
     DiptychError,
-    EngineFault,
+    EngineError,
     InvalidRequest,
     Overloaded,
     StartupError,
@@ -109,13 +109,13 @@ async def test_the_servers_refusals_are_the_exceptions_of_the_tree_with_its_word
         with pytest.raises(InvalidRequest, match="chosen by the method"):
             await client.chat("hello", stream=True)
         await door.decode_alone()  # else the failure may come first, and the stream has status 500
-        door.decode.faults.error = EngineFault("the step failed")
+        door.decode.faults.error = EngineError("the engine gives up")
         door.decode.faults.error_at = 3
-        with pytest.raises(EngineFault, match="the step failed"):
+        with pytest.raises(EngineError, match="the engine gives up"):
             await client.complete("hello", **ASK)
         stream = client.stream_complete("hello", **ASK)
         assert (await anext(stream)).text
-        with pytest.raises(EngineFault, match="the step failed"):
+        with pytest.raises(EngineError, match="the engine gives up"):
             _ = [delta async for delta in stream]
 
 
