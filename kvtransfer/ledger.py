@@ -57,15 +57,16 @@ class SlotLedger:
         """The pair is down: its share is open to others."""
         self._held.pop(pair, None)
 
-    def try_take(self, pair: EngineId, key: TransferKey, *, spare: int = 0) -> int | None:
+    def try_take(self, pair: EngineId, key: TransferKey, *, spare: int | None = 0) -> int | None:
         """A slot in state filling for a connected pair, or None when its share and the shared rest are in use, but for
-        `spare` slots that the pair could still take.
+        `spare` slots that the pair could still take. `spare` None: any free one, for who is sure to give it back soon.
         """
         assert pair in self._held
         sure = min(self._pair_min_slots, len(self.slots) // len(self._held))
         held = self._held[pair]
         reserved = sum(max(0, sure - count) for other, count in self._held.items() if other != pair)
-        if min(len(self._free), max(sure - held, len(self._free) - reserved)) <= spare:
+        share = min(len(self._free), max(sure - held, len(self._free) - reserved))
+        if not self._free or (spare is not None and share <= spare):
             return None
         index = self._free.pop()
         slot = self.slots[index]

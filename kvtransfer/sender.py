@@ -454,14 +454,15 @@ class SenderMachine:
         self._starved.pop(transfer.key, None)
         self._tell_finished(transfer)
 
-    def _spare(self, transfer: _Transfer, link: Link) -> int:
-        """Slots that this transfer must leave to others of its pair.
+    def _spare(self, transfer: _Transfer, link: Link) -> int | None:
+        """Slots that this transfer must leave to others of its pair; None: it may take another pair's share, too.
 
         Chunks of a transfer without blocks stay in their slots until the peer has room, and room may come only from a
-        transfer that has blocks: while one of those is under way, the last slot is for them.
+        transfer that has blocks: while one of those is under way, the last slot is for them. It gives it back soon, so
+        no share holds it up: a pair that comes back may find its share, and with it the last slot, kept from everybody.
         """
         if transfer.is_granted:
-            return 0
+            return None
         others = (other for other in self._open.values() if other.link == link and other.is_granted)
         return int(any(other.ended is None and other.next_token < other.num_tokens for other in others))
 

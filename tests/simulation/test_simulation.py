@@ -34,6 +34,12 @@ def test_many_seeds_break_no_invariant(first: int) -> None:
     assert not broken
 
 
+@pytest.mark.parametrize("seed", [3014, 3032])
+def test_a_pair_that_comes_back_does_not_keep_the_last_slot_from_who_would_free_the_others(seed: int) -> None:
+    """The granted transfer waited for a slot in another pair's share, everybody else for its blocks: for ever."""
+    assert run(seed).violation is None
+
+
 def test_without_faults_every_call_that_nobody_gives_up_is_answered_whole() -> None:
     outcome = run(10_000, faults=-2)
     assert outcome.violation is None
