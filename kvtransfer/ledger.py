@@ -59,7 +59,7 @@ class SlotLedger:
 
     def try_take(self, pair: EngineId, key: TransferKey, *, spare: int | None = 0) -> int | None:
         """A slot in state filling for a connected pair, or None when its share and the shared rest are in use, but for
-        `spare` slots that the pair could still take. `spare` None: any free one, for who is sure to give it back soon.
+        `spare` slots that the pair could still take. `spare` None: any free one.
         """
         assert pair in self._held
         sure = min(self._pair_min_slots, len(self.slots) // len(self._held))

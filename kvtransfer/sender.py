@@ -458,13 +458,14 @@ class SenderMachine:
         """Slots that this transfer must leave to others of its pair; None: it may take another pair's share, too.
 
         Chunks of a transfer without blocks stay in their slots until the peer has room, and room may come only from a
-        transfer that has blocks: while one of those is under way, the last slot is for them. It gives it back soon, so
-        no share holds it up: a pair that comes back may find its share, and with it the last slot, kept from everybody.
+        transfer that has blocks: while one of those is under way, the last slot is for them. No share holds up one slot
+        of theirs: a pair that comes back may find its share, and with it the last slot, kept from everybody. Only one,
+        or a peer that fetches slowly would take what others are sure of.
         """
+        granted = [other for other in self._open.values() if other.link == link and other.is_granted]
         if transfer.is_granted:
-            return None
-        others = (other for other in self._open.values() if other.link == link and other.is_granted)
-        return int(any(other.ended is None and other.next_token < other.num_tokens for other in others))
+            return 0 if any(other.chunks for other in granted) else None
+        return int(any(other.ended is None and other.next_token < other.num_tokens for other in granted))
 
     def _stageable(self, transfer: _Transfer) -> int:
         """Tokens of the next chunk, 0 for none. Slots go out full, except at the prompt's end and when none is out."""
