@@ -1,1 +1,1 @@
-"""Running steps on an accelerator: state by slot on the device, inputs built there, nothing read back before it is due."""
+"""Steps on an accelerator: state by slot lives there, inputs are built there, and nothing is read before it is due."""

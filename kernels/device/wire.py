@@ -1,0 +1,311 @@
+"""A step's plan as one int32 array that is copied to the device at once, and what the host remembers of each slot, so
+that only what is new travels.
+
+header[16]  | rows x 8: slot start num first place 0 0 0 | words to update | their values | kept tokens |
+place: the row of logits that the row samples from, -1 where it does not sample. Padding rows are the dummy slot's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diptych.protos.step import SampleSpec, StepPlan, StepRow
+
+from .state import DRAW, FILTERED, GREEDY, WITH_LOGPROBS, WITH_RULES, DeviceState
+
+HEADER = 16  # words before the rows
+ROW = 8  # words of a row
+NUM_UPDATES, UPDATES_AT = 0, 1  # words of the header: how many, and where they begin
+Words = NDArray[np.int32]
+_PARAMS = ("temperature", "top_p", "min_p", "top_k", "kind")  # of a slot, one word each
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """A row of the plan whose prompt tokens are to be told."""
+
+    row: int  # of the plan
+    places: range  # in the logits, of the positions before these tokens
+    tokens: Sequence[int]
+    top: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """A row that samples."""
+
+    row: int  # of the plan
+    place: int  # in the logits
+    slot: int
+    spec: SampleSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A plan in the order of the device: rows of one token first. Counts are without padding."""
+
+    order: Sequence[int]  # the plan's row of each row
+    singles: int  # rows of one token
+    num_tokens: int
+    most_prompt: int  # tokens of the longest of the other rows
+    sampling: list[Sampling]  # in order of place
+    prompts: list[PromptRow]
+    kept: list[int]  # tokens whose logits are wanted, by place; of a pure decode step every token, and the list empty
+    rows: list[int]  # ROW words of each row
+    updates: Updates
+
+    @property
+    def num_rows(self) -> int:
+        """Of the plan."""
+        return len(self.order)
+
+    @property
+    def is_decode(self) -> bool:
+        """Nothing but rows of one token, of which nothing is told but what they sample."""
+        return self.most_prompt == 0 and not self.prompts
+
+    @property
+    def is_greedy(self) -> bool:
+        """Every row that samples takes the largest logit as it is."""
+        return all(s.spec.temperature == 0 and s.spec.rules is None for s in self.sampling)
+
+
+@dataclass(slots=True)
+class Updates:
+    """Words of the state to set, as single ones and as runs of neighbours."""
+
+    words: list[int] = field(default_factory=list)
+    values: list[int] = field(default_factory=list)
+    runs: list[tuple[int, Sequence[int]]] = field(default_factory=list)
+
+    def set(self, word: int, value: int) -> None:
+        """One word."""
+        self.words.append(word)
+        self.values.append(value)
+
+    def set_run(self, word: int, values: Sequence[int]) -> None:
+        """Neighbours from `word` on."""
+        if len(values) == 1:
+            self.set(word, values[0])
+        elif values:
+            self.runs.append((word, values))
+
+    @property
+    def count(self) -> int:
+        """Words to set."""
+        return len(self.words) + sum(len(values) for _, values in self.runs)
+
+    def write(self, words: Words, values: Words) -> None:
+        """Fill two arrays of `count` each."""
+        at = len(self.words)
+        words[:at] = self.words
+        # By way of int64: an id or a float's bits may have the sign bit.
+        values[:at] = np.array(self.values, dtype=np.int64)
+        for first, run in self.runs:
+            here = slice(at, at + len(run))
+            words[here] = np.arange(first, first + len(run))
+            values[here] = run
+            at = here.stop
+
+
+@dataclass(slots=True)
+class _Mirror:
+    """What the device has been told of a slot."""
+
+    blocks: Sequence[int] = ()  # the very object of its last row
+    sent: int = 0  # entries of it that the device has
+    end: int = 0  # positions after its last row
+    sampled: bool = False  # its last row
+    params: tuple[float, ...] = ()
+    known: int = 0  # positions from 0 on whose ids the device has, where rules look at them
+
+
+class Packer:
+    """Lays plans out, in the order in which they are launched: each one changes what the device knows."""
+
+    def __init__(self, state: DeviceState) -> None:
+        self._state = state
+        self._mirrors = [_Mirror() for _ in range(state.max_slots)]
+
+    def lay_out(self, plan: StepPlan) -> Layout:
+        """The plan's rows and what the device must be told first. AssertionError: it breaks the Protocol's rules."""
+        rows = plan.rows
+        singles = [at for at, row in enumerate(rows) if row.num_tokens == 1]
+        order = singles if len(singles) == len(rows) else singles + [a for a, r in enumerate(rows) if r.num_tokens > 1]
+        assert len(order) == len(rows), "a row has no tokens"
+        is_decode = len(singles) == len(rows) and all(row.prompt_logprobs is None for row in rows)
+        words: list[int] = []
+        updates = Updates()
+        sampling: list[Sampling] = []
+        kept: list[int] = []
+        prompts: list[PromptRow] = []
+        first = most = 0
+        for at, index in enumerate(order):
+            row = rows[index]
+            self._check(row)
+            place = -1
+            if row.sample is not None:
+                place = at if is_decode else len(kept)
+                sampling.append(Sampling(index, place, row.slot, row.sample))
+                if not is_decode:
+                    kept.append(first + row.num_tokens - 1)
+            self._tell(row, updates)
+            words += (row.slot, row.start, row.num_tokens, first, place, 0, 0, 0)
+            first += row.num_tokens
+            if row.num_tokens > 1:
+                most = max(most, row.num_tokens)
+        if not is_decode:
+            prompts = _keep_prompts(rows, order, words, kept)
+        return Layout(
+            order=order,
+            singles=len(singles),
+            num_tokens=first,
+            most_prompt=most,
+            sampling=sampling,
+            prompts=prompts,
+            kept=kept,
+            rows=words,
+            updates=updates,
+        )
+
+    def forget(self, plan: StepPlan) -> None:
+        """The plan's step failed: nobody knows what the device has of its slots."""
+        for row in plan.rows:
+            self._mirrors[row.slot] = _Mirror()
+
+    def _check(self, row: StepRow) -> None:
+        assert 0 <= row.slot < self._state.max_slots, f"slot {row.slot}"
+        assert row.start >= 0, f"start {row.start}"
+        end = row.start + row.num_tokens
+        assert end <= self._state.max_context_tokens, "beyond the model's context"
+        assert len(row.blocks) * self._state.block_tokens >= end, "a row has fewer blocks than tokens"
+        if row.tokens is None:
+            assert row.num_tokens == 1, "only one token can come from the slot"
+            assert row.prompt_logprobs is None, "a prompt's token cannot come from the slot"
+        else:
+            assert len(row.tokens) == row.num_tokens, "num_tokens does not match tokens"
+
+    def _tell(self, row: StepRow, updates: Updates) -> None:
+        state, mirror, end = self._state, self._mirrors[row.slot], row.start + row.num_tokens
+        self._tell_blocks(row, mirror, updates)
+        spec = row.sample
+        history = None
+        if spec is not None:
+            self._tell_params(row.slot, spec, mirror, updates)
+            history = _recall(row.slot, spec, mirror)
+        tokens = state.offsets["tokens"] + row.slot * state.tokens_stride
+        if history is not None:  # the row's own ids are its last ones
+            updates.set_run(tokens, history)
+        elif row.tokens is not None:
+            updates.set_run(tokens + row.start, row.tokens)
+        mirror.end, mirror.sampled = end, spec is not None
+
+    def _tell_blocks(self, row: StepRow, mirror: _Mirror, updates: Updates) -> None:
+        """Entries that are new. A table keeps one list for its life, and until its sequence samples, own blocks from
+        the first position that was not computed on may give way to others with the same content.
+        """
+        size = self._state.block_tokens
+        wanted = -(-(row.start + row.num_tokens) // size)
+        if row.blocks is not mirror.blocks:
+            mirror.blocks, mirror.sent = row.blocks, 0
+        elif not mirror.sampled:
+            mirror.sent = min(mirror.sent, mirror.end // size)
+        if wanted > mirror.sent:
+            first = self._state.offsets["blocks"] + row.slot * self._state.blocks_stride
+            updates.set_run(first + mirror.sent, row.blocks[mirror.sent : wanted])
+            mirror.sent = wanted
+
+    def _tell_params(self, slot: int, spec: SampleSpec, mirror: _Mirror, updates: Updates) -> None:
+        kind = _kind(spec)
+        params = (spec.temperature, spec.top_p, spec.min_p, spec.top_k, spec.seed, kind)
+        if params == mirror.params:
+            return
+        mirror.params = params
+        offsets = self._state.offsets
+        floats = np.array(params[:3], dtype=np.float32).view(np.int32).tolist()
+        for name, value in zip(
+            ("temperature", "top_p", "min_p", "top_k", "kind"), (*floats, spec.top_k, kind), strict=True
+        ):
+            updates.set(offsets[name] + slot, value)
+        seed = offsets["seed"] + 2 * slot
+        updates.set(seed, spec.seed & 0xFFFFFFFF)
+        updates.set(seed + 1, spec.seed >> 32 & 0xFFFFFFFF)
+
+
+def _keep_prompts(rows: Sequence[StepRow], order: Sequence[int], words: list[int], kept: list[int]) -> list[PromptRow]:
+    """Add the tokens before those that are to be told to `kept`."""
+    prompts = []
+    for at, index in enumerate(order):
+        row = rows[index]
+        if row.prompt_logprobs is not None and row.tokens is not None:
+            tokens = [*row.tokens[1:], *(() if row.next_token is None else (row.next_token,))]
+            first, place = words[ROW * at + 3], len(kept)
+            kept.extend(range(first, first + len(tokens)))
+            prompts.append(PromptRow(index, range(place, len(kept)), tokens, row.prompt_logprobs))
+    return prompts
+
+
+def _kind(spec: SampleSpec) -> int:
+    kind = GREEDY
+    if spec.temperature != 0:
+        kind = FILTERED if spec.top_k > 0 or spec.top_p < 1 or spec.min_p > 0 else DRAW
+    if spec.rules is not None:
+        kind |= WITH_RULES
+    return kind if spec.logprobs is None else kind | WITH_LOGPROBS
+
+
+def _recall(slot: int, spec: SampleSpec, mirror: _Mirror) -> tuple[int, ...] | None:
+    """The history to send, of a sequence whose rules look at its tokens and whose first sample in this slot this is."""
+    if spec.rules is None or not spec.rules.needs_history:
+        mirror.known = 0
+        return None
+    if spec.history is not None:
+        mirror.known = len(spec.history)
+    assert mirror.known == spec.position, (
+        f"slot {slot} samples position {spec.position}, its history has {mirror.known}"
+    )
+    mirror.known += 1
+    return spec.history
+
+
+class Wire:
+    """Host memory of one step on its way. Pinned where the device copies from it."""
+
+    def __init__(self, memory: Words) -> None:
+        self._memory = memory
+
+    def fill(self, layout: Layout, padded_rows: int, dummy: int) -> tuple[int, int, Updates | None]:
+        """Write a step with padding rows up to `padded_rows`, and the updates that fit.
+
+        Gives the words to copy, where the kept tokens begin among them, and updates that found no room (long histories
+        and block tables): they have to reach the device by another way, before the step.
+        """
+        memory, rows = self._memory, layout.num_rows
+        table = memory[HEADER : HEADER + ROW * padded_rows].reshape(padded_rows, ROW)
+        table[:rows] = np.array(layout.rows, dtype=np.int32).reshape(rows, ROW)
+        if padded_rows > rows:
+            table[rows:] = 0
+            table[rows:, 0] = dummy
+            table[rows:, 2] = 1
+            table[rows:, 3] = np.arange(rows, padded_rows)
+            table[rows:, 4] = -1
+        at = HEADER + ROW * padded_rows
+        count, spilled = layout.updates.count, None
+        if at + 2 * count + len(layout.kept) > len(memory):
+            count, spilled = 0, layout.updates
+        memory[NUM_UPDATES], memory[UPDATES_AT] = count, at
+        if count:
+            layout.updates.write(memory[at : at + count], memory[at + count : at + 2 * count])
+        kept_at = at + 2 * count
+        end = kept_at + len(layout.kept)
+        memory[kept_at:end] = layout.kept
+        return end, kept_at, spilled
+
+
+def wire_words(*, max_rows: int, max_step_tokens: int) -> int:
+    """Size of a Wire's memory: every row, every token given and kept, and a good deal of block tables beside."""
+    return HEADER + ROW * max_rows + 2 * (2 * max_step_tokens + 64 * max_rows) + max_step_tokens + max_rows
