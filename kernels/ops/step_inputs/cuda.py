@@ -1,143 +1,28 @@
-"""The op in Triton; letters as in reference.py. Rows are taken in vectors, a prompt's tokens in pieces."""
+"""The op on a card: one kernel a call, two for a step with prompts. Nothing here asks the device."""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ...device.state import DeviceState
 from ...device.step import TOKEN_MISSING, StepTensors
 from ...device.wire import HEADER, NUM_UPDATES, ROW, UPDATES_AT
 from ..compiled import launch
+from . import kernel
 
 _UPDATES = 1024  # of a program
 _ROWS = 128
 _TOKENS = 512
 
 
-@triton.jit
-def _apply(wire, words, COUNT_AT: tl.constexpr, WHERE_AT: tl.constexpr, BLOCK: tl.constexpr):
-    count = tl.load(wire + COUNT_AT)
-    where = tl.load(wire + WHERE_AT)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    word = tl.load(wire + where + i, mask=i < count, other=0)
-    value = tl.load(wire + where + count + i, mask=i < count, other=0)
-    tl.store(words + word, value, mask=i < count)
-
-
-@triton.jit(do_not_specialize=["num_rows", "token_stride", "block_stride"])
-def _build_rows(
-    wire,
-    tokens,
-    blocks,
-    ids,
-    positions,
-    slot_mapping,
-    row_of,
-    query_start,
-    seq_len,
-    slots,
-    flags,
-    num_rows,
-    token_stride,
-    block_stride,
-    HEADER: tl.constexpr,
-    ROW: tl.constexpr,
-    MISSING: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = r < num_rows
-    at = wire + HEADER + ROW * r
-    slot = tl.load(at, mask=here, other=0).to(tl.int64)
-    start = tl.load(at + 1, mask=here, other=0)
-    num = tl.load(at + 2, mask=here, other=0)
-    first = tl.load(at + 3, mask=here, other=0)
-    tl.store(slots + r, slot.to(tl.int32), mask=here)
-    tl.store(seq_len + r, start + num, mask=here)
-    tl.store(query_start + r, first, mask=here)
-    tl.store(query_start + r + 1, first + num, mask=r == num_rows - 1)
-    # The token of a row of one; a prompt's tokens are another kernel's.
-    single = here & (num == 1)
-    token = tl.load(tokens + slot * token_stride + start, mask=single, other=0)
-    block = tl.load(blocks + slot * block_stride + start // PAGE, mask=single, other=0).to(tl.int64)
-    tl.store(ids + first, tl.maximum(token, 0), mask=single)
-    tl.store(positions + first, start, mask=single)
-    tl.store(slot_mapping + first, block * PAGE + start % PAGE, mask=single)
-    tl.store(row_of + first, r, mask=single)
-    tl.store(flags + r, tl.where(token < 0, MISSING, 0), mask=here)
-
-
-@triton.jit(do_not_specialize=["first_row", "token_stride", "block_stride"])
-def _build_prompts(
-    wire,
-    tokens,
-    blocks,
-    ids,
-    positions,
-    slot_mapping,
-    row_of,
-    first_row,
-    token_stride,
-    block_stride,
-    HEADER: tl.constexpr,
-    ROW: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    r = first_row + tl.program_id(0)
-    at = wire + HEADER + ROW * r
-    num = tl.load(at + 2)
-    if tl.program_id(1) * BLOCK < num:
-        slot = tl.load(at).to(tl.int64)
-        i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        here = i < num
-        position = tl.load(at + 1) + i
-        t = tl.load(at + 3) + i
-        token = tl.load(tokens + slot * token_stride + position, mask=here, other=0)
-        block = tl.load(blocks + slot * block_stride + position // PAGE, mask=here, other=0).to(tl.int64)
-        tl.store(ids + t, tl.maximum(token, 0), mask=here)
-        tl.store(positions + t, position, mask=here)
-        tl.store(slot_mapping + t, block * PAGE + position % PAGE, mask=here)
-        tl.store(row_of + t, tl.zeros([BLOCK], tl.int32) + r, mask=here)
-
-
-@triton.jit(do_not_specialize=["num_rows", "token_stride"])
-def _publish(
-    wire,
-    tokens,
-    row_flags,
-    chosen,
-    chosen_flags,
-    out,
-    num_rows,
-    token_stride,
-    HEADER: tl.constexpr,
-    ROW: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = r < num_rows
-    at = wire + HEADER + ROW * r
-    slot = tl.load(at, mask=here, other=0).to(tl.int64)
-    after = tl.load(at + 1, mask=here, other=0) + tl.load(at + 2, mask=here, other=0)
-    place = tl.load(at + 4, mask=here, other=-1)
-    samples = place >= 0
-    found = tl.load(row_flags + r, mask=here, other=0)
-    found = found | tl.load(chosen_flags + place, mask=samples, other=0)
-    token = tl.load(chosen + place, mask=samples, other=0).to(tl.int32)
-    token = tl.where(samples & (found == 0), token, -1)
-    tl.store(tokens + slot * token_stride + after, token, mask=here)
-    tl.store(out + 2 * r, token, mask=here)
-    tl.store(out + 2 * r + 1, found, mask=here)
+def _pieces(count: int, size: int) -> int:
+    return -(-count // size)
 
 
 def apply_updates(wire_W: Tensor, state: DeviceState, count: int) -> None:
     """See launch.py."""
-    grid = (triton.cdiv(count, _UPDATES), 1, 1)
-    launch(_apply, grid, (wire_W, state.words), COUNT_AT=NUM_UPDATES, WHERE_AT=UPDATES_AT, BLOCK=_UPDATES)
+    grid = (_pieces(count, _UPDATES), 1, 1)
+    launch(kernel.apply, grid, (wire_W, state.words), COUNT_AT=NUM_UPDATES, WHERE_AT=UPDATES_AT, BLOCK=_UPDATES)
 
 
 def build_inputs(wire_W: Tensor, state: DeviceState, step: StepTensors) -> None:
@@ -147,8 +32,8 @@ def build_inputs(wire_W: Tensor, state: DeviceState, step: StepTensors) -> None:
     of_rows = (step.query_start_R, step.seq_len_R, step.slot_R, step.flags_R)
     strides = (state.tokens_stride, state.blocks_stride)
     launch(
-        _build_rows,
-        (triton.cdiv(step.num_rows, _ROWS), 1, 1),
+        kernel.build_rows,
+        (_pieces(step.num_rows, _ROWS), 1, 1),
         (*sources, *of_tokens, *of_rows, step.num_rows, *strides),
         HEADER=HEADER,
         ROW=ROW,
@@ -158,8 +43,8 @@ def build_inputs(wire_W: Tensor, state: DeviceState, step: StepTensors) -> None:
     )
     if step.prompt_rows:
         launch(
-            _build_prompts,
-            (step.prompt_rows, triton.cdiv(step.most_prompt, _TOKENS), 1),
+            kernel.build_prompts,
+            (step.prompt_rows, _pieces(step.most_prompt, _TOKENS), 1),
             (*sources, *of_tokens, step.decode_rows, *strides),
             HEADER=HEADER,
             ROW=ROW,
@@ -174,8 +59,8 @@ def publish(
     """See launch.py."""
     rows = out_R2.shape[0]
     launch(
-        _publish,
-        (triton.cdiv(rows, _ROWS), 1, 1),
+        kernel.publish,
+        (_pieces(rows, _ROWS), 1, 1),
         (wire_W, state.tokens_SC, flags_R, tokens_N, flags_N, out_R2, rows, state.tokens_stride),
         HEADER=HEADER,
         ROW=ROW,
