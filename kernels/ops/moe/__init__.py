@@ -1,0 +1,1 @@
+"""Mixture of experts: each token goes through the few experts that its router prefers."""
