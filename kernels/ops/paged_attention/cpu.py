@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..ragged import RaggedBatch, Segment
 from .params import AttentionParams
+from .reference import attend as attend
 from .singles import Singles, can_attend
 
 
