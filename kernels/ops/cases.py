@@ -14,7 +14,7 @@ from .configs import Config
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One call to time. `make()` gives fresh random inputs; it is called until they are larger than the card's cache."""
+    """One call to time. `make()` gives fresh random inputs; it is called until they outgrow the card's cache."""
 
     name: str
     make: Callable[[], tuple[Any, ...]]
@@ -31,7 +31,7 @@ class Trial:
     op: str
     shape: tuple[int, ...]
     make: Callable[[], tuple[Any, ...]]
-    run: Callable[..., Any]
+    run: Callable[..., Any]  # its answer may have one more dimension in front: addends
     wanted: Callable[..., Any]  # wanted(*inputs): the right answer, a float64 tensor
     size_bytes: int
     configs: Sequence[Config]

@@ -1,15 +1,25 @@
 """Launch tables: which tile sizes a kernel runs with, by op and shape. Looking up never times anything.
 
-Order: what `diptych bench kernels --tune` found on this very card (tuning.py), the exact row here, the nearest row here.
+Order: what `diptych bench kernels --tune` found on this very card (tuning.py), the row of this shape, the nearest row.
 The rows were measured on one NVIDIA H200 in graphs with weights out of the cache, and stand in for cards without rows
 of their own. An op adds its rows to MEASURED; the meaning of a shape's numbers is the op's.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import logging
 import math
+import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final, NamedTuple
+
+import torch
+
+log = logging.getLogger(__name__)
 
 
 class Config(NamedTuple):
@@ -26,42 +36,80 @@ class Config(NamedTuple):
 LIBRARY: Final = Config(0, 0, 0, 0, 0, 0)  # a row that says: the library's own kernel (cuBLAS) is faster here
 
 MEASURED: dict[str, dict[tuple[int, ...], Config]] = {
-    # (rows, outs, ins): y = x @ W.T with partial sums left to the next kernel, 2026-11-22. cuBLAS in the same run:
-    # 1 row 16.0, 13.4, 56.3, 32.1, 247.8 us for the shapes of llama-8b in this order; ours 14.9, 10.0, 56.3, 29.1, 235.0
+    # (rows, outs, ins): y = x @ W.T, partial sums left to the next kernel; split: programs a processor, 0: one a tile
     "linear": {
-        (1, 6144, 4096): Config(16, 128, 128, 2, 8, 4),
-        (16, 6144, 4096): Config(16, 128, 128, 2, 8, 4),
-        (64, 6144, 4096): LIBRARY,  # 16.7 against 17.3
-        (1, 4096, 4096): Config(16, 64, 128, 2, 4, 5),
-        (16, 4096, 4096): Config(16, 64, 128, 2, 4, 5),
-        (64, 4096, 4096): Config(64, 64, 128, 2, 4, 5),
-        (1, 28672, 4096): Config(16, 64, 128, 1, 4, 4),
-        (16, 28672, 4096): Config(16, 64, 128, 1, 4, 4),
-        (64, 28672, 4096): Config(64, 128, 128, 1, 8, 4),
-        (1, 4096, 14336): Config(16, 64, 128, 4, 4, 4),
-        (16, 4096, 14336): Config(16, 64, 128, 2, 4, 5),
-        (64, 4096, 14336): Config(64, 64, 128, 2, 4, 5),
-        (1, 128256, 4096): Config(16, 64, 128, 1, 4, 4),
-        (16, 128256, 4096): Config(16, 64, 128, 1, 4, 4),
-        (64, 128256, 4096): Config(64, 128, 128, 1, 8, 4),
-        (1, 5120, 2048): Config(16, 64, 128, 2, 4, 5),
-        (16, 5120, 2048): Config(16, 64, 128, 1, 4, 4),
-        (64, 5120, 2048): LIBRARY,  # 8.5 against 9.3
-        (1, 2048, 4096): Config(16, 64, 128, 8, 4, 4),
-        (16, 2048, 4096): Config(16, 64, 128, 4, 4, 4),
-        (64, 2048, 4096): Config(64, 64, 128, 4, 4, 4),
+        (1, 6144, 4096): Config(16, 128, 128, 1, 8, 4),
+        (16, 6144, 4096): Config(16, 128, 128, 1, 8, 4),
+        (64, 6144, 4096): LIBRARY,
+        (1, 4096, 4096): Config(16, 64, 128, 1, 4, 5),
+        (16, 4096, 4096): Config(16, 64, 128, 1, 4, 5),
+        (64, 4096, 4096): Config(64, 64, 128, 1, 4, 5),
+        (1, 28672, 4096): Config(16, 64, 128, 0, 4, 4),
+        (16, 28672, 4096): Config(16, 64, 128, 0, 4, 4),
+        (64, 28672, 4096): Config(64, 128, 128, 0, 8, 4),
+        (1, 4096, 14336): Config(16, 64, 128, 2, 4, 4),
+        (16, 4096, 14336): Config(16, 64, 128, 1, 4, 5),
+        (64, 4096, 14336): Config(64, 64, 128, 1, 4, 5),
+    },
+    # (rows, outs, ins): the same with every sum whole
+    "linear_whole": {
+        (1, 128256, 4096): Config(16, 64, 128, 0, 4, 4),
+        (16, 128256, 4096): Config(16, 64, 128, 0, 4, 4),
+        (64, 128256, 4096): Config(64, 128, 128, 0, 8, 4),
+        (1, 4096, 4096): LIBRARY,
+        (64, 4096, 4096): LIBRARY,
+    },
+    # (16 * pairs / experts, outs, ins): both projections of the experts; block_m is the first's. Rows 1 to 4,096 are so
+    # many tokens of qwen3-30b-a3b (128 experts, 8 a token). The row of 256 was not measured.
+    "moe_up": {
+        (1, 768, 2048): Config(16, 64, 128, 0, 4, 4),
+        (8, 768, 2048): Config(16, 32, 128, 0, 4, 4),
+        (64, 768, 2048): Config(16, 128, 128, 0, 4, 3),
+        (128, 768, 2048): Config(16, 128, 128, 0, 4, 3),
+        (256, 768, 2048): Config(32, 64, 128, 0, 4, 3),
+        (512, 768, 2048): Config(64, 64, 64, 0, 4, 3),
+        (4096, 768, 2048): Config(128, 64, 64, 0, 8, 3),
+    },
+    "moe_down": {
+        (1, 2048, 768): Config(16, 64, 128, 0, 4, 3),
+        (8, 2048, 768): Config(16, 64, 128, 0, 4, 3),
+        (64, 2048, 768): Config(16, 64, 128, 0, 4, 3),
+        (128, 2048, 768): Config(16, 64, 128, 0, 4, 3),
+        (256, 2048, 768): Config(32, 128, 64, 0, 4, 4),
+        (512, 2048, 768): Config(64, 128, 64, 0, 8, 4),
+        (4096, 2048, 768): Config(128, 128, 64, 0, 8, 3),
+    },
+    # (rows, head size, bytes a number): attention of rows with one new token; block_n: keys of a tile.
+    "attend_rows": {
+        (1, 128, 2): Config(16, 128, 0, 0, 4, 3),
+        (1, 256, 2): Config(16, 64, 0, 0, 4, 3),
+        (64, 64, 2): Config(16, 64, 0, 0, 4, 3),
+        (64, 128, 2): Config(16, 64, 0, 0, 4, 3),
+        (64, 256, 2): Config(16, 32, 0, 0, 4, 3),
+        (64, 128, 4): Config(16, 32, 0, 0, 4, 2),
+        (64, 256, 4): Config(16, 16, 0, 0, 4, 2),
+    },
+    # (head size, bytes a number): attention of prompts; tile of queries and of keys.
+    "attend_prompts": {
+        (64, 2): Config(64, 64, 0, 0, 4, 3),
+        (128, 2): Config(64, 64, 0, 0, 4, 3),
+        (256, 2): Config(64, 32, 0, 0, 4, 3),
+        (64, 4): Config(32, 32, 0, 0, 4, 2),
+        (128, 4): Config(32, 32, 0, 0, 4, 2),
+        (256, 4): Config(16, 16, 0, 0, 4, 2),
     },
 }
 
-_tuned: dict[str, dict[tuple[int, ...], Config]] = {}
+_tuned: dict[str, dict[tuple[int, ...], Config]] | None = None  # None: the file was not looked for yet
 _found: dict[tuple[str, tuple[int, ...]], Config] = {}
 
 
 def choose(op: str, shape: tuple[int, ...]) -> Config:
-    """The configuration of `op` for `shape`. KeyError: the op has no rows."""
+    """The configuration of `op` for `shape` on the current card. KeyError: the op has no rows."""
     found = _found.get((op, shape))
     if found is None:
-        found = _tuned.get(op, {}).get(shape) or nearest(MEASURED[op], shape)
+        tuned = read_tuned() if _tuned is None else _tuned
+        found = tuned.get(op, {}).get(shape) or nearest(MEASURED[op], shape)
         _found[op, shape] = found
     return found
 
@@ -78,8 +126,51 @@ def nearest(rows: Mapping[tuple[int, ...], Config], shape: tuple[int, ...]) -> C
     return rows[min(rows, key=distance)]
 
 
-def use_tuned(rows: Mapping[str, Mapping[tuple[int, ...], Config]]) -> None:
-    """Prefer these rows, by op, from now on to the ones here. Graphs that were captured keep theirs."""
-    _tuned.clear()
-    _tuned.update({op: dict(found) for op, found in rows.items()})
+def tuned_file() -> Path | None:
+    """Where the tuned rows of the current card and this Triton lie; None without a card."""
+    if not torch.cuda.is_available():
+        return None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    card = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name())
+    major, minor = torch.cuda.get_device_capability()
+    version = importlib.metadata.version("triton")
+    return cache / "diptych" / "kernels" / f"{card}-sm{major}{minor}-triton{version}.json"
+
+
+def read_tuned() -> dict[str, dict[tuple[int, ...], Config]]:
+    """What was tuned on this card, from now on preferred by `choose`. A file that is not one of ours counts as none,
+    with a warning. Graphs that were captured keep what they have.
+    """
+    global _tuned
+    path = tuned_file()
+    rows: dict[str, dict[tuple[int, ...], Config]] = {}
+    if path is not None and path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            rows = {
+                op: {tuple(map(int, shape)): Config(*map(int, config)) for shape, config in pairs}
+                for op, pairs in found.items()
+            }
+        except (OSError, ValueError, TypeError, AttributeError) as exc:
+            log.warning("tuned launch tables are not used: %s: %s", path, exc)
+    _tuned = rows
     _found.clear()
+    return rows
+
+
+def write_tuned(rows: Mapping[str, Mapping[tuple[int, ...], Config]]) -> Path:
+    """Add these rows to the file of the current card, of which there must be one; `choose` reads it from now on."""
+    path = tuned_file()
+    assert path is not None
+    merged = read_tuned()
+    for op, found in rows.items():
+        merged.setdefault(op, {}).update(found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(f".{os.getpid()}")
+    lines = {
+        op: [[list(shape), list(config)] for shape, config in sorted(found.items())] for op, found in merged.items()
+    }
+    written.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    written.replace(path)
+    read_tuned()
+    return path

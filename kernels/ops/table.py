@@ -1,6 +1,6 @@
 """The platform seam: which implementation of each op runs on which device type.
 
-An entry names a module of the op's folder: `reference` (plain torch, any device), `cpu`, later `kernel` (Triton).
+An entry names a module of the op's folder: `reference` (plain torch, any device), `cpu`, or `cuda` (Triton, cuBLAS).
 """
 
 from __future__ import annotations
@@ -14,21 +14,31 @@ from diptych.protos.errors import StartupError
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "cpu": {
         "paged_attention": "cpu",
+        "qk_write": "reference",
         "kv_write": "cpu",
         "sampling": "cpu",
         "logprobs": "cpu",
         "linear": "cpu",
         "rotate": "cpu",
         "rms_norm": "cpu",
+        "add_norm": "reference",
+        "silu_mul": "reference",
+        "moe": "reference",
+        "step_inputs": "reference",
     },
     "cuda": {
-        "paged_attention": "reference",
+        "paged_attention": "cuda",
+        "qk_write": "cuda",
         "kv_write": "cpu",
         "sampling": "reference",
         "logprobs": "reference",
-        "linear": "reference",
+        "linear": "cuda",
         "rotate": "reference",
-        "rms_norm": "reference",
+        "rms_norm": "cuda",
+        "add_norm": "cuda",
+        "silu_mul": "cuda",
+        "moe": "cuda",
+        "step_inputs": "cuda",
     },
 }
 

@@ -1,0 +1,1 @@
+"""Residual add and root mean square normalisation in one pass."""

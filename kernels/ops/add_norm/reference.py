@@ -1,0 +1,15 @@
+"""Definition of add_norm: the residual takes the sum of the parts, then its rows are normalised."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..parts import Parts
+from ..rms_norm.reference import rms_norm
+
+
+def add_norm(residual_TN: Tensor, parts: Parts | None, weight_N: Tensor, eps: float, out_TN: Tensor) -> Tensor:
+    """See launch.py."""
+    if parts is not None:
+        residual_TN.copy_(residual_TN.float() + parts.total())
+    return out_TN.copy_(rms_norm(residual_TN, weight_N, eps))

@@ -1,0 +1,119 @@
+"""What is measured and tuned of linear: the shapes of llama-8b and qwen3-30b-a3b, bfloat16, against cuBLAS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from ..cases import Case, Trial
+from ..configs import LIBRARY, Config
+from ..parts import Parts
+from .cuda import ONE_A_TILE, OP, WHOLE_OP, DeviceLinear, multiply, processors, share
+
+_LAYER = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # outs, ins
+_HEAD = (128256, 4096)
+_LAYERS = 32
+SHAPES = {f"llama-8b {name}": shape for name, shape in _LAYER.items()} | {
+    "llama-8b head": _HEAD,
+    "qwen3-30b-a3b qkv": (5120, 2048),
+    "qwen3-30b-a3b o": (2048, 4096),
+    "qwen3-30b-a3b head": (151936, 2048),
+}
+_WHOLE = ("head",)
+_ROWS = (1, 16, 64, 512, 8192)
+_COMPUTED = 256  # rows from which FLOP count, not bytes
+
+
+def _weight(shape: tuple[int, int], device: torch.device) -> DeviceLinear:
+    return DeviceLinear(torch.randn(shape, device=device, dtype=torch.bfloat16) / shape[1] ** 0.5, None)
+
+
+def _make(rows: int, shape: tuple[int, int], device: torch.device) -> tuple[DeviceLinear, Tensor]:
+    return _weight(shape, device), torch.randn(rows, shape[1], device=device, dtype=torch.bfloat16)
+
+
+def _ours(layer: DeviceLinear, x: Tensor) -> Tensor | Parts:
+    return layer.parts(x) or layer(x)
+
+
+def _cublas(layer: DeviceLinear, x: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, layer.weight)
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """Each shape at each number of rows, then all linears of a decode step of llama-8b in one graph."""
+    for (name, shape), rows in product(SHAPES.items(), _ROWS):
+        outs, ins = shape
+        if rows > 512 and name.endswith(_WHOLE):
+            continue  # a head computes sampled rows alone
+        yield Case(
+            name=f"{name} x{rows}",
+            make=partial(_make, rows, shape, device),
+            run=DeviceLinear.__call__ if name.endswith(_WHOLE) else _ours,
+            size_bytes=2 * (outs * ins + rows * (outs + ins)),
+            flop=2 * rows * outs * ins if rows >= _COMPUTED else 0,
+            peers={"cublas": _cublas},
+        )
+    for rows in (1, 64):
+        yield Case(
+            name=f"llama-8b step x{rows}",
+            make=partial(_make_step, rows, device),
+            run=partial(_step, ours=True),
+            size_bytes=2 * (_LAYERS * sum(outs * ins for outs, ins in _LAYER.values()) + _HEAD[0] * _HEAD[1]),
+            peers={"cublas": partial(_step, ours=False)},
+        )
+
+
+def _make_step(
+    rows: int, device: torch.device
+) -> tuple[list[tuple[DeviceLinear, Tensor]], tuple[DeviceLinear, Tensor]]:
+    return [_make(rows, shape, device) for shape in _LAYER.values()], _make(rows, _HEAD, device)
+
+
+def _step(layer: list[tuple[DeviceLinear, Tensor]], head: tuple[DeviceLinear, Tensor], *, ours: bool) -> None:
+    """One layer's weights, larger than any cache, stand for those of all layers."""
+    for _ in range(_LAYERS):
+        for linear, x in layer:
+            (_ours if ours else _cublas)(linear, x)
+    (DeviceLinear.__call__ if ours else _cublas)(*head)
+
+
+def trials(device: torch.device) -> Iterator[Trial]:
+    """Every shape for the numbers of rows that the launch table distinguishes."""
+    for (name, (outs, ins)), rows in product(SHAPES.items(), (1, 16, 32, 64)):
+        op = WHOLE_OP if name.endswith(_WHOLE) else OP
+        yield Trial(
+            op=op,
+            shape=(rows, outs, ins),
+            make=partial(_make, rows, (outs, ins), device),
+            run=_attempt,
+            wanted=lambda layer, x: x.double() @ layer.weight.double().T,
+            size_bytes=2 * outs * ins,
+            configs=[LIBRARY, *_candidates(op, rows)],
+        )
+
+
+def _candidates(op: str, rows: int) -> list[Config]:
+    splits = (ONE_A_TILE,) if op == WHOLE_OP else (ONE_A_TILE, 1, 2, 3, 4)
+    tiles = ((64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3), (128, 64, 4, 5), (128, 128, 8, 3))
+    tiles = (*tiles, (128, 128, 8, 4), (32, 256, 4, 4))
+    block_m = max(16, rows)
+    return [
+        Config(block_m, block_n, block_k, split, warps, stages)
+        for (block_n, block_k, warps, stages), split in product(tiles, splits)
+    ]
+
+
+def _attempt(config: Config, layer: DeviceLinear, x: Tensor) -> Tensor:
+    """The answer as float32, or in x's dtype where nothing was split; not yet added."""
+    if config is LIBRARY or config == LIBRARY:
+        return _cublas(layer, x)
+    run, slots = share(config, layer.outs, layer.ins, processors(x.device))
+    dtype = torch.float32 if slots > 1 else x.dtype
+    out = torch.empty((slots, x.shape[0], layer.outs), dtype=dtype, device=x.device)
+    multiply(x, layer.weight, None, out, config, run)
+    return out[0] if slots == 1 else out

@@ -1,0 +1,101 @@
+"""Times an op's cases on a card: graphs of calls over inputs that outgrow the cache, beside the ceilings of the hour.
+
+Ceilings: a copy of 1 GiB (bytes read and written), and a bfloat16 product of 8192^3 of random numbers.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from .cases import Case
+
+_CALLS = 20  # in a graph, at least: a replay costs the host 4 us once
+_ROUNDS = 7
+_CACHES = 4  # inputs of a graph, in sizes of the card's cache
+_MOST_SETS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What the card does at best, measured just now."""
+
+    copy_gb_s: float
+    product_tflop_s: float
+
+
+def ceilings(device: torch.device) -> Ceilings:
+    """Measure them; takes 3 GB of the card for a moment."""
+    copied = [torch.randn(1 << 29, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    copy_us = microseconds([partial(copied[1].copy_, copied[0])] * 4)
+    gb_s = 2 * copied.pop().nbytes / copy_us / 1e3
+    size = 8192
+    a, b, out = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(3))
+    product_us = microseconds([partial(torch.mm, a, b, out=out)] * 4)
+    return Ceilings(round(gb_s, 1), round(2 * size**3 / product_us / 1e6, 1))
+
+
+def microseconds(calls: Sequence[Callable[[], object]], rounds: int = _ROUNDS) -> float:
+    """The median time of one call, all of them in one graph. They run before it is captured: compiled, warm."""
+    torch.cuda.synchronize()  # inputs were made on another stream
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(rounds):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def input_sets(make: Callable[[], tuple[Any, ...]], size_bytes: int) -> list[tuple[Any, ...]]:
+    """Inputs made anew until all of them are several times the card's cache."""
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return [make() for _ in range(max(2, min(_MOST_SETS, -(-_CACHES * cache // size_bytes))))]
+
+
+def calls_over(run: Callable[..., object], sets: Sequence[tuple[Any, ...]]) -> list[Callable[[], object]]:
+    """Calls for one graph: every set of inputs in turn."""
+    count = max(len(sets), _CALLS)
+    return [partial(run, *sets[at % len(sets)]) for at in range(count)]
+
+
+def measure(case: Case, limits: Ceilings) -> dict[str, Any]:
+    """us, gb_s or tflop_s, of_ceiling (1 is the ceiling); the same of each peer, or what kept it from running."""
+    sets = input_sets(case.make, case.size_bytes)
+    found = _figures(case, microseconds(calls_over(case.run, sets)), limits)
+    peers: dict[str, Any] = {}
+    for name, run in case.peers.items():
+        try:
+            peers[name] = _figures(case, microseconds(calls_over(run, sets)), limits)
+        except (RuntimeError, ValueError, TypeError) as exc:  # another project's: told, not fatal
+            peers[name] = {"error": str(exc).splitlines()[0][:200]}
+    return found | ({"peers": peers} if peers else {})
+
+
+def _figures(case: Case, us: float, limits: Ceilings) -> dict[str, Any]:
+    found: dict[str, Any] = {"us": round(us, 2)}
+    if case.flop:
+        rate, limit = case.flop / us / 1e6, limits.product_tflop_s
+        found["tflop_s"] = round(rate, 1)
+    else:
+        rate, limit = case.size_bytes / us / 1e3, limits.copy_gb_s
+        found["gb_s"] = round(rate, 1)
+    return found | {"of_ceiling": round(rate / limit, 4)}
