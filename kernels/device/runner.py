@@ -1,0 +1,310 @@
+"""The runner of a device: launches steps whose inputs are made there, and reads their tokens one event later.
+
+launch(N+1):  lay out, fill the wire | copy it, set the state, make inputs, compute, choose, publish, copy out, event
+collect(N):   wait for N's event, which has passed long before N+1 has ended
+Nothing in `launch` asks the device: a row whose token the host has not read takes it from its slot's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from diptych.protos.errors import DiptychError, EngineFault
+from diptych.protos.step import StepPlan, StepResult
+
+from ..models import DeviceDecoder
+from ..ops.logprobs.columns import Logprobs
+from ..ops.logprobs.launch import logprobs
+from ..ops.paged_attention.split import Splits, plan_splits
+from ..ops.step_inputs.launch import apply_updates, build_inputs, publish
+from .buffers import StepBuffers
+from .choice import choose_by_spec, choose_greedily
+from .graphs import FIRST_SIZES, MORE_SIZES, StepGraphs, sizes_within
+from .outcome import Outcome
+from .state import DeviceState
+from .step import StepTensors
+from .wire import HEADER, NUM_UPDATES, UPDATES_AT, Layout, Packer, Updates, Wire, wire_words
+
+MAX_OUTSTANDING = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceOptions:
+    """How steps run."""
+
+    graphs: bool = True  # False: every step runs as it is, which is what graphs are compared with
+    depth: int = 1  # of ports.Runner: 2 asks the caller to launch a step before it collects the one before
+
+
+class DeviceRunner:
+    """Implements ports.Runner over a decoder and an arena on one device. One thread uses it.
+
+    `kv`: K and V of each layer, [blocks, kv_heads, block_tokens, head_dim]; `spare_block` is one of these blocks that
+    no sequence ever gets. On a CPU everything happens in `launch`.
+    """
+
+    def __init__(
+        self,
+        decoder: DeviceDecoder,
+        kv: Sequence[tuple[Tensor, Tensor]],
+        *,
+        state: DeviceState,
+        splits: Splits | None,
+        max_step_tokens: int,
+        vocab_size: int,
+        options: DeviceOptions,
+    ) -> None:
+        device, max_rows = state.words.device, state.max_slots
+        self.max_slots = state.max_slots
+        self.max_step_tokens = max_step_tokens
+        self.vocab_size = vocab_size
+        self.depth = options.depth
+        self.degraded: list[str] = []  # grows until `warm_up` returns
+        self._decoder = decoder
+        self._kv = kv
+        self._device = device
+        self._on_card = device.type == "cuda"
+        self._state = state
+        self._packer = Packer(state)
+        self._steps = StepBuffers(
+            state,
+            splits,
+            max_rows=max_rows,
+            max_tokens=max_step_tokens,
+            vocab_size=vocab_size,
+            dtype=kv[0][0].dtype,
+        )
+        words = wire_words(max_rows=max_rows, max_step_tokens=max_step_tokens)
+        self._wire = torch.zeros(words, dtype=torch.int32, device=device)
+        self._sent = [self._host(words) for _ in range(MAX_OUTSTANDING)]
+        self._wires = [Wire(sent.numpy()) for sent in self._sent]
+        self._outs = [self._host(2 * max_rows).view(max_rows, 2) for _ in range(MAX_OUTSTANDING)]
+        self._turn = 0
+        self._outstanding: deque[Outcome | DiptychError] = deque()
+        self._graphs = StepGraphs(self._decode, device=device)
+        self._sizes_left = sizes_within((*FIRST_SIZES, *MORE_SIZES), max_rows) if options.graphs else []
+        if self._on_card:
+            torch.cuda.synchronize(device)  # all of this was made on another stream
+            self._stream = torch.cuda.Stream(device)
+            self._events = [torch.cuda.Event() for _ in range(MAX_OUTSTANDING)]
+
+    def launch(self, plan: StepPlan) -> None:
+        """See ports.Runner. A plan that breaks the Protocol's rules is an AssertionError here, not a failed step."""
+        assert len(self._outstanding) < MAX_OUTSTANDING, "two steps are outstanding already"
+        assert 0 < plan.num_tokens <= self.max_step_tokens, f"a step of {plan.num_tokens} tokens"
+        layout = self._packer.lay_out(plan)
+        with self._at_work():
+            outcome: Outcome | DiptychError
+            try:
+                outcome = self._start(plan, layout)
+            except Exception as exc:
+                outcome = _fault(plan, exc)
+                self._give_up(plan)
+        self._outstanding.append(outcome)
+
+    def collect(self) -> StepResult:
+        """See ports.Runner and ModelRunner.collect: the same tokens, faults and logprobs."""
+        assert self._outstanding, "no step is outstanding"
+        outcome = self._outstanding.popleft()
+        if isinstance(outcome, DiptychError):
+            raise outcome
+        if self._on_card:
+            try:
+                self._events[outcome.turn].synchronize()
+            except RuntimeError as exc:  # what a kernel did wrong shows where somebody waits for it
+                raise _fault(outcome.plan, exc) from exc
+        return outcome.result()
+
+    def warm_up(self) -> None:
+        """Run steps of all sizes, the largest first, and capture the first graphs. Kernels, workspaces and activations
+        are there afterwards, so that no step compiles or is the first to take memory. Once, before any step.
+        """
+        state = self._state
+        longest = min(self.max_step_tokens, state.max_context_tokens)
+        with self._at_work():
+            self._rehearse([longest] * max(1, min(self.max_step_tokens // longest, state.max_slots)))
+            for power in reversed(range(1, longest.bit_length())):
+                self._rehearse(
+                    [1 << power] if state.max_slots == 1 or 1 << power == self.max_step_tokens else [1, 1 << power]
+                )
+            self._rehearse([1])
+            for rows in reversed(sizes_within(FIRST_SIZES, state.max_slots)):
+                if rows in self._sizes_left:
+                    self._capture(rows)
+
+    def idle(self) -> bool:
+        """Make one more graph, if one is missing: tens of milliseconds. False: there was nothing to do."""
+        if self._outstanding or not self._sizes_left:
+            return False
+        with self._at_work():
+            self._capture(self._sizes_left[0])
+        return True
+
+    @property
+    def graph_sizes(self) -> Sequence[int]:
+        """Rows of decode steps that run as a graph, ascending."""
+        return self._graphs.sizes
+
+    def _start(self, plan: StepPlan, layout: Layout) -> Outcome:
+        turn = self._turn
+        self._turn = (turn + 1) % MAX_OUTSTANDING
+        size = self._graphs.size_for(layout.num_rows) if layout.is_decode else None
+        padded = layout.num_rows if size is None else size
+        words, kept_at, spilled = self._wires[turn].fill(layout, padded, self._state.dummy)
+        if spilled is not None:
+            self._set_much(spilled)
+        self._wire[:words].copy_(self._sent[turn][:words], non_blocking=True)
+        if spilled is None:
+            apply_updates(self._wire, self._state, layout.updates.count)
+        steps = self._steps
+        if layout.is_decode:
+            logits_NV, step = steps.logits(padded), steps.decode_step(padded)
+            if size is None:
+                self._decode(padded)
+            else:
+                self._graphs.replay(size)
+        else:
+            logits_NV, step = steps.logits(len(layout.kept)), steps.mixed_step(layout)
+            step.kept_N.copy_(self._wire[kept_at:words])
+            self._forward(step, logits_NV)
+            count = len(layout.sampling)
+            choose_greedily(logits_NV[:count], steps.tokens_R[:count], steps.token_flags_R[:count])
+        asking = [one for one in layout.sampling if one.spec.temperature != 0 or one.spec.rules is not None]
+        if asking:
+            choose_by_spec(logits_NV, asking, self._state, steps.tokens_R, steps.token_flags_R)
+        out_R2 = steps.out_R2[: layout.num_rows]
+        publish(self._wire, self._state, step.flags_R, steps.tokens_R, steps.token_flags_R, out_R2)
+        told_R2 = self._outs[turn][: layout.num_rows]
+        told_R2.copy_(out_R2, non_blocking=True)
+        sampled, prompts = self._sampled_logprobs(layout, logits_NV), self._prompt_logprobs(layout, logits_NV)
+        if self._on_card:
+            self._events[turn].record()
+        return Outcome(plan, layout, turn, told_R2, sampled, prompts)
+
+    def _decode(self, rows: int) -> None:
+        """A step of rows of one token, from the wire to a greedy choice: what a graph holds."""
+        steps = self._steps
+        logits_RV = steps.logits(rows)
+        self._forward(steps.decode_step(rows), logits_RV)
+        choose_greedily(logits_RV, steps.tokens_R[:rows], steps.token_flags_R[:rows])
+
+    def _forward(self, step: StepTensors, logits_NV: Tensor) -> None:
+        build_inputs(self._wire, self._state, step)
+        plan_splits(step)
+        self._decoder.forward(step, self._kv, logits_NV)
+
+    def _sampled_logprobs(self, layout: Layout, logits_NV: Tensor) -> Logprobs | None:
+        asking = [one for one in layout.sampling if one.spec.logprobs is not None]
+        if not asking:
+            return None
+        places = self._on_device([one.place for one in asking])
+        most = max(one.spec.logprobs or 0 for one in asking)
+        return _on_host(logprobs(logits_NV, places, self._steps.tokens_R[places], most))
+
+    def _prompt_logprobs(self, layout: Layout, logits_NV: Tensor) -> Logprobs | None:
+        prompts = layout.prompts
+        if not prompts:
+            return None
+        places = self._on_device([place for prompt in prompts for place in prompt.places])
+        tokens = self._on_device([token for prompt in prompts for token in prompt.tokens])
+        return _on_host(logprobs(logits_NV, places, tokens, max(prompt.top for prompt in prompts)))
+
+    def _set_much(self, updates: Updates) -> None:
+        """Updates that the wire has no room for, by memory of their own."""
+        count = updates.count
+        sent = self._host(HEADER + 2 * count)
+        memory = sent.numpy()
+        memory[NUM_UPDATES], memory[UPDATES_AT] = count, HEADER
+        updates.write(memory[HEADER : HEADER + count], memory[HEADER + count :])
+        apply_updates(sent.to(self._device, non_blocking=True), self._state, count)
+
+    def _give_up(self, plan: StepPlan) -> None:
+        """Of a failed step: nobody knows what the device has of its slots, and none has a token to go on from."""
+        self._packer.forget(plan)
+        with contextlib.suppress(RuntimeError):  # a device that is lost says so to every later step, too
+            for row in plan.rows:
+                self._state.tokens_SC[row.slot, row.start + row.num_tokens].fill_(-1)
+            if self._on_card:
+                self._stream.synchronize()  # the wire that it may have been reading is written again
+
+    def _rehearse(self, lengths: Sequence[int]) -> None:
+        """A step of rows of the dummy slot, all in the spare block; rows of one token first."""
+        self._start(StepPlan(0, ()), _dummies(lengths, self._state.dummy))
+        self._finish()
+
+    def _capture(self, rows: int) -> None:
+        self._sizes_left.remove(rows)
+        if self._on_card and not self._decoder.capturable:
+            self._sizes_left.clear()
+            self.degraded.append("decode steps run without CUDA graphs: the model asks the device while it computes")
+            return
+        try:
+            words, _, _ = self._wires[0].fill(_dummies([1], self._state.dummy), rows, self._state.dummy)
+            self._wire[:words].copy_(self._sent[0][:words], non_blocking=True)
+            self._graphs.capture(rows)
+            self._finish()
+        except RuntimeError as exc:
+            self._sizes_left.clear()
+            self.degraded.append(f"decode steps of {rows} rows and more run without CUDA graphs: {exc}")
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with torch.inference_mode():
+            if self._on_card:
+                with torch.cuda.stream(self._stream):
+                    yield
+            else:
+                yield
+
+    def _finish(self) -> None:
+        if self._on_card:
+            self._stream.synchronize()
+
+    def _host(self, words: int) -> Tensor:
+        return torch.zeros(words, dtype=torch.int32, pin_memory=self._on_card)
+
+    def _on_device(self, numbers: Sequence[int]) -> Tensor:
+        sent = torch.tensor(numbers, dtype=torch.int64, pin_memory=self._on_card)
+        return sent.to(self._device, non_blocking=True)
+
+
+def _fault(plan: StepPlan, exc: Exception) -> DiptychError:
+    if isinstance(exc, DiptychError):
+        return exc
+    error = EngineFault("The model could not compute a step.", detail=f"step {plan.step_id}: {exc!r}")
+    error.__cause__ = exc
+    return error
+
+
+def _dummies(lengths: Sequence[int], dummy: int) -> Layout:
+    """Rows of the dummy slot from position 0 on."""
+    ends = list(accumulate(lengths))
+    words: list[int] = []
+    for at, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+        words += (dummy, 0, length, end - length, at, 0, 0, 0)
+    singles = sum(length == 1 for length in lengths)
+    is_decode = singles == len(lengths)
+    return Layout(
+        order=range(len(lengths)),
+        singles=singles,
+        num_tokens=ends[-1],
+        most_prompt=0 if is_decode else max(lengths),
+        sampling=[],
+        prompts=[],
+        kept=[] if is_decode else [end - 1 for end in ends],
+        rows=words,
+        updates=Updates(),
+    )
+
+
+def _on_host(columns: Logprobs) -> Logprobs:
+    """Copies under way; into pinned memory, where the device is not the host."""
+    told = (columns.own_R, columns.ranks_R, columns.ids_RK, columns.values_RK)
+    return Logprobs(*(column.to("cpu", non_blocking=True) for column in told))
