@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from diptych.protos.errors import StartupError
 
 from .ops.kv_write.launch import kv_write
-from .ops.paged_attention.launch import paged_attention
+from .ops.paged_attention.launch import attend, paged_attention
 from .ops.paged_attention.params import AttentionParams
+from .ops.qk_write.launch import kv_store
 from .ops.ragged import RaggedBatch
+
+if TYPE_CHECKING:
+    from .device.step import StepTensors
 
 IMPLEMENTATION = "diptych_paged"
 STEP_KEYWORD = "diptych_step"
@@ -35,6 +40,15 @@ class AttentionStep:
     batch: RaggedBatch
     kv: Mapping[int, tuple[Tensor, Tensor]]  # by the layer's `layer_idx`
     seen: dict[int, LayerShape] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceAttentionStep:
+    """One step as the attention function sees it where nothing may ask the device."""
+
+    tensors: StepTensors
+    kv: Mapping[int, tuple[Tensor, Tensor]]  # by the layer's `layer_idx`
+    last: int  # the layer whose keys and values are checked
 
 
 # Token ids of the row [T], the step, row indices to give logits of [N] -> logits [N, V].
@@ -68,13 +82,16 @@ def diptych_attention(
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """transformers' signature: query [1, H, T, D], key and value [1, G, T, D] after rotation; gives [1, T, H, D]."""
-    step: AttentionStep | None = extra.pop(STEP_KEYWORD, None)
+    step: AttentionStep | DeviceAttentionStep | None = extra.pop(STEP_KEYWORD, None)
     if step is None:
         raise StartupError(f"{type(module).__name__} does not hand keyword arguments down to its attention function.")
     layer = module.layer_idx
     assert isinstance(layer, int)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    if isinstance(step, DeviceAttentionStep):
+        params = AttentionParams(scaling, sliding_window, softcap, s_aux)
+        return _attend_on_device(layer, query[0], key[0], value[0], step=step, params=params), None
     if step.seen is not None:
         refusal = _refusal(module, (query, key, value), attention_mask, dropout, extra)
         if layer in step.seen:
@@ -87,6 +104,19 @@ def diptych_attention(
     params = AttentionParams(scaling, sliding_window, softcap, s_aux)
     out_THD = paged_attention(query[0].transpose(0, 1), k_NGBD, v_NGBD, step.batch, params)
     return out_THD[None], None
+
+
+def _attend_on_device(
+    layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, *, step: DeviceAttentionStep, params: AttentionParams
+) -> Tensor:
+    """[1, T, H, D]."""
+    k_NGBD, v_NGBD = step.kv[layer]
+    q_THD = q_HTD.transpose(0, 1)
+    check = layer == step.last
+    kv_store(k_GTD.transpose(0, 1), v_GTD.transpose(0, 1), k_NGBD, v_NGBD, step.tensors, check=check)
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    attend(q_THD, None, k_NGBD, v_NGBD, step.tensors, params, out_THD)
+    return out_THD[None]
 
 
 def _refusal(
@@ -112,11 +142,14 @@ def _refusal(
     return None
 
 
-def run_module(module: nn.Module, ids_T: Tensor, step: AttentionStep, sampled_N: Tensor) -> Tensor:
+def run_module(
+    module: nn.Module, ids_T: Tensor, step: AttentionStep | DeviceAttentionStep, sampled_N: Tensor
+) -> Tensor:
     """One pass of a causal language model over the row; logits of the sampled indices only."""
+    positions_T = step.tensors.positions_T if isinstance(step, DeviceAttentionStep) else step.batch.positions_T
     output = module(
         input_ids=ids_T[None],
-        position_ids=step.batch.positions_T[None],
+        position_ids=positions_T[None],
         use_cache=False,
         logits_to_keep=sampled_N,
         **{STEP_KEYWORD: step},

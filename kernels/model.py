@@ -1,7 +1,8 @@
 """A model folder (config.json and safetensors) as a module that computes one ragged row with our attention function.
 
 transformers' model code, built on the meta device; nothing in the folder is executed or unpickled. What a model does
-that cannot be computed rightly is found here, by trying it out, and refused with a reason.
+that cannot be computed rightly is found here, by trying it out, and refused with a reason. On a card the families of
+models/ are computed by hand-written code, which needs no transformers at all.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,14 @@ from .attention import AttentionStep, Compute, LayerShape, run_module
 from .layers.fused_decoder import fuse, is_known
 from .layers.merged import MERGED_NAMES, merge_linears
 from .layers.packed import pack_linears, packed_memory
+from .models import DeviceDecoder
+from .models.by_hand import HandWritten, load_by_hand
+from .models.generic import GenericDecoder
+from .models.shape import GenericOnly, read_shape
 from .native.build import why_missing
 from .native.pages import use_large_pages
 from .ops.linear.cpu import has_blocked_layout
+from .ops.paged_attention.launch import refusal
 from .ops.ragged import RaggedBatch
 from .probe import Probe, compute_alone, compute_ragged, differs, find_layers
 from .random_weights import allocate_parameters, random_digest, seeded
@@ -42,8 +48,9 @@ KvLayers = Mapping[int, tuple[Tensor, Tensor]]
 class LoadedModel:
     """A model ready to run. KV layer i of an arena belongs to `layer_ids[i]`, the model's own number of that layer."""
 
-    module: nn.Module  # transformers' own, which holds the weights
-    compute: Compute  # that module's forward, or a fused form of it
+    module: nn.Module | None  # transformers' own, which holds the weights; None: hand-written code does
+    compute: Compute | None  # that module's forward, or a fused form of it
+    by_hand: HandWritten | None
     layers: int  # that keep KV
     kv_heads: int
     head_dim: int
@@ -58,18 +65,68 @@ class LoadedModel:
     degraded: tuple[str, ...]  # every slower choice that was made, for people
 
     def forward(self, ids_T: Tensor, batch: RaggedBatch, kv: KvLayers, sampled_N: Tensor) -> Tensor:
-        """Logits [N, V] after the row indices `sampled_N`; the KV of all tokens is stored on the way. N may be 0."""
+        """Logits [N, V] after the row indices `sampled_N`; the KV of all tokens is stored on the way. N may be 0.
+        Not where the model is hand-written: that has a decoder alone.
+        """
+        assert self.compute is not None
         return self.compute(ids_T, AttentionStep(batch, kv), sampled_N)
+
+    def decoder(self, *, max_tokens: int) -> DeviceDecoder:
+        """What computes steps of up to `max_tokens` tokens on a device; allocates its buffers."""
+        if self.by_hand is not None:
+            return self.by_hand.decoder(max_tokens=max_tokens)
+        assert self.module is not None
+        capturable = refusal(self.head_dim, DTYPES[self.dtype]) is None
+        return GenericDecoder(self.module, self.layer_ids, capturable=capturable)
 
 
 def load_model(folder: Path, *, dtype: str, device: str = "cpu", random_seed: int | None = None) -> LoadedModel:
     """Build and fill the model in `folder`, in "float32" or "bfloat16". StartupError says why a model is refused.
 
-    With `random_seed` the weights are random (see random_weights.py) and config.json is the only file read.
+    With `random_seed` the weights are random (see random_weights.py) and config.json is the only file read. On a card
+    hand-written code computes the families that it knows, else transformers', which is slower: `degraded` has why.
     """
     if dtype not in DTYPES:
         raise StartupError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}.")
     place = torch.device(device)
+    raw = _read_json(folder)
+    if place.type != "cuda":
+        return _load_module(folder, dtype=dtype, place=place, random_seed=random_seed)
+    try:
+        return load_hand_written(folder, raw, dtype=dtype, place=place, random_seed=random_seed)
+    except GenericOnly as exc:
+        reason = f"computed by transformers' forward, not by hand-written code: {exc}"
+    loaded = _load_module(folder, dtype=dtype, place=place, random_seed=random_seed)
+    return replace(loaded, degraded=(reason, *loaded.degraded))
+
+
+def load_hand_written(
+    folder: Path, config: Mapping[str, Any], *, dtype: str, place: torch.device, random_seed: int | None
+) -> LoadedModel:
+    """The model as hand-written code computes it; `config` is its config.json. GenericOnly: there is none for it."""
+    shape = read_shape(config)
+    with torch.inference_mode():
+        by_hand = load_by_hand(folder, shape, dtype=DTYPES[dtype], device=place, random_seed=random_seed)
+    return LoadedModel(
+        module=None,
+        compute=None,
+        by_hand=by_hand,
+        layers=shape.layers,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        max_context_tokens=shape.max_context_tokens,
+        dtype=dtype,
+        device=place,
+        weights_digest=by_hand.digest,
+        layer_ids=tuple(range(shape.layers)),
+        architecture=shape.architecture,
+        weights_bytes=by_hand.tensors.nbytes(),
+        degraded=by_hand.slow,
+    )
+
+
+def _load_module(folder: Path, *, dtype: str, place: torch.device, random_seed: int | None) -> LoadedModel:
     config = _read_config(folder)
     module = _build(config, DTYPES[dtype])
     with torch.inference_mode():
@@ -94,7 +151,7 @@ def load_model(folder: Path, *, dtype: str, device: str = "cpu", random_seed: in
         kv_heads, head_dim = _one_geometry(shapes)
         probe = Probe(DTYPES[dtype], place)
         expected = compute_alone(partial(run_module, module), text.vocab_size, shapes, probe)
-        degraded = _swap_modules(module, probe.dtype, place)
+        degraded = _swap_modules(module, probe.dtype, place, head_dim)
         compute = _choose_forward(module, text.vocab_size, shapes, probe, expected, degraded)
     max_context_tokens, shortened = context_tokens(module, text)
     if shortened is not None:
@@ -102,6 +159,7 @@ def load_model(folder: Path, *, dtype: str, device: str = "cpu", random_seed: in
     return LoadedModel(
         module=module,
         compute=compute,
+        by_hand=None,
         layers=len(shapes),
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -127,7 +185,7 @@ def _choose_forward(
 ) -> Compute:
     """The fused form where the model has one that computes what transformers does, else transformers' forward."""
     name = type(module).__name__
-    fused = fuse(module, shapes)
+    fused = fuse(module, shapes) if probe.device.type == "cpu" else None
     if fused is not None:
         outputs = (one(fused, vocab_size, shapes, probe) for one in (compute_alone, compute_ragged))
         if not any(differs(output, expected, probe.dtype) for output in outputs):
@@ -141,16 +199,19 @@ def _choose_forward(
     return generic
 
 
-def _swap_modules(module: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:
+def _swap_modules(module: nn.Module, dtype: torch.dtype, device: torch.device, head_dim: int) -> list[str]:
     """Put faster modules in place of the model's own; gives what had to stay."""
     degraded = []
-    unmerged = merge_linears(module, MERGED_NAMES[:1] if is_known(module) else MERGED_NAMES)
+    fusable = is_known(module) and device.type == "cpu"
+    unmerged = merge_linears(module, MERGED_NAMES[:1] if fusable else MERGED_NAMES)
     if unmerged:
         degraded.append(f"{len(unmerged)} groups of linears are not merged, the first is {unmerged[0]}")
     if dtype is torch.bfloat16 and device.type == "cpu" and not has_blocked_layout():
         degraded.append("bfloat16 weights are not prepacked: this torch or CPU has no oneDNN for them")
     if device.type == "cpu" and (reason := why_missing()) is not None:
         degraded.append(f"decoding is slower, without native code: {reason}")
+    if device.type == "cuda" and (reason := refusal(head_dim, dtype)) is not None:
+        degraded.append(reason)
     copied = pack_linears(module)
     if device.type == "cpu":
         if copied:
@@ -176,22 +237,30 @@ def _leave_files(module: nn.Module) -> None:
                 tensor.data = tensor.data.clone()
 
 
-def _read_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
+def _read_json(folder: Path) -> dict[str, Any]:
+    """config.json of a model that may be loaded at all."""
     path = folder / "config.json"
     if not path.is_file():
         raise StartupError(f"{folder} has no config.json.")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as exc:
         raise StartupError(f"{path} is not valid JSON: {exc}") from exc
+    if not isinstance(raw, dict):
+        raise StartupError(f"{path} is not a JSON object.")
     for key, reason in (
         ("auto_map", "it asks for Python code from the model's folder, which is never executed"),
         ("quantization_config", "quantised weights are not supported"),
     ):
         if raw.get(key):
             raise StartupError(f"The model in {folder} is refused: {key} in config.json, {reason}.")
+    return raw
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as exc:

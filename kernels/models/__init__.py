@@ -13,7 +13,7 @@ from ..device.step import StepTensors
 class DeviceDecoder(Protocol):
     """A causal language model on its device, with the buffers of its largest step. One stream at a time uses it.
 
-    Made by LoadedModel.decoder(max_tokens=, max_rows=).
+    Made by LoadedModel.decoder(max_tokens=).
     """
 
     capturable: bool  # False: something in it asks the device, or decides by values, so that no graph can hold it

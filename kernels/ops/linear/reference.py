@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..parts import Parts
+
 
 class Linear:
     """Holds a weight [out, in] and a bias [out] in the device's best form, which never changes their values."""
@@ -27,6 +29,18 @@ class Linear:
     def mul(self, x: Tensor, factor: Tensor) -> Tensor:
         """factor * self(x): [..., in], [..., out] -> [..., out]."""
         return factor * self(x)
+
+    def write(self, x: Tensor, out: Tensor) -> Tensor:
+        """self(x) into `out`, which is returned."""
+        return out.copy_(self(x))
+
+    def into(self, x: Tensor, residual: Tensor) -> None:
+        """residual += self(x)."""
+        residual.copy_(self.add(x, residual))
+
+    def parts(self, x: Tensor) -> Parts | None:
+        """self(x) as addends for the next kernel to add; None where `into` or `write` is better for so many rows."""
+        return None
 
     def rows(self, ids: Tensor) -> Tensor | None:
         """Rows of the weight, [..., in]: what an embedding gives that shares it. None where the weight was not copied

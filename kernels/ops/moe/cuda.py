@@ -14,20 +14,13 @@ from torch import Tensor
 from ..compiled import launch
 from ..configs import Config, choose
 from ..parts import Parts
-from . import reference
 from .experts import LARGEST_BLOCK, Experts, MoeWorkspace, router_tiling
 from .experts_kernel import experts as experts_kernel
 from .route_kernel import align, route
 
 UP_OP, DOWN_OP = "moe_up", "moe_down"  # shapes: (16 * pairs / experts, outs, ins)
 FEW = 16  # tokens up to which a block is a pair; the smallest tile of a matrix product
-_MOST_EXPERTS = 512  # a router's block holds the logits of all
 _INVARIANT = Config(16, 64, 64, 0, 4, 3)
-
-
-def supported(experts: Experts) -> bool:
-    """Whether the kernels take these sizes; reference.py takes all."""
-    return experts.num_experts <= _MOST_EXPERTS and experts.hidden % 16 == 0 and experts.intermediate % 16 == 0
 
 
 class Call(NamedTuple):
@@ -45,9 +38,7 @@ class Call(NamedTuple):
 
 
 def moe(x_TH: Tensor, experts: Experts, workspace: MoeWorkspace) -> Parts:
-    """See launch.py. Sizes that are not `supported` are computed by reference.py, which waits for the device."""
-    if not supported(experts):
-        return reference.moe(x_TH, experts, workspace)
+    """See launch.py."""
     tokens = x_TH.shape[0]
     call = Call(experts, workspace, tokens, tokens <= FEW and not workspace.invariant)
     up, down = configurations(call)

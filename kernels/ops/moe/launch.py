@@ -8,6 +8,19 @@ from ..parts import Parts
 from ..table import implementation
 from .experts import Experts, MoeWorkspace
 
+_MOST_EXPERTS = 512  # a program of the router holds the logits of all
+_UNIT = 16  # numbers of a row, so that rows begin where the device reads 16 bytes at once
+
+
+def refusal(num_experts: int, hidden: int, intermediate: int) -> str | None:
+    """Why such layers are computed by their slow definition on a card, or None: for the list of what is degraded."""
+    if num_experts > _MOST_EXPERTS or hidden % _UNIT or intermediate % _UNIT:
+        return (
+            f"experts have kernels for up to {_MOST_EXPERTS} of them and sizes in steps of {_UNIT}, not for "
+            f"{num_experts} of {hidden} x {intermediate}"
+        )
+    return None
+
 
 def moe(x_TH: Tensor, experts: Experts, workspace: MoeWorkspace) -> Parts:
     """What the experts of each token add to it: K parts [K, T, H] in the workspace, good until its next call.
@@ -23,4 +36,7 @@ def moe(x_TH: Tensor, experts: Experts, workspace: MoeWorkspace) -> Parts:
         raise ValueError(
             f"moe: {num_tokens} tokens, the workspace is for 1 to {workspace.max_tokens} and another shape"
         )
-    return implementation("moe", x_TH.device.type).moe(x_TH, experts, workspace)  # type: ignore[no-any-return]
+    kind = x_TH.device.type
+    if kind != "cpu" and refusal(experts.num_experts, hidden, experts.intermediate) is not None:
+        kind = "cpu"  # the row of the definition
+    return implementation("moe", kind).moe(x_TH, experts, workspace)  # type: ignore[no-any-return]
