@@ -52,6 +52,7 @@ class LoadedModel:
     compute: Compute | None  # that module's forward, or a fused form of it
     by_hand: HandWritten | None
     layers: int  # that keep KV
+    heads: int  # of queries, in the layer that has most
     kv_heads: int
     head_dim: int
     vocab_size: int
@@ -60,6 +61,7 @@ class LoadedModel:
     device: torch.device
     weights_digest: bytes  # sha256, see weights.weights_digest
     layer_ids: tuple[int, ...]
+    windows: tuple[int | None, ...]  # by KV layer: how many positions a token sees, its own included; None: all
     architecture: str
     weights_bytes: int
     degraded: tuple[str, ...]  # every slower choice that was made, for people
@@ -112,6 +114,7 @@ def load_hand_written(
         compute=None,
         by_hand=by_hand,
         layers=shape.layers,
+        heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         vocab_size=shape.vocab_size,
@@ -120,6 +123,7 @@ def load_hand_written(
         device=place,
         weights_digest=by_hand.digest,
         layer_ids=tuple(range(shape.layers)),
+        windows=shape.windows,
         architecture=shape.architecture,
         weights_bytes=by_hand.tensors.nbytes(),
         degraded=by_hand.slow,
@@ -161,6 +165,7 @@ def _load_module(folder: Path, *, dtype: str, place: torch.device, random_seed: 
         compute=compute,
         by_hand=None,
         layers=len(shapes),
+        heads=max(shape.heads for shape in shapes.values()),
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=text.vocab_size,
@@ -169,6 +174,7 @@ def _load_module(folder: Path, *, dtype: str, place: torch.device, random_seed: 
         device=place,
         weights_digest=weights_digest(folder) if random_seed is None else random_digest(folder, random_seed),
         layer_ids=tuple(sorted(shapes)),
+        windows=tuple(shapes[layer].window for layer in sorted(shapes)),
         architecture=type(module).__name__,
         weights_bytes=_weights_bytes(module),
         degraded=tuple(degraded),
