@@ -9,6 +9,7 @@ from typing import Unpack
 from diptych.kvtransfer.pool import BlockPool
 from diptych.protos.errors import DiptychError
 from diptych.protos.lifecycle import logit_rules
+from diptych.protos.pipeline import StepPipeline
 from diptych.protos.ports import ReceiveEvent, ReceivePort
 from diptych.protos.settings import DecodeSettings
 from diptych.protos.step import SlotPool
@@ -64,7 +65,7 @@ class DecodeBench:
         self.ledger = Ledger()
         self.worker = DecodeWorker(
             settings=settings or DecodeSettings(),
-            runner=self.runner,
+            pipeline=StepPipeline(self.runner, self.clock),
             pool=self.pool,
             slots=self.slots,
             receiver=self.receiver if port is None else port(self.runner),

@@ -7,6 +7,7 @@ The states and who may leave them are drawn in the README.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import assert_never
 
 from diptych.kvtransfer.pool import BlockPool
@@ -20,7 +21,8 @@ from diptych.protos.errors import (
     Overloaded,
     TransferError,
 )
-from diptych.protos.lifecycle import Books, execute, finish_reason, refusal, row_fault
+from diptych.protos.lifecycle import Books, finish_reason, refusal, row_fault
+from diptych.protos.pipeline import StepPipeline
 from diptych.protos.ports import (
     Clock,
     Closed,
@@ -30,7 +32,6 @@ from diptych.protos.ports import (
     ReceiveEvent,
     ReceivePort,
     Released,
-    Runner,
     SendEvent,
     WantBlocks,
     WorkerLoad,
@@ -63,7 +64,7 @@ class DecodeWorker:
         self,
         *,
         settings: DecodeSettings,
-        runner: Runner,
+        pipeline: StepPipeline,
         pool: BlockPool,
         slots: SlotPool,
         receiver: ReceivePort,
@@ -71,7 +72,7 @@ class DecodeWorker:
         clock: Clock,
         max_context_tokens: int,
     ) -> None:
-        self._runner = runner
+        self._pipeline = pipeline
         self._pool = pool
         self._receiver = receiver
         self._clock = clock
@@ -81,7 +82,7 @@ class DecodeWorker:
             pool=pool,
             slots=slots,
             max_running=settings.max_running,
-            step_tokens=min(settings.step_tokens, runner.max_step_tokens),
+            step_tokens=min(settings.step_tokens, pipeline.runner.max_step_tokens),
             watermark=settings.watermark,
         )
         self._sequences: dict[TransferKey, Sequence] = {}  # every state but DONE
@@ -136,24 +137,22 @@ class DecodeWorker:
         plan, decision = self._scheduler.decide()
         self._announce(decision)
         if plan is not None:
-            self._run(plan, decision.shares)
+            self._books.totals["steps"] += 1
+            self._books.totals["tokens"] += plan.num_tokens
+            self._pipeline.launch(plan, partial(self._done, plan, decision.shares, self._clock()))
+            self._pipeline.settle(leave=0)
         self._books.flush()
         return plan is not None
 
-    def _run(self, plan: StepPlan, shares: list[Share]) -> None:
-        self._books.totals["steps"] += 1
-        self._books.totals["tokens"] += plan.num_tokens
-        begin = self._clock()
-        try:
-            result = execute(self._runner, plan)
-        except EngineFault as fault:
+    def _done(self, plan: StepPlan, shares: list[Share], began: float, outcome: StepResult | EngineFault) -> None:
+        if isinstance(outcome, EngineFault):
             self._books.totals["step_faults"] += 1
             for share in shares:
-                self._end(share.sequence, FinishReason.ERROR, fault)
+                self._end(share.sequence, FinishReason.ERROR, outcome)
         else:
             for at, share in enumerate(shares):
-                self._computed(share, plan, result, at)
-        self._books.step_seconds += self._clock() - begin
+                self._computed(share, plan, outcome, at)
+        self._books.step_seconds += self._pipeline.seconds_since(began)
 
     def next_wake(self) -> float | None:
         """The earliest deadline."""
@@ -178,7 +177,7 @@ class DecodeWorker:
         # This one included; of ended ones that drain there are no more than the pool has blocks for.
         if self._books.num_live > self._max_sequences:
             return Overloaded("the decode engine's queue is full")
-        if error := refusal(request, self._max_context_tokens, self._runner.vocab_size):
+        if error := refusal(request, self._max_context_tokens, self._pipeline.runner.vocab_size):
             return error
         # Whoever generates more than one token needs KV for that one as well.
         num_tokens = len(request.known) + (request.sampling.max_tokens > len(request.resume) + 1)

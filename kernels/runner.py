@@ -83,7 +83,9 @@ class ModelRunner:
         block_tokens: int,
         max_slots: int,
         max_step_tokens: int,
+        depth: int = 1,
     ) -> None:
+        """`depth`: see ports.Runner; it changes who waits when, not what is computed."""
         wanted = (model.kv_heads, block_tokens, model.head_dim)
         if len(kv_layers) != model.layers:
             raise ValueError(f"the model keeps KV in {model.layers} layers, the arena has {len(kv_layers)}")
@@ -96,6 +98,7 @@ class ModelRunner:
         self.max_slots = max_slots
         self.max_step_tokens = max_step_tokens
         self.vocab_size = model.vocab_size
+        self.depth = depth
         self._model = model
         self._kv = dict(zip(model.layer_ids, kv_layers, strict=True))
         self._block_tokens = block_tokens
@@ -154,6 +157,10 @@ class ModelRunner:
             faults=frozenset(faults),
             ruled_out=frozenset(ruled_out - broken),
         )
+
+    def idle(self) -> bool:
+        """See ports.Runner: nothing."""
+        return False
 
     def _lay_out(self, plan: StepPlan) -> _Inputs:
         segments: list[Segment] = []

@@ -8,6 +8,7 @@ from typing import Unpack
 
 from diptych.kvtransfer.pool import BlockPool
 from diptych.protos.errors import DiptychError
+from diptych.protos.pipeline import StepPipeline
 from diptych.protos.ports import SendPort
 from diptych.protos.settings import PrefillSettings
 from diptych.protos.step import SlotPool
@@ -45,7 +46,7 @@ class PrefillBench:
         self.ledger = Ledger()
         self.worker = PrefillWorker(
             settings=settings or PrefillSettings(),
-            runner=self.runner,
+            pipeline=StepPipeline(self.runner, self.clock),
             pool=self.pool,
             slots=self.slots,
             sender=self.sender if port is None else port(self.runner),

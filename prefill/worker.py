@@ -7,6 +7,7 @@ The states and who may leave them are drawn in the README.
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from diptych.kvtransfer.pool import BlockPool
 from diptych.protos.errors import (
@@ -19,8 +20,9 @@ from diptych.protos.errors import (
     Overloaded,
     TransferError,
 )
-from diptych.protos.lifecycle import Books, execute, finish_reason, refusal, row_fault
-from diptych.protos.ports import Clock, Emit, ReceiveEvent, Released, Runner, SendEvent, SendPort, WorkerLoad
+from diptych.protos.lifecycle import Books, finish_reason, refusal, row_fault
+from diptych.protos.pipeline import StepPipeline
+from diptych.protos.ports import Clock, Emit, ReceiveEvent, Released, SendEvent, SendPort, WorkerLoad
 from diptych.protos.settings import PrefillSettings
 from diptych.protos.step import SlotPool, StepPlan, StepResult
 from diptych.protos.types import (
@@ -50,7 +52,7 @@ class PrefillWorker:
         self,
         *,
         settings: PrefillSettings,
-        runner: Runner,
+        pipeline: StepPipeline,
         pool: BlockPool,
         slots: SlotPool,
         sender: SendPort,
@@ -58,7 +60,7 @@ class PrefillWorker:
         clock: Clock,
         max_context_tokens: int,
     ) -> None:
-        self._runner = runner
+        self._pipeline = pipeline
         self._pool = pool
         self._sender = sender
         self._clock = clock
@@ -68,7 +70,7 @@ class PrefillWorker:
             pool=pool,
             slots=slots,
             max_running=settings.max_running,
-            step_tokens=min(settings.step_tokens, runner.max_step_tokens),
+            step_tokens=min(settings.step_tokens, pipeline.runner.max_step_tokens),
         )
         self._jobs: dict[TransferKey, Job] = {}  # every state but DONE
         self._books = Books(self.role, emit, clock, ("steps", "step_faults", "row_faults", "tokens"))
@@ -125,24 +127,23 @@ class PrefillWorker:
             self._start(job)
         planned = self._scheduler.plan()
         if planned is not None:
-            self._run(*planned)
+            plan, shares = planned
+            self._books.totals["steps"] += 1
+            self._books.totals["tokens"] += plan.num_tokens
+            self._pipeline.launch(plan, partial(self._done, plan, shares, self._clock()))
+            self._pipeline.settle(leave=0)
         self._books.flush()
         return planned is not None
 
-    def _run(self, plan: StepPlan, shares: list[Share]) -> None:
-        self._books.totals["steps"] += 1
-        self._books.totals["tokens"] += plan.num_tokens
-        begin = self._clock()
-        try:
-            result = execute(self._runner, plan)
-        except EngineFault as fault:
+    def _done(self, plan: StepPlan, shares: list[Share], began: float, outcome: StepResult | EngineFault) -> None:
+        if isinstance(outcome, EngineFault):
             self._books.totals["step_faults"] += 1
             for share in shares:
-                self._end(share.job, FinishReason.ERROR, fault)
+                self._end(share.job, FinishReason.ERROR, outcome)
         else:
             for at, share in enumerate(shares):
-                self._computed(share, plan, result, at)
-        self._books.step_seconds += self._clock() - begin
+                self._computed(share, plan, outcome, at)
+        self._books.step_seconds += self._pipeline.seconds_since(began)
 
     def next_wake(self) -> float | None:
         """The earliest deadline."""
@@ -163,7 +164,7 @@ class PrefillWorker:
         live = self._books.num_live  # this one included, which is no job yet
         if live > self._max_jobs or len(self._jobs) + 1 - live > MAX_DRAINING:
             return Overloaded("the prefill engine's queue is full")
-        if error := refusal(request, self._max_context_tokens, self._runner.vocab_size):
+        if error := refusal(request, self._max_context_tokens, self._pipeline.runner.vocab_size):
             return error
         if not self._pool.can_hold(len(request.known)):
             return NoBlocks(f"the prefill engine's KV pool cannot hold a prompt of {len(request.known)} tokens")

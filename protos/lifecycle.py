@@ -1,19 +1,18 @@
-"""The parts of a request's life that are the same in both workers: refusal, row, step, end, times, deadlines.
+"""The parts of a request's life that are the same in both workers: refusal, row, end, times, deadlines.
 
-Pure but for `execute`, which drives a Runner. Called by the workers from the step thread; knows no states, no queues.
+Pure. Called by the workers from the step thread; knows no states, no queues, no runner.
 """
 
 from __future__ import annotations
 
 import heapq
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from .errors import ContextTooLong, DiptychError, EngineFault, InvalidRequest
 from .fair_line import Place
-from .ports import Clock, Emit, Runner
+from .ports import Clock, Emit
 from .step import LogitRules, SampleSpec, StepPlan, StepResult, StepRow
 from .types import (
     Finish,
@@ -27,8 +26,6 @@ from .types import (
     TokenLogprobs,
     TransferKey,
 )
-
-log = logging.getLogger(__name__)
 
 Stage = Literal["queue", "prefill", "transfer", "decode"]
 
@@ -179,26 +176,6 @@ class RowMaker:
         )
 
 
-def execute(runner: Runner, plan: StepPlan) -> StepResult:
-    """Run one step to its end. Whatever goes wrong in the runner is raised as EngineFault; the cause is in the log.
-
-    Rows in the result's `faults` are the caller's to end; no other row lacks anything that its plan asked for.
-    """
-    try:
-        runner.launch(plan)
-        result = runner.collect()
-    except Exception as exc:
-        log.exception("step %d with %d rows raised", plan.step_id, len(plan.rows))
-        raise EngineFault("the engine failed while computing this request", f"{type(exc).__name__}: {exc}") from exc
-    if not _fits(plan, result):
-        log.error("step %d came back as %r", plan.step_id, result)
-        raise EngineFault("the engine failed while computing this request", "the step's result does not fit its plan")
-    for at in sorted(result.faults - result.ruled_out):
-        row = plan.rows[at]
-        log.error("step %d: row %d, slot %d, from position %d: not finite", plan.step_id, at, row.slot, row.start)
-    return result
-
-
 def row_fault(plan: StepPlan, result: StepResult, at: int) -> DiptychError:
     """How the request of row `at` ends, one of the step's faults: InvalidRequest where its rules are to blame."""
     sample = plan.rows[at].sample
@@ -220,22 +197,6 @@ def _no_token_left(rules: LogitRules, num_generated: int) -> InvalidRequest:
         f"{' and '.join(names)} exclude{'s' if len(names) == 1 else ''} every one",
         names[0],
     )
-
-
-def _fits(plan: StepPlan, result: StepResult) -> bool:
-    if result.step_id != plan.step_id or len(result.tokens) != len(plan.rows):
-        return False
-    for at, (row, token) in enumerate(zip(plan.rows, result.tokens, strict=True)):
-        sound = at not in result.faults
-        sampled = row.sample is not None and sound
-        told = row.num_tokens - (row.next_token is None) if row.prompt_logprobs is not None and sound else 0
-        if (
-            (token is not None) != sampled
-            or (at in result.logprobs) != (sampled and row.sample is not None and row.sample.logprobs is not None)
-            or len(result.prompt_logprobs.get(at, ())) != told
-        ):
-            return False
-    return result.ruled_out <= result.faults and all(0 <= at < len(plan.rows) for at in result.faults)
 
 
 class StageTimer:

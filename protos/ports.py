@@ -23,17 +23,25 @@ class Clock(Protocol):
 
 
 class Runner(Protocol):
-    """The device: batch in, tokens out. At most two steps are outstanding."""
+    """The device: batch in, tokens out. At most two steps are outstanding.
+
+    A step goes on where those before it, collected or not, left slots and blocks. Where one failed, rows of the next
+    that take their token from a slot come back among the faults.
+    """
 
     max_slots: int
     max_step_tokens: int
     vocab_size: int  # ids of prompts are below it
+    depth: int  # 1: a step is collected before the next one is planned; 2: when the next one is launched
 
     def launch(self, plan: StepPlan) -> None:
-        """Start a step. Does not wait for the device where it can avoid it."""
+        """Start a step. Does not wait for the device where it can avoid it. What it raises, it has not launched."""
 
     def collect(self) -> StepResult:
         """Wait for the oldest step launched and not yet collected. Raises what the step raised."""
+
+    def idle(self) -> bool:
+        """Nobody has a request here: do up to 50 ms of what makes later ones faster. False: there is nothing to do."""
 
 
 # ---- prefill side: step thread -> transfer thread -> step thread ------------------------------
@@ -154,7 +162,7 @@ class Worker(Protocol):
         """An event of this worker's end of the hinge."""
 
     def step(self) -> bool:
-        """Plan, launch, collect and emit at most one engine step. False: there was nothing to run."""
+        """Plan and launch at most one step, collect and emit what is due. False: nothing to run, nothing under way."""
 
     def next_wake(self) -> float | None:
         """Clock time at which `step` should be called again though no event came (deadlines), or None."""

@@ -171,6 +171,7 @@ class EchoRunner:
         self.max_slots = max_slots
         self.max_step_tokens = max_step_tokens
         self.vocab_size = vocab_size
+        self.depth = 1
         self.block_tokens = block_tokens
         self.fault: Literal["launch", "collect"] | None = None
         self.observe: Callable[[StepPlan], None] | None = None
@@ -250,6 +251,10 @@ class EchoRunner:
         if result is None:
             raise RuntimeError("injected fault in collect")
         return result
+
+    def idle(self) -> bool:
+        """Nothing."""
+        return False
 
     def read(self, blocks: Sequence[int], num_tokens: int) -> list[Cell]:
         """What lies at positions 0 .. num_tokens - 1 of a block table."""

@@ -23,6 +23,7 @@ from diptych.prefill.worker import PrefillWorker
 from diptych.protos.channels import ENGINE_SERVICE, KV_SERVICE
 from diptych.protos.echo import ECHO
 from diptych.protos.faults import FaultPlan
+from diptych.protos.pipeline import StepPipeline
 from diptych.protos.ports import Clock, ReceiveEvent, Runner, SendEvent, Worker
 from diptych.protos.status import EngineInfo
 from diptych.protos.step import SlotPool
@@ -58,6 +59,7 @@ class EngineParts:
 
     info: EngineInfo
     runner: Runner  # without injected faults
+    pipeline: StepPipeline  # of all workers: the one way to the runner once the engine is warm
     pool: BlockPool
     slots: SlotPool
     inbox: Inbox
@@ -166,6 +168,7 @@ def compose(
     parts = EngineParts(
         info=info,
         runner=runner,
+        pipeline=StepPipeline(runner if faults is None else FaultyRunner(runner, faults), clock),
         pool=pool,
         slots=slots,
         inbox=Inbox(settings.prefill.max_waiting + settings.decode.max_waiting + slots.max_slots),
@@ -180,10 +183,6 @@ def compose(
     if Role.DECODE in spec.possible_roles:
         _add_decode(parts, spec, arena, compat)
     return parts
-
-
-def _stepper(parts: EngineParts) -> Runner:
-    return parts.runner if parts.faults is None else FaultyRunner(parts.runner, parts.faults)
 
 
 def _delivery(parts: EngineParts, role: Role) -> Callable[[SendEvent | ReceiveEvent], None]:
@@ -209,7 +208,7 @@ def _add_prefill(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: b
     )
     parts.workers[Role.PREFILL] = PrefillWorker(
         settings=spec.settings.prefill,
-        runner=_stepper(parts),
+        pipeline=parts.pipeline,
         pool=parts.pool,
         slots=parts.slots,
         sender=parts.sender,
@@ -234,7 +233,7 @@ def _add_decode(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: by
     )
     parts.workers[Role.DECODE] = DecodeWorker(
         settings=spec.settings.decode,
-        runner=_stepper(parts),
+        pipeline=parts.pipeline,
         pool=parts.pool,
         slots=parts.slots,
         receiver=parts.receiver,

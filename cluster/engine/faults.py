@@ -35,6 +35,7 @@ class FaultyRunner:
         self.max_slots = runner.max_slots
         self.max_step_tokens = runner.max_step_tokens
         self.vocab_size = runner.vocab_size
+        self.depth = runner.depth
 
     def launch(self, plan: StepPlan) -> None:
         """See Runner.launch."""
@@ -45,6 +46,10 @@ class FaultyRunner:
     def collect(self) -> StepResult:
         """See Runner.collect."""
         return self._runner.collect()
+
+    def idle(self) -> bool:
+        """See Runner.idle."""
+        return self._runner.idle()
 
 
 class FaultyLine(Generic[_ItemT]):

@@ -33,12 +33,15 @@ class StepLoop:
         inbox: Inbox,
         counts: Callable[[], PoolCounts],
         clock: Clock,
+        idle: Callable[[], bool] = lambda: False,
         names: tuple[NameJournal, Outbox] | None = None,  # the pool's journal, and where its changes go
     ) -> None:
+        """`idle`: Runner.idle, called before an engine without requests would sleep."""
         self._workers = dict(workers)
         self._inbox = inbox
         self._counts = counts
         self._clock = clock
+        self._idle = idle
         self._names = names
         self._stopping = threading.Event()
         self._calls: deque[Callable[[], None]] = deque()
@@ -71,13 +74,17 @@ class StepLoop:
         if stepped:
             self._steps += stepped
             self._busy += now - began
-        happened = bool(items) or stepped > 0
+        # A worker whose step is under way steps again: nobody sleeps while the device computes.
+        happened = bool(items) or stepped > 0 or (self._is_empty() and self._idle())
         if not stepped or now - self._read_at >= READING_PERIOD_S:
             self._read()
         if self._names is not None:
             self._tell_names(*self._names)
         self.phase += 1
         return happened
+
+    def _is_empty(self) -> bool:
+        return all(worker.load() == WorkerLoad(0, 0) for worker in self._workers.values())
 
     def call(self, action: Callable[[], None]) -> None:
         """Have the step thread run `action` between two turns; from any thread."""

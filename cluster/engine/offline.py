@@ -141,7 +141,13 @@ class OfflineEngines:
             self._asyncio_thread.call(self._listen(parts), STOP_TIMEOUT_S)
             if parts.sender is not None:
                 parts.sender.start()
-            loop = StepLoop(workers=parts.workers, inbox=parts.inbox, counts=parts.pool.counts, clock=time.monotonic)
+            loop = StepLoop(
+                workers=parts.workers,
+                inbox=parts.inbox,
+                counts=parts.pool.counts,
+                clock=time.monotonic,
+                idle=parts.runner.idle,
+            )
             self._loops.append(loop)
             thread.begin(partial(self._step, loop, parts))
         return [parts.info for parts in self._parts.values()]

@@ -65,6 +65,7 @@ class EchoRunner:
         *,
         max_slots: int,
         max_step_tokens: int,
+        depth: int = 1,
         step_s: float = 0.0,
         token_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
@@ -72,6 +73,7 @@ class EchoRunner:
     ) -> None:
         self.max_slots = max_slots
         self.max_step_tokens = max_step_tokens
+        self.depth = depth
         self._memory = EchoMemory(memory)
         self._size = self._memory.block_tokens
         self._offsets = np.arange(self._size)
@@ -100,6 +102,10 @@ class EchoRunner:
         if any(self._cost) and (left := ready - self._clock()) > 0:
             self._sleep(left)
         return result
+
+    def idle(self) -> bool:
+        """See ports.Runner: nothing."""
+        return False
 
     def _lay_out(self, plan: StepPlan) -> _Inputs:
         size = self._size

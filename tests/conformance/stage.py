@@ -7,6 +7,7 @@ shoulders.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ from diptych.kvtransfer.arena import KvArena
 from diptych.kvtransfer.layout import KvLayout
 from diptych.kvtransfer.pool import BlockPool
 from diptych.prefill.worker import PrefillWorker
+from diptych.protos.pipeline import StepPipeline
 from diptych.protos.ports import Runner
 from diptych.protos.settings import DecodeSettings, PrefillSettings
 from diptych.protos.step import SlotPool, StepPlan, StepResult, StepRow
@@ -51,7 +53,7 @@ class Witness:
 
     def __init__(self, runner: Runner, arena: KvArena, model: LoadedModel, *, probes: int = 0) -> None:
         self.max_slots, self.max_step_tokens = runner.max_slots, runner.max_step_tokens
-        self.vocab_size = runner.vocab_size
+        self.vocab_size, self.depth = runner.vocab_size, runner.depth
         self.longest_row = self.most_rows = self.most_tokens = 0
         self.read_tokens = 0  # positions whose KV a step read and an earlier one had written
         self.changes: list[float] = []  # of the logits, one per layer and K or V that was zeroed
@@ -75,6 +77,10 @@ class Witness:
     def collect(self) -> StepResult:
         """See ports.Runner."""
         return self._runner.collect()
+
+    def idle(self) -> bool:
+        """See ports.Runner."""
+        return self._runner.idle()
 
     @torch.inference_mode()
     def _probe(self, row: StepRow) -> None:
@@ -125,6 +131,7 @@ class Engine:
             max_step_tokens=self.step_tokens,
         )
         self.runner = Witness(runner, self.arena, model, probes=self.probes)
+        self.pipeline = StepPipeline(self.runner, time.monotonic)
         self.pool = BlockPool(num_blocks=self.num_blocks, block_tokens=self.block_tokens)
         self.slots = SlotPool(MAX_SLOTS)
         self.ledger = Ledger()
@@ -162,7 +169,7 @@ class Stage:
             self.hinge = Hinge(self.prefill.arena, self.decode.arena, clock=self.clock, seed=seed)
             self.prefill_worker = PrefillWorker(
                 settings=PrefillSettings(step_tokens=situation.chunk, max_running=8),
-                runner=self.prefill.runner,
+                pipeline=self.prefill.pipeline,
                 pool=self.prefill.pool,
                 slots=self.prefill.slots,
                 sender=self.hinge.sending,
@@ -173,7 +180,7 @@ class Stage:
             self.hinge.p.deliver = self.prefill_worker.on_transfer
         self.decode_worker = DecodeWorker(
             settings=DecodeSettings(step_tokens=decode_tokens, max_running=min(MAX_SLOTS, decode_tokens)),
-            runner=self.decode.runner,
+            pipeline=self.decode.pipeline,
             pool=self.decode.pool,
             slots=self.decode.slots,
             receiver=self.hinge.receiving if self.hinge is not None else _NoReceiver(),

@@ -18,6 +18,7 @@ from diptych.kvtransfer.layout import KvLayout
 from diptych.kvtransfer.pool import BlockPool
 from diptych.prefill.worker import PrefillWorker
 from diptych.protos.echo import BAD, END, STOP, VOCAB_SIZE
+from diptych.protos.pipeline import StepPipeline
 from diptych.protos.ports import WorkerLoad
 from diptych.protos.settings import DecodeSettings, PrefillSettings
 from diptych.protos.step import SlotPool
@@ -78,7 +79,7 @@ class Pair:
         self.requests: dict[TransferKey, GenerateRequest] = {}
         parts = [
             {
-                "runner": engine.runner,
+                "pipeline": StepPipeline(engine.runner, self.clock),
                 "pool": engine.pool,
                 "slots": engine.slots,
                 "emit": engine.ledger,

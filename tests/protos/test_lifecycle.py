@@ -8,10 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from diptych.protos.errors import EngineFault
-from diptych.protos.lifecycle import Deadlines, RowMaker, StageTimer, execute, finish_reason, logit_rules, refusal
-from diptych.protos.ports import Runner
-from diptych.protos.step import LogitRules, SampleSpec, StepPlan, StepResult, StepRow
+from diptych.protos.lifecycle import Deadlines, RowMaker, StageTimer, finish_reason, logit_rules, refusal
+from diptych.protos.step import LogitRules, SampleSpec, StepRow
 from diptych.protos.types import FinishReason, GenerateRequest, SamplingParams, StageTimes, TokenLogprobs, TransferKey
 
 PARAMS = SamplingParams(max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, seed=11, stop_token_ids=frozenset({2}))
@@ -64,34 +62,6 @@ def test_stages_add_up_also_when_entered_again() -> None:
     timer.enter("decode", 17.0)
     assert timer.read(25.0) == StageTimes(queue=5.0, decode=10.0)
     assert timer.read(26.0) == StageTimes(queue=5.0, decode=11.0)
-
-
-class Strange:
-    """A runner whose result does not fit the plan."""
-
-    max_slots = 1
-    max_step_tokens = 8
-    vocab_size = 100
-
-    def __init__(self, result: StepResult) -> None:
-        self.result = result
-
-    def launch(self, plan: StepPlan) -> None:
-        pass
-
-    def collect(self) -> StepResult:
-        return self.result
-
-
-@pytest.mark.parametrize(
-    "result", [StepResult(2, (5,)), StepResult(1, ()), StepResult(1, (None,)), StepResult(1, (5, 5))]
-)
-def test_a_result_that_does_not_fit_its_plan_is_a_fault(result: StepResult) -> None:
-    runner: Runner = Strange(result)
-    plan = StepPlan(1, (next_row([1], 0, 1, slot=0, blocks=[0]),))
-    with pytest.raises(EngineFault):
-        execute(runner, plan)
-    assert execute(Strange(StepResult(1, (5,))), plan).tokens == (5,)
 
 
 def test_deadlines_come_due_in_order_and_forget_who_left() -> None:
@@ -256,27 +226,3 @@ def test_a_stop_token_counts_only_after_min_tokens() -> None:
     held = replace(PARAMS, min_tokens=2, max_tokens=9)
     reasons = [finish_reason(held, 2, num_generated=n, num_prompt=1, max_context_tokens=100) for n in (1, 2, 3)]
     assert reasons == [None, None, FinishReason.STOP]
-
-
-@pytest.mark.parametrize(
-    ("result", "fits"),
-    [
-        (StepResult(1, (5,), {0: position(1)}, {0: (position(1), position(2))}), True),
-        (StepResult(1, (5,), {}, {0: (position(1), position(2))}), False),
-        (StepResult(1, (5,), {0: position(1)}, {0: (position(1),)}), False),
-        (StepResult(1, (5,), {0: position(1)}), False),
-        (StepResult(1, (None,), faults=frozenset({0})), True),
-        (StepResult(1, (5,), faults=frozenset({0})), False),
-        (StepResult(1, (None,), faults=frozenset({0, 1})), False),
-        (StepResult(1, (None,), faults=frozenset({0}), ruled_out=frozenset({0})), True),
-        (StepResult(1, (5,), {0: position(1)}, {0: (position(1), position(2))}, ruled_out=frozenset({0})), False),
-    ],
-)
-def test_a_result_must_have_all_that_was_asked_for_but_of_faulty_rows(result: StepResult, fits: bool) -> None:
-    row = rows([1, 2, 3], replace(PARAMS, logprobs=0, prompt_logprobs=0)).next_row([1, 2, 3], 0, 3, slot=0, blocks=[0])
-    plan = StepPlan(1, (row,))
-    if fits:
-        assert execute(Strange(result), plan) is result
-    else:
-        with pytest.raises(EngineFault):
-            execute(Strange(result), plan)

@@ -29,6 +29,7 @@ from diptych.kvtransfer.ring import RingMemory, SlotRef, checksum
 from diptych.kvtransfer.sender import SenderMachine
 from diptych.prefill.worker import PrefillWorker
 from diptych.protos.errors import DiptychError, PeerLost
+from diptych.protos.pipeline import StepPipeline
 from diptych.protos.ports import Committed, ReceiveEvent, Worker
 from diptych.protos.settings import DecodeSettings, PrefillSettings, TransferSettings
 from diptych.protos.status import EngineInfo, EngineStatus
@@ -124,6 +125,7 @@ class SimEngine:
         num_blocks, size = SHAPES[role]
         self.slots = SlotPool(12)
         self.runner = SimRunner(num_blocks=num_blocks, block_tokens=size, max_slots=12, max_step_tokens=16)
+        self.pipeline = StepPipeline(self.runner, self.clock)
         self.pool = SimPool(self.runner, num_blocks=num_blocks, block_tokens=size)
         self.names = self.pool.watch_names()
         self.sender: SenderMachine | None = None
@@ -156,7 +158,7 @@ class SimEngine:
         self.sender = SenderMachine(settings=TRANSFER, chunk_tokens=CHUNK_TOKENS)
         self.workers[Role.PREFILL] = PrefillWorker(
             settings=PREFILL,
-            runner=self.runner,
+            pipeline=self.pipeline,
             pool=self.pool,
             slots=self.slots,
             sender=_Sender(self, self.sender),
@@ -170,7 +172,7 @@ class SimEngine:
         self.receiver = ReceiverMachine(settings=TRANSFER, layout=layout)
         self.workers[Role.DECODE] = DecodeWorker(
             settings=DECODE,
-            runner=self.runner,
+            pipeline=self.pipeline,
             pool=self.pool,
             slots=self.slots,
             receiver=_Receiver(self, self.receiver),

@@ -66,6 +66,7 @@ class SimRunner:
         self.max_slots = max_slots
         self.max_step_tokens = max_step_tokens
         self.vocab_size = VOCAB
+        self.depth = 1
         self.block_tokens = block_tokens
         self.fault = False  # the next step raises, after it has written garbage
         self.on_poison: Callable[[], None] | None = None  # a step that samples for the poison: called, then it raises
@@ -101,6 +102,9 @@ class SimRunner:
         result, self._result = self._result, None
         assert result is not None
         return result
+
+    def idle(self) -> bool:
+        return False
 
     def read(self, blocks: Sequence[int], num_tokens: int) -> list[int]:
         """What lies at positions 0 .. num_tokens - 1 of a block table."""

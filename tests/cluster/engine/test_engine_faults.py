@@ -11,9 +11,9 @@ from diptych.cluster.engine.faults import FaultyFrames, FaultyLine, FaultyRunner
 from diptych.protos import engine_pb2 as pb
 from diptych.protos.errors import EngineFault
 from diptych.protos.faults import Action, Fault, FaultPlan, FaultRule, FaultSettings, Point
-from diptych.protos.lifecycle import execute
+from diptych.protos.pipeline import StepPipeline
 from diptych.protos.ports import Closed
-from diptych.protos.step import SampleSpec, StepPlan, StepRow
+from diptych.protos.step import SampleSpec, StepPlan, StepResult, StepRow
 from diptych.protos.testing import EchoRunner
 from diptych.protos.types import TransferKey
 
@@ -131,14 +131,25 @@ def step(step_id: int, prompt: tuple[int, ...] | None) -> StepPlan:
     return StepPlan(step_id, (row,))
 
 
+def outcomes(runner: FaultyRunner, *plans: StepPlan) -> list[StepResult | EngineFault]:
+    """What the owner of each step is told."""
+    pipeline, told = StepPipeline(runner, lambda: 0.0), list[StepResult | EngineFault]()
+    for one in plans:
+        pipeline.launch(one, told.append)
+        pipeline.settle(leave=0)
+    return told
+
+
 def test_a_step_that_raises_is_a_fault_of_that_step_alone() -> None:
     bare = EchoRunner(max_slots=2, max_step_tokens=8, num_blocks=2, block_tokens=4)
     runner = FaultyRunner(bare, plan(point="engine.step", action="raise", nth=(2,)))
     assert (runner.max_slots, runner.max_step_tokens, runner.vocab_size) == (2, 8, bare.vocab_size)
-    first = execute(runner, step(0, (5, 6)))
-    with pytest.raises(EngineFault):
-        execute(runner, step(1, (5, 6)))
-    assert execute(runner, step(2, (5, 6))).tokens == first.tokens
+    assert (runner.depth, runner.idle()) == (bare.depth, False)
+    first, second, third = outcomes(runner, *(step(at, (5, 6)) for at in range(3)))
+    assert isinstance(second, EngineFault)
+    assert isinstance(first, StepResult)
+    assert isinstance(third, StepResult)
+    assert third.tokens == first.tokens
 
 
 def test_a_step_can_fail_for_a_token_of_its_prompts() -> None:
@@ -146,11 +157,10 @@ def test_a_step_can_fail_for_a_token_of_its_prompts() -> None:
         EchoRunner(max_slots=2, max_step_tokens=8, num_blocks=2, block_tokens=4),
         plan(point="engine.step", action="raise", message="* 66 *", nth=(), probability=1.0),
     )
-    for prompt in ((6, 166, 660), (6, 6)):
-        execute(runner, step(0, prompt))
-    for prompt in ((66,), (1, 66), (66, 1)):
-        with pytest.raises(EngineFault):
-            execute(runner, step(0, prompt))
+    sound = outcomes(runner, *(step(0, prompt) for prompt in ((6, 166, 660), (6, 6))))
+    assert all(isinstance(one, StepResult) for one in sound)
+    felled = outcomes(runner, *(step(0, prompt) for prompt in ((66,), (1, 66), (66, 1))))
+    assert all(isinstance(one, EngineFault) for one in felled)
 
 
 def test_a_moment_can_take_longer_or_fail() -> None:

@@ -39,6 +39,7 @@ class ScriptedWorker:
     def __init__(self, role: Role, log: list[str]) -> None:
         self.role = role
         self.work = 0
+        self.waiting = 1
         self.wake: float | None = None
         self._log = log
 
@@ -62,7 +63,7 @@ class ScriptedWorker:
         return self.wake
 
     def load(self) -> WorkerLoad:
-        return WorkerLoad(running=self.work, waiting=1)
+        return WorkerLoad(running=self.work, waiting=self.waiting)
 
     def counters(self) -> dict[str, float]:
         return {f"{self.role}_steps_left_total": float(self.work)}
@@ -75,7 +76,14 @@ class Bench:
         self.inbox = Inbox(max_orders=3)
         self.workers = {role: ScriptedWorker(role, self.log) for role in Role}
         counts = PoolCounts(total=4, free=4, cached=0, used=0)
-        self.loop = StepLoop(workers=self.workers, inbox=self.inbox, counts=lambda: counts, clock=self.clock)
+        self.pieces = 0  # of what an idle engine may do
+        self.loop = StepLoop(
+            workers=self.workers, inbox=self.inbox, counts=lambda: counts, clock=self.clock, idle=self.idle
+        )
+
+    def idle(self) -> bool:
+        self.pieces -= 1
+        return self.pieces >= 0
 
 
 def test_items_reach_the_worker_of_their_role_in_order() -> None:
@@ -115,6 +123,18 @@ def test_an_idle_loop_sleeps_until_the_earliest_wake_and_never_spins() -> None:
     assert bench.loop.sleep_s() == 0.25
     bench.clock.advance(10)
     assert bench.loop.sleep_s() == MIN_WAIT_S
+
+
+def test_an_engine_without_requests_does_what_is_left_to_do_piece_by_piece_before_it_sleeps() -> None:
+    bench = Bench()
+    bench.pieces = 2
+    assert not bench.loop.turn(0.0)
+    assert bench.pieces == 2, "a request waits here, if only for another engine"
+    for worker in bench.workers.values():
+        worker.waiting = 0
+    bench.workers[Role.DECODE].work = 1
+    assert [bench.loop.turn(0.0) for _ in range(4)] == [True, True, True, False]
+    assert bench.loop.reading().steps == 1
 
 
 def test_a_reading_is_left_when_the_loop_goes_idle() -> None:

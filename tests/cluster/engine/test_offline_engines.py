@@ -44,7 +44,7 @@ class FaultyRunner:
         self._runner = runner
         self._bad: list[frozenset[int]] = []
         self.max_slots, self.max_step_tokens = runner.max_slots, runner.max_step_tokens
-        self.vocab_size = runner.vocab_size
+        self.vocab_size, self.depth = runner.vocab_size, runner.depth
 
     def launch(self, plan: StepPlan) -> None:
         bad = (at for at, row in enumerate(plan.rows) if row.tokens is not None and row.tokens[0] == BAD)
@@ -55,6 +55,9 @@ class FaultyRunner:
         result, bad = self._runner.collect(), self._bad.pop(0)
         tokens = tuple(None if at in bad else token for at, token in enumerate(result.tokens))
         return dataclasses.replace(result, tokens=tokens, faults=result.faults | bad)
+
+    def idle(self) -> bool:
+        return self._runner.idle()
 
 
 def faulty_brain(spec: EngineSpec) -> Brain:
