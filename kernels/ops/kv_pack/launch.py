@@ -9,16 +9,47 @@ from torch import Tensor
 from . import cpu, reference
 
 
-def kv_pack(arena_L2BHTD: Tensor, blocks: Sequence[int], tok_from: int, out_L2HND: Tensor) -> None:
-    """Gather positions tok_from .. tok_from + N - 1 of the sequence that lies in `blocks` into `out_L2HND`."""
+def kv_pack(
+    arena_L2BHTD: Tensor, blocks: Sequence[int], tok_from: int, out_L2HND: Tensor, checksum: Tensor | None = None
+) -> None:
+    """Gather positions tok_from .. tok_from + N - 1 of the sequence that lies in `blocks` into `out_L2HND`.
+
+    `checksum` (int64 [1], on the arena's device) takes the sum of what it holds and reference.checksum of the wire.
+    """
     _check(arena_L2BHTD, blocks, tok_from, out_L2HND)
-    (cpu if arena_L2BHTD.device.type == "cpu" else reference).pack(arena_L2BHTD, blocks, tok_from, out_L2HND)
+    if arena_L2BHTD.is_cuda:
+        from . import cuda
+
+        if cuda.takes(arena_L2BHTD):
+            cuda.pack(arena_L2BHTD, blocks, tok_from, out_L2HND, checksum)
+            return
+    chosen = cpu if arena_L2BHTD.device.type == "cpu" else reference
+    chosen.pack(arena_L2BHTD, blocks, tok_from, out_L2HND)
+    _add(checksum, out_L2HND)
 
 
-def kv_unpack(arena_L2BHTD: Tensor, blocks: Sequence[int], tok_from: int, data_L2HND: Tensor) -> None:
-    """Scatter `data_L2HND` to positions tok_from .. tok_from + N - 1 of the sequence that lies in `blocks`."""
+def kv_unpack(
+    arena_L2BHTD: Tensor, blocks: Sequence[int], tok_from: int, data_L2HND: Tensor, checksum: Tensor | None = None
+) -> None:
+    """Scatter `data_L2HND` to positions tok_from .. tok_from + N - 1 of the sequence that lies in `blocks`.
+
+    `checksum` as above.
+    """
     _check(arena_L2BHTD, blocks, tok_from, data_L2HND)
-    (cpu if arena_L2BHTD.device.type == "cpu" else reference).unpack(arena_L2BHTD, blocks, tok_from, data_L2HND)
+    if arena_L2BHTD.is_cuda:
+        from . import cuda
+
+        if cuda.takes(arena_L2BHTD):
+            cuda.unpack(arena_L2BHTD, blocks, tok_from, data_L2HND, checksum)
+            return
+    chosen = cpu if arena_L2BHTD.device.type == "cpu" else reference
+    chosen.unpack(arena_L2BHTD, blocks, tok_from, data_L2HND)
+    _add(checksum, data_L2HND)
+
+
+def _add(checksum: Tensor | None, wire_L2HND: Tensor) -> None:
+    if checksum is not None:
+        checksum += reference.checksum(wire_L2HND)
 
 
 def _check(arena_L2BHTD: Tensor, blocks: Sequence[int], tok_from: int, wire_L2HND: Tensor) -> None:

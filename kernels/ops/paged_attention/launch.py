@@ -41,7 +41,7 @@ class QkvView(NamedTuple):
 
 
 def refusal(head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why `attend` computes such a model by its slow definition on a card, for the list of what is degraded, or None."""
+    """Why `attend` computes such a model by its slow definition on a card, for the list of what is degraded."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"attention has no kernel for {dtype}"
     if head_dim > _LARGEST_HEAD or head_dim % _HEAD_UNIT:

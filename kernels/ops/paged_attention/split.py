@@ -23,39 +23,34 @@ if TYPE_CHECKING:
 # 16 cost 20 % at 64 x 1,024, where no row should be cut.
 _PROGRAMS_EACH = 4
 _MOST_QUERIES = 64  # query heads of one KV head in one program; more are shared out
-_ALIGNED = 4  # int32 numbers in 16 bytes
+COUNTS = 4  # int32 numbers before the lists: as many as have 16 bytes, to which every list is aligned
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Splits:
-    """W windows, I items at most, R rows at most, P tiles at most. int32 unless said; contents are one step's.
+    """W windows, at most I items, R rows and P tiles. Lists are int32, one behind another, filled anew each step:
+
+    rows_WX | items (4) | an item's row (I), first position (I), position after its last (I) | a row's first item (R),
+              items (R)
+    tiles_X | tiles, pieces of each (4) | a tile's row (P), first query among the row's new tokens (P)
 
     One stream at a time uses it: layers follow each other, and the tickets are zero again after each launch.
     """
 
     windows: tuple[int, ...]  # of the model's layers, distinct; 0: none
-    kv_heads: int
+    heads: int  # query heads of a layer at most
     programs: int  # wanted at once on the whole card
     slots: int  # items that fill it, beside one for each row
     prompts: Config  # tile of queries and of keys, for this head size and dtype
     windows_W: Tensor
-    item_row_WI: Tensor
-    item_begin_WI: Tensor  # the first position of the item
-    item_end_WI: Tensor  # the position after its last
-    item_count_W4: Tensor  # items of the step, then nothing
-    first_WR: Tensor  # the first item of each row
-    num_WR: Tensor  # its items
-    tile_row_P: Tensor
-    tile_offset_P: Tensor  # the tile's first query among the row's new tokens
-    tile_count_4: Tensor  # tiles of the step, pieces of each, then nothing
+    rows_WX: Tensor
+    tiles_X: Tensor
+    max_rows: int  # R
+    max_items: int  # I
+    max_tiles: int  # P
     parts: Tensor  # float32: results of items, each divided by its own sum of weights
     lse: Tensor  # float32: log2 of these sums
     tickets: Tensor  # how many items of a row and KV head have arrived; 0 between launches
-
-    @property
-    def max_items(self) -> int:
-        """I."""
-        return self.item_row_WI.shape[1]
 
 
 def group_tile(group: int) -> tuple[int, int]:
@@ -99,20 +94,16 @@ def allocate(
     sums = max(items * heads, programs * prompts.block_m)
     return Splits(
         windows=found,
-        kv_heads=kv_heads,
+        heads=heads,
         programs=programs,
         slots=slots,
         prompts=prompts,
         windows_W=torch.tensor(found, dtype=torch.int32, device=device),
-        item_row_WI=ints(len(found), items),
-        item_begin_WI=ints(len(found), items),
-        item_end_WI=ints(len(found), items),
-        item_count_W4=ints(len(found), _ALIGNED),
-        first_WR=ints(len(found), rows),
-        num_WR=ints(len(found), rows),
-        tile_row_P=ints(tiles),
-        tile_offset_P=ints(tiles),
-        tile_count_4=ints(_ALIGNED),
+        rows_WX=ints(len(found), COUNTS + 3 * items + 2 * rows),
+        tiles_X=ints(COUNTS + 2 * tiles),
+        max_rows=rows,
+        max_items=items,
+        max_tiles=tiles,
         parts=torch.empty(sums * head_dim, dtype=torch.float32, device=device),
         lse=torch.empty(sums, dtype=torch.float32, device=device),
         tickets=ints(max(rows * each_row, programs)),
@@ -129,4 +120,4 @@ def plan_splits(step: StepTensors) -> None:
 
 def _aligned(count: int) -> int:
     """So many that every row of a matrix of them begins at 16 bytes."""
-    return -(-count // _ALIGNED) * _ALIGNED
+    return -(-count // COUNTS) * COUNTS
