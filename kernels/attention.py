@@ -1,7 +1,7 @@
 """The attention function that transformers' models call instead of their own, and what it refuses to compute.
 
 A model hands every extra keyword of its forward down to the attention function: that is how the step's structure
-arrives (`diptych_step`), as lists of segments or as tensors on the device. Nothing about a step is global.
+arrives (`diptych_step`). Nothing about a step is global.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diptych.protos.errors import StartupError
 
 from .ops.kv_write.launch import kv_write
-from .ops.paged_attention.launch import attend, paged_attention
+from .ops.paged_attention.launch import QkvView, attend, paged_attention
 from .ops.paged_attention.params import AttentionParams
 from .ops.qk_write.launch import kv_store
 from .ops.ragged import RaggedBatch
@@ -49,15 +49,6 @@ class DeviceAttentionStep:
     tensors: StepTensors
     kv: Mapping[int, tuple[Tensor, Tensor]]  # by the layer's `layer_idx`
     last: int  # the layer whose keys and values are checked
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DeviceAttentionStep:
-    """The same for a step that was made on the device: no list in it, so that a graph can be captured over the model."""
-
-    tensors: StepTensors
-    kv: Mapping[int, tuple[Tensor, Tensor]]  # by the layer's `layer_idx`
-    last_layer: int  # whose keys and values must be finite
 
 
 # Token ids of the row [T], the step, row indices to give logits of [N] -> logits [N, V].
@@ -101,9 +92,6 @@ def diptych_attention(
     if isinstance(step, DeviceAttentionStep):
         params = AttentionParams(scaling, sliding_window, softcap, s_aux)
         return _attend_on_device(layer, query[0], key[0], value[0], step=step, params=params), None
-    if isinstance(step, DeviceAttentionStep):
-        params = AttentionParams(scaling, sliding_window, softcap, s_aux)
-        return _attend_on_device(layer, (query, key, value), step, params)[None], None
     if step.seen is not None:
         refusal = _refusal(module, (query, key, value), attention_mask, dropout, extra)
         if layer in step.seen:
@@ -123,26 +111,14 @@ def _attend_on_device(
 ) -> Tensor:
     """[1, T, H, D]."""
     k_NGBD, v_NGBD = step.kv[layer]
-    q_THD = q_HTD.transpose(0, 1)
-    check = layer == step.last
-    kv_store(k_GTD.transpose(0, 1), v_GTD.transpose(0, 1), k_NGBD, v_NGBD, step.tensors, check=check)
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-    attend(q_THD, None, k_NGBD, v_NGBD, step.tensors, params, out_THD)
-    return out_THD[None]
-
-
-def _attend_on_device(
-    layer: int, qkv: tuple[Tensor, Tensor, Tensor], step: DeviceAttentionStep, params: AttentionParams
-) -> Tensor:
-    """[T, H, D] of a layer whose module has rotated its queries and keys itself."""
-    q_THD, k_TGD, v_TGD = (part[0].transpose(0, 1) for part in qkv)
+    q_THD, k_TGD, v_TGD = (part.transpose(0, 1) for part in (q_HTD, k_GTD, v_GTD))
     if q_THD.stride(2) != 1:
         q_THD = q_THD.contiguous()
-    k_NGBD, v_NGBD = step.kv[layer]
-    kv_store(k_TGD, v_TGD, k_NGBD, v_NGBD, step.tensors, check=layer == step.last_layer)
+    check = layer == step.last
+    kv_store(k_TGD, v_TGD, k_NGBD, v_NGBD, step.tensors, check=check)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     attend(q_THD, QkvView(k_TGD, v_TGD), k_NGBD, v_NGBD, step.tensors, params, out_THD)
-    return out_THD
+    return out_THD[None]
 
 
 def _refusal(
@@ -178,20 +154,6 @@ def run_module(
         position_ids=positions_T[None],
         use_cache=False,
         logits_to_keep=sampled_N,
-        **{STEP_KEYWORD: step},
-    )
-    logits: Tensor = output.logits[0]
-    return logits
-
-
-def run_module_on_device(module: nn.Module, step: DeviceAttentionStep) -> Tensor:
-    """The same for a step made on the device: logits of its kept tokens. Waits for nothing, where the model does not."""
-    tensors = step.tensors
-    output = module(
-        input_ids=tensors.ids_T[None, : tensors.num_tokens],
-        position_ids=tensors.positions_T[None, : tensors.num_tokens],
-        use_cache=False,
-        logits_to_keep=tensors.kept_N,
         **{STEP_KEYWORD: step},
     )
     logits: Tensor = output.logits[0]
