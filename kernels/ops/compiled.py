@@ -7,22 +7,22 @@ that varies from step to step is in `do_not_specialize`, or a new row count woul
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-# Whose compiled kernels take (grid, stream, function, metadata, hooks, every parameter): looked up in its sources.
+# Whose C launcher takes (grid, stream, function, flags, scratch, metadata, hooks, all parameters), by its sources.
 _DIRECT = triton.__version__.startswith("3.6.")
 _ALIGNMENT = 16  # bytes: what Triton takes for granted of pointers that were so at the first launch
 
 
 class _Known(NamedTuple):
-    run: Any
-    function: Any
-    metadata: Any
-    constants: tuple[Any, ...]
+    launch: Callable[..., None]  # the C function that Triton made for this signature
+    before: tuple[Any, ...]  # what it takes before the kernel's parameters
+    after: tuple[Any, ...]  # the constants, which it skips
 
 
 _known: dict[tuple[Any, ...], _Known] = {}
@@ -31,41 +31,51 @@ _known: dict[tuple[Any, ...], _Known] = {}
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
-    args: tuple[Tensor | int | float | None, ...],
+    args: tuple[Any, ...],
     *,
     num_warps: int = 4,
     num_stages: int = 3,
     **constants: Any,
 ) -> None:
-    """Run `kernel` on the current stream of its first tensor's device. `args` are its first parameters in order,
-    `constants` all its others (constexpr). Neither may hold a default. A grid with a 0 launches nothing.
+    """Run `kernel` on the current stream of its first argument's device. `args` are its first parameters in order:
+    tensors, the first of them one, integers, floats, None, or tensor descriptors. `constants` are all its other
+    parameters (constexpr); none may be left to a default. A grid with a 0 launches nothing.
     """
     if 0 in grid:
         return
-    first = args[0]
-    assert isinstance(first, Tensor)
-    if not (_DIRECT and first.is_cuda):
+    first: Tensor = args[0]
+    device = first.get_device()  # -1: the CPU, under the interpreter
+    if device < 0 or not _DIRECT:
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
         return
-    device = first.get_device()
-    pointers, kinds = 0, []
+    key: list[Any] = [id(kernel), device, num_warps, num_stages, *constants.items()]
+    values: list[Any] = []
+    pointers = 0
     for at, arg in enumerate(args):
+        value = arg
         if isinstance(arg, Tensor):
-            pointers |= arg.data_ptr()
-            kinds.append(arg.dtype)
+            value = arg.data_ptr()  # a number is not looked up by the driver again
+            pointers |= value
+            key.append(arg.dtype)
         elif isinstance(arg, int) and not kernel.params[at].do_not_specialize:
-            kinds.append((arg == 1, arg % _ALIGNMENT == 0, -(2**31) <= arg < 2**31))
+            key.append((arg == 1, arg % _ALIGNMENT == 0, arg >> 31))
         else:
-            kinds.append(type(arg))
-    if pointers % _ALIGNMENT:  # rare: a variant of its own, which Triton finds
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
-        return
-    key = (id(kernel), device, num_warps, num_stages, *kinds, *constants.items())
-    known = _known.get(key)
+            key.append(type(arg))
+        values.append(value)
+    known = None if pointers % _ALIGNMENT else _known.get(tuple(key))
     if known is None:
         compiled = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
-        tail = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        _known[key] = _Known(compiled.run, compiled.function, compiled.packed_metadata, tail)
+        if not pointers % _ALIGNMENT:  # else a variant of its own, and rare: left to Triton
+            _remember(tuple(key), compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :]))
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
-    known.run(*grid, stream, known.function, known.metadata, None, None, None, *args, *known.constants)
+    known.launch(*grid, stream, *known.before, *values, *known.after)
+
+
+def _remember(key: tuple[Any, ...], compiled: Any, constants: tuple[Any, ...]) -> None:
+    """A kernel that wants scratch memory for each launch stays with Triton's own way."""
+    made = compiled.run
+    if made.global_scratch_size or made.profile_scratch_size:
+        return
+    before = (compiled.function, made.launch_cooperative_grid, made.launch_pdl, None, None)
+    _known[key] = _Known(made.launch, (*before, compiled.packed_metadata, None, None, None), constants)

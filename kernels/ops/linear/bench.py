@@ -12,7 +12,7 @@ from torch import Tensor
 from ..cases import Case, Trial
 from ..configs import LIBRARY, Config
 from ..parts import Parts
-from .cuda import ONE_A_TILE, OP, WHOLE_OP, DeviceLinear, multiply, processors, share
+from .cuda import OP, WHOLE_OP, DeviceLinear, multiply
 
 _LAYER = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # outs, ins
 _HEAD = (128256, 4096)
@@ -84,36 +84,31 @@ def _step(layer: list[tuple[DeviceLinear, Tensor]], head: tuple[DeviceLinear, Te
 
 def trials(device: torch.device) -> Iterator[Trial]:
     """Every shape for the numbers of rows that the launch table distinguishes."""
-    for (name, (outs, ins)), rows in product(SHAPES.items(), (1, 16, 32, 64)):
+    for (name, (outs, ins)), rows in product(SHAPES.items(), (1, 16, 32, 64, 128)):
         op = WHOLE_OP if name.endswith(_WHOLE) else OP
         yield Trial(
             op=op,
             shape=(rows, outs, ins),
             make=partial(_make, rows, (outs, ins), device),
             run=_attempt,
-            wanted=lambda layer, x: x.double() @ layer.weight.double().T,
+            wanted=_wanted,
             size_bytes=2 * outs * ins,
             configs=[LIBRARY, *_candidates(op, rows)],
         )
 
 
 def _candidates(op: str, rows: int) -> list[Config]:
-    splits = (ONE_A_TILE,) if op == WHOLE_OP else (ONE_A_TILE, 1, 2, 3, 4)
-    tiles = ((64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3), (128, 64, 4, 5), (128, 128, 8, 3))
-    tiles = (*tiles, (128, 128, 8, 4), (32, 256, 4, 4))
-    block_m = max(16, rows)
+    tiles = ((64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3), (128, 64, 4, 5), (128, 128, 8, 4), (128, 128, 4, 3))
     return [
-        Config(block_m, block_n, block_k, split, warps, stages)
-        for (block_n, block_k, warps, stages), split in product(tiles, splits)
+        Config(max(16, rows), block_n, block_k, split, warps, stages)
+        for (block_n, block_k, warps, stages), split in product(tiles, (1,) if op == WHOLE_OP else (1, 2, 4, 8))
     ]
 
 
 def _attempt(config: Config, layer: DeviceLinear, x: Tensor) -> Tensor:
-    """The answer as float32, or in x's dtype where nothing was split; not yet added."""
-    if config is LIBRARY or config == LIBRARY:
-        return _cublas(layer, x)
-    run, slots = share(config, layer.outs, layer.ins, processors(x.device))
-    dtype = torch.float32 if slots > 1 else x.dtype
-    out = torch.empty((slots, x.shape[0], layer.outs), dtype=dtype, device=x.device)
-    multiply(x, layer.weight, None, out, config, run)
-    return out[0] if slots == 1 else out
+    return _cublas(layer, x) if config == LIBRARY else multiply(x, layer.weight, None, config).data
+
+
+def _wanted(layer: DeviceLinear, x: Tensor) -> Tensor:
+    """In pieces: a head's weight in float64 is 4 GB."""
+    return torch.cat([x.double() @ piece.double().T for piece in layer.weight.split(16_384)], 1)

@@ -1,11 +1,9 @@
 """Linear on a card: cuBLAS, but for few rows where the launch table says that our kernel reads the weight faster.
 
-Where the work of one tile of outputs is shared by several programs, the next elementwise kernel adds their sums.
+Where several programs share a tile of outputs, the next elementwise kernel adds their sums.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,10 +15,8 @@ from . import reference
 from .kernel import few_rows
 
 OP = "linear"  # partial sums are allowed; shapes are (rows, outs, ins)
-WHOLE_OP = "linear_whole"  # nothing may be left to be added: split is ONE_A_TILE
-ONE_A_TILE = 0
-MOST_ROWS = 64  # beyond, a weight's tiles are computed on rather than read: cuBLAS
-_BUCKETS = (1, 16, 32, 64)
+WHOLE_OP = "linear_whole"  # nothing may be left to be added: the split is 1
+_BUCKETS = (1, 16, 32, 64, 128)  # rows of the launch table; with more, a weight is computed on rather than read: cuBLAS
 _READ = (torch.bfloat16, torch.float16)  # the types that were measured
 
 
@@ -54,7 +50,7 @@ class DeviceLinear(reference.Linear):
         """self(x) into `out` [rows, outs], contiguous, which is returned."""
         config = self._config(WHOLE_OP, x)
         if config is not LIBRARY:
-            multiply(x, self.weight, self.bias, out.unsqueeze(0), config, share(config, self.outs, self.ins, 1)[0])
+            multiply(x, self.weight, self.bias, config, out=out)
         elif self.bias is None:
             torch.mm(x, self._transposed, out=out)
         else:
@@ -62,7 +58,9 @@ class DeviceLinear(reference.Linear):
         return out
 
     def into(self, x: Tensor, residual: Tensor) -> None:
-        """residual += self(x), rounded once. Where a product computes rather than reads, the addition costs nothing."""
+        """residual += self(x), rounded once, or twice with a bias. A product that computes rather than reads adds for
+        nothing.
+        """
         torch.addmm(residual, x, self._transposed, out=residual)
         if self.bias is not None:
             residual.add_(self.bias)
@@ -72,56 +70,42 @@ class DeviceLinear(reference.Linear):
         many rows.
         """
         config = self._config(OP, x)
-        if config is LIBRARY:
-            return None
-        run, slots = share(config, self.outs, self.ins, processors(x.device))
-        dtype = torch.float32 if slots > 1 else x.dtype
-        out = torch.empty((slots, x.shape[0], self.outs), dtype=dtype, device=x.device)
-        multiply(x, self.weight, self.bias, out, config, run)
-        return Parts(out, slots)
+        return None if config is LIBRARY else multiply(x, self.weight, self.bias, config)
 
     def _config(self, op: str, x: Tensor) -> Config:
         rows = x.shape[0]
-        if not 0 < rows <= MOST_ROWS or x.dtype not in _READ or x.stride(1) != 1:
+        if not 0 < rows <= _BUCKETS[-1] or x.dtype not in _READ or x.stride(1) != 1:
             return LIBRARY
         return choose(op, (next(bucket for bucket in _BUCKETS if rows <= bucket), self.outs, self.ins))
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, config: Config, run: int) -> None:
-    """x @ weight.T + bias as the sum over `out` [slots, rows, outs], contiguous; `run` and slots: see `share`."""
-    slots, rows, outs = out.shape
-    ins = weight.shape[1]
-    units = -(-outs // config.block_n) * -(-ins // config.block_k)
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, *, out: Tensor | None = None) -> Parts:
+    """x @ weight.T + bias by our kernel, in at most `config.split` parts; into `out` [rows, outs] if the split is 1.
+
+    x: [rows, ins], at least one row, each contiguous. Parts are float32, a single one has the dtype of x.
+    """
+    rows, ins = x.shape
+    outs = weight.shape[0]
+    steps = -(-ins // config.block_k)
+    run = -(-steps // config.split)
+    count = -(-steps // run)
+    if out is None:
+        dtype = torch.float32 if count > 1 else x.dtype
+        out = torch.empty((count, rows, outs), dtype=dtype, device=x.device)
+    assert out.numel() == count * rows * outs
     launch(
         few_rows,
-        (-(-units // run), -(-rows // config.block_m), 1),
-        (x, weight, weight if bias is None else bias, out, rows, run, x.stride(0)),
+        (-(-outs // config.block_n) * count, -(-rows // config.block_m), 1),
+        (x, weight, weight if bias is None else bias, out, rows, x.stride(0)),
         num_warps=config.warps,
         num_stages=config.stages,
         K=ins,
         N=outs,
-        SLOTS=slots,
+        RUN=run * config.block_k,
+        PARTS=count,
         HAS_BIAS=bias is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
     )
-
-
-@cache
-def share(config: Config, outs: int, ins: int, num_processors: int) -> tuple[int, int]:
-    """(K steps of a program, the most partial sums of a tile) where `config.split` programs run on each processor;
-    with ONE_A_TILE each program computes one tile.
-    """
-    tiles, steps = -(-outs // config.block_n), -(-ins // config.block_k)
-    if config.split == ONE_A_TILE:
-        return steps, 1
-    run = -(-tiles * steps // (config.split * num_processors))
-    cuts = {tile * steps % run for tile in range(tiles)}
-    return run, max((cut + steps - 1) // run + 1 for cut in cuts)
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a card."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return Parts(out, count)

