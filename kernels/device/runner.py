@@ -122,19 +122,35 @@ class DeviceRunner:
                 raise _fault(outcome.plan, exc) from exc
         return outcome.result()
 
-    def warm_up(self) -> None:
-        """Run steps of all sizes, the largest first, and capture the first graphs. Kernels, workspaces and activations
-        are there afterwards, so that no step compiles or is the first to take memory. Once, before any step.
+    def use_arena(self, kv: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Compute in this arena from now on. Before any step that is not a rehearsal, and before graphs are there:
+        an engine learns what its steps take on an arena of one block, and gives the rest to this one.
+        """
+        assert not self._outstanding
+        assert not self._graphs.sizes
+        self._kv = kv
+        self._state.move_spare(kv[0][0].shape[0] - 1)
+        if self._on_card:
+            torch.cuda.synchronize(self._device)  # made on another stream
+
+    def rehearse(self) -> None:
+        """Run steps of all sizes, the largest first: kernels, workspaces and activations are there afterwards, so that
+        no step compiles or is the first to take memory. Needs one block of KV.
         """
         state = self._state
         longest = min(self.max_step_tokens, state.max_context_tokens)
         with self._at_work():
             self._rehearse([longest] * max(1, min(self.max_step_tokens // longest, state.max_slots)))
-            for power in reversed(range(1, longest.bit_length())):
-                self._rehearse(
-                    [1 << power] if state.max_slots == 1 or 1 << power == self.max_step_tokens else [1, 1 << power]
-                )
+            for size in reversed([1 << power for power in range(1, longest.bit_length())]):
+                beside = [1] if size < self.max_step_tokens and state.max_slots > 1 else []
+                self._rehearse([*beside, size])
+            self._rehearse([1] * min(state.max_slots, self.max_step_tokens))
             self._rehearse([1])
+
+    def capture(self) -> None:
+        """Make the first graphs, the largest first. Once, before any step."""
+        state = self._state
+        with self._at_work():
             for rows in reversed(sizes_within(FIRST_SIZES, state.max_slots)):
                 if rows in self._sizes_left:
                     self._capture(rows)

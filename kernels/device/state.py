@@ -63,8 +63,12 @@ class DeviceState:
         self.kind_S = section("kind")  # see above
         self.blocks_SB = section("blocks").view(slots, self.blocks_stride)
         self.tokens_SC = section("tokens").view(slots, self.tokens_stride)
-        self.blocks_SB.fill_(spare_block)
+        self.move_spare(spare_block)
         self.top_p_S.fill_(1.0)
+
+    def move_spare(self, block: int) -> None:
+        """The spare block is another one from now on. Before any sequence: all tables are of it alone then."""
+        self.blocks_SB.fill_(block)
 
     @property
     def dummy(self) -> int:

@@ -29,6 +29,11 @@ CPU = torch.device("cpu")
 CARD = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
+def warm(runner: DeviceRunner) -> None:
+    runner.rehearse()
+    runner.capture()
+
+
 def run_storm(runner: DeviceRunner, seed: int, depth: int, requests: int = 24) -> Storm:
     storm = Storm(seed, depth=depth)
     while True:
@@ -45,7 +50,7 @@ def run_storm(runner: DeviceRunner, seed: int, depth: int, requests: int = 24) -
 @pytest.mark.parametrize("seed", range(3))
 def test_every_request_gets_the_oracles_tokens(device: str, graphs: bool, depth: int, seed: int) -> None:
     runner, _ = make_runner(torch.device(device), graphs=graphs)
-    runner.warm_up()
+    warm(runner)
     assert bool(runner.graph_sizes) == graphs
     assert not runner.degraded
     storm = run_storm(runner, seed, depth)
@@ -58,10 +63,24 @@ def test_every_request_gets_the_oracles_tokens(device: str, graphs: bool, depth:
 
 
 @pytest.mark.parametrize("device", ["cpu", CARD])
+def test_an_arena_that_comes_after_the_rehearsal_is_the_one_that_steps_compute_in(device: str) -> None:
+    place = torch.device(device)
+    runner, first = make_runner(place, blocks=0)
+    runner.rehearse()
+    keys, values = (torch.zeros(257, 1, BLOCK, 1, device=place) for _ in range(2))
+    runner.use_arena([(keys, values)])
+    runner.capture()
+    rehearsed = first.clone()
+    storm = run_storm(runner, 7, 2)
+    assert all(request.tokens[0] == oracle(request.prompt) for request in storm.finished)
+    assert torch.equal(first, rehearsed)
+
+
+@pytest.mark.parametrize("device", ["cpu", CARD])
 def test_steps_touch_their_own_blocks_and_the_spare_one_only(device: str) -> None:
     """Padding rows compute and write, too: into the arena's last block."""
     runner, keys = make_runner(torch.device(device))
-    runner.warm_up()
+    warm(runner)
     keys[:-1].fill_(-5)
     rows = tuple(
         StepRow(slot=slot, num_tokens=1, tokens=(7,), start=0, blocks=[slot + 10], sample=GREEDY) for slot in range(5)
@@ -77,7 +96,7 @@ def test_steps_touch_their_own_blocks_and_the_spare_one_only(device: str) -> Non
 @pytest.mark.parametrize("device", ["cpu", CARD])
 def test_a_graph_holds_every_step_of_one_token_rows_and_the_rest_come_when_idle(device: str) -> None:
     runner, _ = make_runner(torch.device(device), slots=40)
-    runner.warm_up()
+    warm(runner)
     assert list(runner.graph_sizes) == [1, 2, 4, 8, 16, 32, 40]
     runner.launch(StepPlan(1, (row_of(0, (3, 4), 0),)))
     assert not runner.idle(), "a step is outstanding"
@@ -250,7 +269,7 @@ def make_both(model: LoadedModel, *, graphs: bool) -> tuple[DeviceRunner, ModelR
         vocab_size=model.vocab_size,
         options=DeviceOptions(graphs=graphs),
     )
-    mine.warm_up()
+    warm(mine)
     return mine, ModelRunner(model, kv(), block_tokens=BLOCK, max_slots=8, max_step_tokens=64)
 
 
@@ -328,7 +347,7 @@ def test_rules_that_leave_no_token_are_told_as_model_runner_does(model: LoadedMo
 def test_no_launch_waits_for_the_card() -> None:
     """Mixed steps, decode graphs and what is told anew; collect alone may wait."""
     runner, _ = make_runner(torch.device("cuda"))
-    runner.warm_up()
+    warm(runner)
     storm = Storm(3, depth=2)
 
     def launch(plan: StepPlan) -> None:
@@ -360,7 +379,7 @@ def test_a_model_on_the_card_gives_the_tokens_of_the_cpu(tmp_path: Path, family:
 
     limits = StepLimits(max_slots=8, max_step_tokens=64, max_context_tokens=640, block_tokens=16)
     mine = build_runner(on_card, kv("cuda:0"), limits, DeviceOptions(graphs=graphs))
-    mine.warm_up()
+    warm(mine)
     theirs = ModelRunner(model, kv("cpu"), block_tokens=16, max_slots=8, max_step_tokens=64)
     storm = Storm(1, vocab=model.vocab_size, depth=2)
     for _ in range(8):
