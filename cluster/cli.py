@@ -11,7 +11,7 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(bench, name="bench", help="Measure: an engine alone, or a running server.")
+app.add_typer(bench, name="bench", help="Measure: an engine alone, a running server, or kernels.")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; the README shows its keys.")]
 Overrides = Annotated[
@@ -283,6 +283,23 @@ def bench_serve(
         print(f"diptych: {exc}", file=sys.stderr)
         raise typer.Exit(1) from exc
     raise typer.Exit(code)
+
+
+@bench.command()
+def kernels(
+    op: Annotated[list[str] | None, typer.Option(help="An op; may be repeated. By default all.")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Find and keep this card's launch tables first.")] = False,
+    json_out: ResultFile = None,
+) -> None:
+    """Each op on this machine's CUDA device: time, rate, fraction of the ceilings measured in the same run."""
+    from diptych.cluster.bench.kernels import run_kernels
+    from diptych.protos.errors import DiptychError
+
+    try:
+        run_kernels(op or (), is_tuned=tune, json_out=json_out)
+    except DiptychError as exc:
+        print(f"diptych: {exc}", file=sys.stderr)
+        raise typer.Exit(1) from exc
 
 
 def _process_start() -> float:

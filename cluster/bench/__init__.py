@@ -1,1 +1,1 @@
-"""The verbs `diptych bench offline` and `diptych bench serve`. They print figures; the judgement is the reader's."""
+"""The verbs `diptych bench offline`, `serve` and `kernels`. They print figures; the judgement is the reader's."""

@@ -38,8 +38,9 @@ def launch(
     **constants: Any,
 ) -> None:
     """Run `kernel` on the current stream of its first argument's device. `args` are its first parameters in order:
-    tensors, the first of them one, integers, floats, None, or tensor descriptors. `constants` are all its other
-    parameters (constexpr); none may be left to a default. A grid with a 0 launches nothing.
+    tensors, the first of them one, integers, floats, None, or tensor descriptors, whose blocks and dtype must follow
+    from the rest. `constants` are all its other parameters (constexpr); none may be left to a default. A grid with a 0
+    launches nothing.
     """
     if 0 in grid:
         return

@@ -82,6 +82,17 @@ def calls_over(run: Callable[..., object], sets: Sequence[tuple[Any, ...]]) -> l
     return [partial(run, *sets[at % len(sets)]) for at in range(count)]
 
 
+def too_little_memory(case: Case) -> dict[str, str] | None:
+    """What to tell instead of figures where the card has no room for a case's inputs; None where it has."""
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    needed = max(2 * case.size_bytes, min(_MOST_SETS * case.size_bytes, _CACHES * cache))
+    free, _ = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if needed < free * 0.9:
+        return None
+    return {"error": f"needs {needed / 2**30:.1f} GiB of the card, {free / 2**30:.1f} are free"}
+
+
 def measure(case: Case, limits: Ceilings) -> dict[str, Any]:
     """us, gb_s or tflop_s, of_ceiling (1 is the ceiling); the same of each peer, or what kept it from running."""
     sets = input_sets(case.make, case.size_bytes)

@@ -106,6 +106,7 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
     assert measures == {
         "offline": both | {"--random-weights", "--layout", "--workload", "--repeats"},
         "serve": both | {"--url", "--requests", "--rate", "--input", "--seed", "--vocab", "--concurrency", "--timeout"},
+        "kernels": {"--op", "--tune", "--json"},
     }
 
 

@@ -1,6 +1,6 @@
-"""Triton's kernels in tests: interpreted where no card is, compiled where there is one. One process cannot do both.
+"""Where kernels run in tests: on the CPU under Triton's interpreter, or on a card; ../conftest.py decides.
 
-On a card, TRITON_INTERPRET=1 asks for the interpreter all the same. Tests of bfloat16 carry the marker `gpu`.
+Tests that need a card, those of bfloat16 among them, carry the marker `gpu`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-# Before any kernel is imported: @triton.jit decides when it runs.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
