@@ -1,11 +1,13 @@
 """The memory behind the blocks of one engine. The runner computes in it; the transfer thread packs from it and into it.
 
 One tensor [layers, 2, num_blocks, kv_heads, block_tokens, head_dim]: a block is one strided copy, whatever the layers.
+On a card the transfer thread works on a stream of its own and waits for it, so that what it says is done, is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -27,23 +29,29 @@ def copy_alone() -> None:
 
 
 class KvArena:
-    """KV memory of `num_blocks` blocks.
+    """KV memory of `num_blocks` blocks, and of `spare_blocks` more behind them that no pool knows of: a runner's rows
+    that belong to no sequence write there.
 
-    `layers[i]` is layer i's (K, V), each [num_blocks, kv_heads, block_tokens, head_dim].
+    `layers[i]` is layer i's (K, V), each [num_blocks + spare_blocks, kv_heads, block_tokens, head_dim].
     """
 
-    def __init__(self, layout: KvLayout, num_blocks: int, device: str = "cpu") -> None:
+    def __init__(self, layout: KvLayout, num_blocks: int, device: str = "cpu", *, spare_blocks: int = 0) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
-        shape = (layout.layers, 2, num_blocks, layout.kv_heads, layout.block_tokens, layout.head_dim)
+        blocks = num_blocks + spare_blocks
+        shape = (layout.layers, 2, blocks, layout.kv_heads, layout.block_tokens, layout.head_dim)
         # Zeros, not empty: masked positions are multiplied by 0, and 0 * NaN is NaN.
         self.storage = torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=device)
         self.layers: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self.storage]
+        self._copies: torch.cuda.Stream | None = None
+        if self.storage.is_cuda:
+            torch.cuda.synchronize(self.storage.device)  # other streams read it from now on
+            self._copies = torch.cuda.Stream(self.storage.device)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the arena."""
-        return self.num_blocks * self.layout.bytes_per_block
+        return self.storage.nbytes
 
     def bytes(self) -> NDArray[np.uint8]:
         """The arena's own memory, [layers, 2, num_blocks, kv_heads, block_tokens, bytes of head_dim]. On a CPU only."""
@@ -56,14 +64,21 @@ class KvArena:
         `out` is writable and has exactly (tok_to - tok_from) * bytes_per_token bytes.
         """
         if tok_to > tok_from:
-            kv_pack(self.storage, blocks, tok_from, self._wire(out, tok_to - tok_from))
+            wire = self._wire(out, tok_to - tok_from)
+            with self._copying():
+                staged = wire if self._copies is None else torch.empty_like(wire, device=self.storage.device)
+                kv_pack(self.storage, blocks, tok_from, staged)
+                if staged is not wire:
+                    wire.copy_(staged)
 
     def unpack(self, blocks: Sequence[int], tok_from: int, tok_to: int, data: memoryview) -> None:
         """Read what `pack` wrote into positions tok_from .. tok_to - 1 of the sequence in `blocks`. `data` is writable
         memory, for torch's sake, and is not changed.
         """
         if tok_to > tok_from:
-            kv_unpack(self.storage, blocks, tok_from, self._wire(data, tok_to - tok_from))
+            wire = self._wire(data, tok_to - tok_from)
+            with self._copying():
+                kv_unpack(self.storage, blocks, tok_from, wire.to(self.storage.device))
 
     def clear_tail(self, blocks: Sequence[int], num_tokens: int) -> None:
         """Zero what follows position num_tokens - 1 in its block. Attention gives these places weight 0, which does not
@@ -71,7 +86,18 @@ class KvArena:
         """
         index, offset = divmod(num_tokens, self.layout.block_tokens)
         if offset:
-            self.storage[:, :, blocks[index], :, offset:] = 0
+            with self._copying():
+                self.storage[:, :, blocks[index], :, offset:] = 0
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        """On a card: on the stream of copies, and over when this is."""
+        if self._copies is None:
+            yield
+            return
+        with torch.cuda.stream(self._copies):
+            yield
+        self._copies.synchronize()
 
     def _wire(self, buffer: memoryview, num_tokens: int) -> Tensor:
         layout = self.layout

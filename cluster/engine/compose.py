@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -36,6 +36,7 @@ from .outbox import Outbox
 from .spec import EngineSpec
 
 RANDOM_SEED = 0  # of weights that are made up: all engines of a model must have the same
+_RANDOM = "weights are random: the answers are noise"
 MAX_OUTPUTS_BEHIND = 4096  # steps that the asyncio thread may lag behind the step thread
 
 
@@ -46,8 +47,11 @@ class Brain:
     layout: KvLayout
     weights_digest: bytes
     attention: bytes  # the identity of what else shapes KV, see compat_digest
-    degraded: tuple[str, ...]
+    degraded: Sequence[str]  # complete once the runner is there
     runner: Callable[[KvArena, int, int], Runner]  # (arena, max_slots, max_step_tokens)
+    device: str = "cpu"
+    num_blocks: Callable[[], int] | None = None  # None: what kv.memory_mib pays for
+    spare_blocks: int = 0  # that the runner needs beside
 
 
 BrainFactory = Callable[[EngineSpec], Brain]
@@ -74,13 +78,40 @@ class EngineParts:
 
 
 def model_brain(spec: EngineSpec) -> Brain:
-    """The real thing: transformers' model code with our attention over the arena."""
+    """The real thing: on a card, where torch sees one, else transformers' model code with our attention."""
+    from .card import find_card
+
+    device = find_card()
+    return _cpu_brain(spec) if device is None else _card_brain(spec, device)
+
+
+def _card_brain(spec: EngineSpec, device: str) -> Brain:
+    from .card import Card
+
+    is_random = not spec.settings.has_weights
+    card = Card(spec, device, max_slots=_max_slots(spec), max_step_tokens=_step_tokens(spec))
+    if is_random:
+        card.degraded.append(_RANDOM)
+    model = card.load(RANDOM_SEED if is_random else None)
+    return Brain(
+        card.layout,
+        model.weights_digest,
+        model.architecture.encode(),
+        card.degraded,
+        lambda arena, max_slots, max_step_tokens: card.runner(arena),
+        device=device,
+        num_blocks=card.num_blocks,
+        spare_blocks=1,
+    )
+
+
+def _cpu_brain(spec: EngineSpec) -> Brain:
     from diptych.kernels.model import load_model
     from diptych.kernels.runner import ModelRunner
 
     is_random = not spec.settings.has_weights
     model = load_model(spec.folder, dtype=spec.dtype, random_seed=RANDOM_SEED if is_random else None)
-    degraded = ("weights are random: the answers are noise",) if is_random else ()
+    degraded = (_RANDOM,) if is_random else ()
     layout = KvLayout(
         layers=model.layers,
         kv_heads=model.kv_heads,
@@ -145,17 +176,13 @@ def compose(
     Without `trust` the engine talks to this process alone.
     """
     settings = spec.settings
-    slots = SlotPool(sum(_max_running(spec, role) for role in spec.possible_roles))
-    step_tokens = max(
-        settings.prefill.step_tokens if role is Role.PREFILL else settings.decode.step_tokens
-        for role in spec.possible_roles
-    )
+    slots = SlotPool(_max_slots(spec))
     loaded = brain(spec)
     mark("weights")
-    num_blocks = spec.num_blocks(loaded.layout)
-    arena = KvArena(loaded.layout, num_blocks)
+    num_blocks = spec.num_blocks(loaded.layout) if loaded.num_blocks is None else loaded.num_blocks()
+    arena = KvArena(loaded.layout, num_blocks, loaded.device, spare_blocks=loaded.spare_blocks)
     mark("arena")
-    runner = loaded.runner(arena, slots.max_slots, step_tokens)
+    runner = loaded.runner(arena, slots.max_slots, _step_tokens(spec))
     mark("runner")
     info = _info(spec, loaded, num_blocks)
     compat = compat_digest(loaded.layout, weights_digest=loaded.weights_digest, attention=loaded.attention)
@@ -240,6 +267,17 @@ def _add_decode(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: by
         emit=partial(parts.outbox.put, Role.DECODE),
         clock=parts.clock,
         max_context_tokens=parts.info.max_context_tokens,
+    )
+
+
+def _max_slots(spec: EngineSpec) -> int:
+    return sum(_max_running(spec, role) for role in spec.possible_roles)
+
+
+def _step_tokens(spec: EngineSpec) -> int:
+    pools = spec.settings
+    return max(
+        pools.prefill.step_tokens if role is Role.PREFILL else pools.decode.step_tokens for role in spec.possible_roles
     )
 
 

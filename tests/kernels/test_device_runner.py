@@ -344,6 +344,7 @@ def test_rules_that_leave_no_token_are_told_as_model_runner_does(model: LoadedMo
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_launch_waits_for_the_card() -> None:
     """Mixed steps, decode graphs and what is told anew; collect alone may wait."""
     runner, _ = make_runner(torch.device("cuda"))
@@ -351,8 +352,8 @@ def test_no_launch_waits_for_the_card() -> None:
     storm = Storm(3, depth=2)
 
     def launch(plan: StepPlan) -> None:
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             runner.launch(plan)
         finally:
             torch.cuda.set_sync_debug_mode("default")

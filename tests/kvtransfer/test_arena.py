@@ -65,3 +65,23 @@ def test_a_layout_that_cannot_be_is_refused() -> None:
         layout(dtype="int4")
     with pytest.raises(ValueError, match="layers must be at least 1"):
         layout(layers=0)
+
+
+@pytest.mark.gpu
+def test_kv_crosses_between_a_card_and_the_host_and_the_spare_block_is_nobodys() -> None:
+    source, target = KvArena(layout(4, "bfloat16"), 6, "cuda:0", spare_blocks=1), KvArena(layout(7, "bfloat16"), 6)
+    back = KvArena(layout(16, "bfloat16"), 3, "cuda:0", spare_blocks=1)
+    source.storage.copy_(torch.randn(source.storage.shape))
+    size = 10 * source.layout.bytes_per_token
+    wire, again, last = bytearray(size), bytearray(size), bytearray(size)
+    source.pack([5, 0, 2], 2, 12, memoryview(wire))
+    target.unpack([3, 1], 2, 12, memoryview(wire))
+    target.pack([3, 1], 2, 12, memoryview(again))
+    back.unpack([2], 2, 12, memoryview(again))
+    back.clear_tail([2], 12)
+    back.pack([2], 2, 12, memoryview(last))
+    assert wire == again == last
+    assert any(wire)
+    assert bool((back.storage[:, :, 2, :, 12:] == 0).all())
+    assert back.layers[0][0].shape == (4, 2, 16, 4)
+    assert bool((back.storage[:, :, 3] == 0).all())
