@@ -44,7 +44,7 @@ def _move(
         return
     if not wire.is_contiguous():
         raise ValueError(f"the wire form must be contiguous, not of strides {wire.stride()}")
-    copy = _copier(arena, tok_from, wire.shape[3], checksum, scatter=scatter)
+    copy = copier(arena, tok_from, wire.shape[3], checksum, scatter=scatter)
     flat = wire.view(-1).view(torch.int64)
     planes = 2 * arena.shape[0]
     if wire.is_cuda:
@@ -62,7 +62,7 @@ def _move(
         (found.send if scatter else found.fetch)(flat, pieces, piece)
 
 
-def _copier(
+def copier(
     arena: Tensor, tok_from: int, num_tokens: int, checksum: Tensor | None, *, scatter: bool
 ) -> Callable[[Tensor, Tensor, int, int], None]:
     """copy(wire of these planes, block ids, first plane, planes): launches it on the current stream."""

@@ -110,7 +110,7 @@ def rows(
     kv_heads = k_NGBD.shape[1]
     group = heads // kv_heads
     held, share = group_tile(group)
-    wide = 1 << (dim - 1).bit_length()
+    wide = max(16, 1 << (dim - 1).bit_length())
     real = min(1 << (group - 1).bit_length(), held)
     scale, factor = _factors(params)
     launch(
@@ -202,7 +202,7 @@ def prompts(
         H=heads,
         G=kv_heads,
         D=dim,
-        WIDE=1 << (dim - 1).bit_length(),
+        WIDE=max(16, 1 << (dim - 1).bit_length()),
         Q_ROW=q_THD.stride(0),
         Q_HEAD=q_THD.stride(1),
         NEW_ROW=k_new.stride(0),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile_kernel import places, renewed, scored
+from .tile_kernel import finished, places, renewed, scored
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def attend_rows(
         heads = g * GROUP + om
         real = (om < GROUP)[:, None] & (od < D)[None, :]
         qv = tl.load(q + row.to(tl.int64) * Q_ROW + heads[:, None] * Q_HEAD + od[None, :], mask=real, other=0.0)
-        top = tl.full([HELD], -1e30, tl.float32)
+        top = tl.full([HELD], -1e20, tl.float32)
         total = tl.zeros([HELD], tl.float32)
         if SINKS:
             sink = tl.load(sinks + heads, mask=om < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -100,19 +100,19 @@ def attend_rows(
             top, total, acc = renewed(top, total, acc, scores, values, scale, PRECISION)
         H: tl.constexpr = G * GROUP
         here = out + row.to(tl.int64) * (H * D)
+        result, weight = finished(top, total, acc)
         if count == 1:
-            result = (acc / total[:, None]).to(out.dtype.element_ty)
-            tl.store(here + heads[:, None] * D + od[None, :], result, mask=real)
+            tl.store(here + heads[:, None] * D + od[None, :], result.to(out.dtype.element_ty), mask=real)
         else:
             at = item * H + heads
-            tl.store(parts + at[:, None] * D + od[None, :], acc / total[:, None], mask=real)
-            tl.store(lse + at, top + tl.log2(total), mask=om < GROUP)
+            tl.store(parts + at[:, None] * D + od[None, :], result, mask=real)
+            tl.store(lse + at, weight, mask=om < GROUP)
             tl.debug_barrier()  # every thread's part is written before one of them says so
             ticket = tickets + row * (G * SHARE) + which
             if tl.atomic_add(ticket, 1, sem="acq_rel") == count - 1:
                 oj = held * HELD + tl.arange(0, REAL)
-                result = _added_up(parts, lse, first, count, g * GROUP + oj, oj < GROUP, od, H, D, CHUNK)
+                summed = _added_up(parts, lse, first, count, g * GROUP + oj, oj < GROUP, od, H, D, CHUNK)
                 inside = (oj < GROUP)[:, None] & (od < D)[None, :]
                 at_out = here + (g * GROUP + oj)[:, None] * D + od[None, :]
-                tl.store(at_out, result.to(out.dtype.element_ty), mask=inside)
+                tl.store(at_out, summed.to(out.dtype.element_ty), mask=inside)
                 tl.store(ticket, 0)

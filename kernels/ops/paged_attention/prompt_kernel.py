@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile_kernel import places, renewed, scored
+from .tile_kernel import finished, places, renewed, scored
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def _blocks_of(
 @triton.jit
 def _added_up(parts, lse, ticket, item, count, h, od, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
     """The result over a tile's pieces, the first of which is `item`, in their order."""
-    top = tl.full([BM], -1e30, tl.float32)
+    top = tl.full([BM], -1e20, tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, od.shape[0]], tl.float32)
     for piece in range(count):
@@ -118,7 +118,7 @@ def _added_up(parts, lse, ticket, item, count, h, od, H: tl.constexpr, D: tl.con
         acc = acc * fade[:, None] + weight[:, None] * part
         top = new_top
     tl.store(ticket, 0)
-    return acc / total[:, None]
+    return acc / total[:, None]  # the last piece has the tile's own tokens: not 0
 
 
 @triton.jit(do_not_specialize=["scale", "factor", "window"])
@@ -161,7 +161,7 @@ def attend_prompts(
     real = (om < num)[:, None] & (od < D)[None, :]
     at_q = (first + om).to(tl.int64)[:, None] * Q_ROW + h * Q_HEAD + od[None, :]
     qv = tl.load(q + at_q, mask=real, other=0.0)
-    top, total = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
+    top, total = tl.full([BM], -1e20, tl.float32), tl.zeros([BM], tl.float32)
     if SINKS:
         top = tl.where(last, tl.load(sinks + h).to(tl.float32) * 1.4426950408889634, top)
         total = tl.where(last, 1.0, total)
@@ -189,14 +189,14 @@ def attend_prompts(
             NEW_ROW, D, WIDE, BN, True, False, WINDOWED, SOFTCAP, PRECISION,
         )  # fmt: skip
     top, total, acc = state
-    result = acc / total[:, None]
+    result, weight = finished(top, total, acc)
     here = out + (first + om).to(tl.int64)[:, None] * (H * D) + h * D + od[None, :]
     if count == 1:
         tl.store(here, result.to(out.dtype.element_ty), mask=real)
     else:
         at = (item * H + h) * BM + tl.arange(0, BM)
         tl.store(parts + at[:, None] * D + od[None, :], result, mask=(od < D)[None, :])
-        tl.store(lse + at, top + tl.log2(total))
+        tl.store(lse + at, weight)
         tl.debug_barrier()  # every thread's part is written before one of them says so
         ticket = tickets + tile * H + h
         if tl.atomic_add(ticket, 1, sem="acq_rel") == count - 1:

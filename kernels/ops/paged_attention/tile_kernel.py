@@ -1,7 +1,7 @@
 """What both attention kernels do with a tile of keys: read it from blocks, and one step of the softmax over tiles.
 
-Weights are powers of 2. A hidden score is -1e30, not infinity: a row of a tile may hide every key, and inf - inf would
-be NaN. What such a row gathers is wiped by its first visible key, whose weight is some 2 ** (1e29) times as large.
+Weights are powers of 2. The maximum begins at -1e20 and a hidden score is -1e30, not infinity: a row of a tile may hide
+every key, and inf - inf would be NaN. Such a row gathers nothing, since its maximum stays far above what is hidden.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -29,6 +29,14 @@ def scored(q, keys, factor, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
         bent = (1.0 - small) / (1.0 + small)
         scores = tl.where(x < 0, -bent, bent)
     return scores
+
+
+@triton.jit
+def finished(top, total, acc):
+    """(result, log2 of the sum of weights) of these keys alone. Rows that saw none: 0 with no weight; NaN stays."""
+    some = total > 0
+    total = tl.where(some, total, 1.0)
+    return acc / total[:, None], tl.where(some, top + tl.log2(total), -1e30)
 
 
 @triton.jit
