@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -60,6 +60,7 @@ MEASURED: dict[str, dict[tuple[int, ...], Config]] = {
         (128, 4096, 14336): Config(128, 64, 128, 2, 4, 4),  # 37.7, 35.2
         (1, 5120, 2048): Config(16, 64, 128, 2, 4, 4),  # 8.3, 7.8
         (16, 5120, 2048): Config(16, 64, 128, 1, 4, 5),  # 9.0, 7.9
+        (32, 5120, 2048): LIBRARY,
         (64, 5120, 2048): LIBRARY,  # 8.5, 9.3
         (128, 5120, 2048): LIBRARY,
         (1, 2048, 4096): Config(16, 64, 128, 4, 4, 5),  # 9.6, 6.3
@@ -172,14 +173,18 @@ def read_tuned() -> dict[str, dict[tuple[int, ...], Config]]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             rows = {
-                op: {tuple(map(int, shape)): Config(*map(int, config)) for shape, config in pairs}
-                for op, pairs in found.items()
+                op: {tuple(map(int, shape)): _config(config) for shape, config in pairs} for op, pairs in found.items()
             }
         except (OSError, ValueError, TypeError, AttributeError) as exc:
             log.warning("tuned launch tables are not used: %s: %s", path, exc)
     _tuned = rows
     _found.clear()
     return rows
+
+
+def _config(numbers: Iterable[int]) -> Config:
+    found = Config(*map(int, numbers))
+    return LIBRARY if found == LIBRARY else found  # it is told by identity
 
 
 def write_tuned(rows: Mapping[str, Mapping[tuple[int, ...], Config]]) -> Path:

@@ -17,12 +17,18 @@ from .kernel import few_rows
 OP = "linear"  # partial sums are allowed; shapes are (rows, outs, ins)
 WHOLE_OP = "linear_whole"  # nothing may be left to be added: the split is 1
 _BUCKETS = (1, 16, 32, 64, 128)  # rows of the launch table; with more, a weight is computed on rather than read: cuBLAS
+_INVARIANT = Config(128, 128, 64, 1, 8, 4)
 _READ = (torch.bfloat16, torch.float16)  # the types that were measured
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> reference.Linear:
     """See launch.py."""
     return DeviceLinear(weight, bias)
+
+
+def pack_invariant(weight: Tensor, bias: Tensor | None) -> reference.Linear:
+    """See launch.py."""
+    return InvariantLinear(weight, bias)
 
 
 class DeviceLinear(reference.Linear):
@@ -77,6 +83,27 @@ class DeviceLinear(reference.Linear):
         if not 0 < rows <= _BUCKETS[-1] or x.dtype not in _READ or x.stride(1) != 1:
             return LIBRARY
         return choose(op, (next(bucket for bucket in _BUCKETS if rows <= bucket), self.outs, self.ins))
+
+
+class InvariantLinear(DeviceLinear):
+    """One configuration for any number of rows, sums never split: a row's bits depend on that row alone."""
+
+    def add(self, x: Tensor, addend: Tensor) -> Tensor:
+        """See reference.py."""
+        return addend + self(x)
+
+    def write(self, x: Tensor, out: Tensor) -> Tensor:
+        """See DeviceLinear."""
+        multiply(x if x.stride(1) == 1 else x.contiguous(), self.weight, self.bias, _INVARIANT, out=out)
+        return out
+
+    def into(self, x: Tensor, residual: Tensor) -> None:
+        """residual += self(x), rounded twice."""
+        residual.add_(self(x))
+
+    def parts(self, x: Tensor) -> Parts | None:
+        """None: `into` or `write`."""
+        return None
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, *, out: Tensor | None = None) -> Parts:

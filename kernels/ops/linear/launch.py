@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from diptych.protos.errors import StartupError
+
 from ..table import implementation
 from .reference import Linear
 
@@ -14,3 +16,13 @@ def pack(weight: Tensor, bias: Tensor | None) -> Linear:
     Calling it with a shape that does not fit raises torch's own error.
     """
     return implementation("linear", weight.device.type).pack(weight, bias)  # type: ignore[no-any-return]
+
+
+def pack_invariant(weight: Tensor, bias: Tensor | None) -> Linear:
+    """The same, slower, with every bit of a row's result independent of how many other rows are computed beside it.
+    StartupError: this device has no such linear.
+    """
+    found = implementation("linear", weight.device.type)
+    if not hasattr(found, "pack_invariant"):
+        raise StartupError(f"a linear that no batch changes is there for CUDA, not for {weight.device.type!r}")
+    return found.pack_invariant(weight, bias)  # type: ignore[no-any-return]

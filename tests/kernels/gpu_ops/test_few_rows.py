@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from diptych.kernels.ops.configs import LIBRARY, MEASURED, Config
-from diptych.kernels.ops.linear.cuda import OP, WHOLE_OP, DeviceLinear, multiply
+from diptych.kernels.ops.linear import launch
+from diptych.kernels.ops.linear.cuda import OP, WHOLE_OP, DeviceLinear, InvariantLinear, multiply
+from diptych.protos.errors import StartupError
 
 SMALL = (
     Config(16, 16, 16, 1, 4, 2),
@@ -115,3 +117,30 @@ def test_a_captured_layer_computes_what_it_does_outside(place: torch.device) -> 
     captured.data.fill_(float("nan"))
     graph.replay()
     assert torch.equal(captured.data, alone.data)
+
+
+def test_a_cpu_has_no_linear_that_no_batch_changes() -> None:
+    with pytest.raises(StartupError, match="'cpu'"):
+        launch.pack_invariant(torch.zeros(4, 4), None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_no_bit_of_a_row_depends_on_the_rows_beside_it(dtype: torch.dtype, has_bias: bool, place: torch.device) -> None:
+    outs, ins = 1001, 1500
+    x, weight, bias = (torch.randn(size, device=place, dtype=dtype) for size in ((1100, ins), (outs, ins), (outs,)))
+    layer = launch.pack_invariant(weight, bias if has_bias else None)
+    assert isinstance(layer, InvariantLinear)
+    whole = layer(x)
+    truth = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
+    assert float((whole.double() - truth).norm() / truth.norm()) < (2.5e-3 if dtype is torch.bfloat16 else 1e-6)
+    residual = torch.randn(1100, outs, device=place, dtype=dtype)
+    for begin, end in ((0, 1), (7, 8), (3, 67), (64, 128), (100, 357), (500, 1100), (5, 5)):
+        rows = x[begin:end]
+        assert torch.equal(layer(rows), whole[begin:end])
+        assert layer.parts(rows) is None
+        summed = residual[begin:end].clone()
+        layer.into(rows, summed)
+        assert torch.equal(summed, residual[begin:end] + whole[begin:end])
+        assert torch.equal(layer.add(rows, residual[begin:end]), residual[begin:end] + whole[begin:end])
