@@ -20,6 +20,7 @@ from .route_kernel import align, route
 
 UP_OP, DOWN_OP = "moe_up", "moe_down"  # shapes: (16 * pairs / experts, outs, ins)
 FEW = 16  # tokens up to which a block is a pair; the smallest tile of a matrix product
+BLOCKS_FIRST = 1  # as a configuration's `split`: programs are ordered by block of pairs first
 _INVARIANT = Config(16, 64, 64, 0, 4, 3)
 
 
@@ -85,7 +86,7 @@ def choose_experts(call: Call, x_TH: Tensor) -> None:
             space.counts_E,
             call.tokens,
         ),
-        num_warps=8 if block * wide > 8192 else 4,
+        num_warps=8 if block * wide >= 2048 else 4,
         num_stages=3,
         H=hidden,
         E=num,
@@ -134,9 +135,10 @@ def project(call: Call, config: Config, x: Tensor, y: Tensor, *, first: bool) ->
     rows = config.block_m
     blocks = call.pairs if call.few else min(call.pairs, experts.num_experts) + call.pairs // rows
     tile, step = min(config.block_n, max(16, _power(outs))), min(config.block_k, max(16, _power(ins)))
+    tiles = -(-outs // tile)
     launch(
         experts_kernel,
-        (-(-outs // tile), blocks, 1),
+        (blocks, tiles, 1) if config.split == BLOCKS_FIRST else (tiles, blocks, 1),
         (
             x,
             weight,
@@ -156,6 +158,7 @@ def project(call: Call, config: Config, x: Tensor, y: Tensor, *, first: bool) ->
         KP=_power(experts.top_k),
         UP=first,
         FEW=call.few,
+        BLOCKS_FIRST=config.split == BLOCKS_FIRST,
         BM=rows,
         BN=tile,
         BK=step,

@@ -99,6 +99,6 @@ def router_tiling(num_tokens: int, num_experts: int, *, invariant: bool = False)
         return 16, 4
     block = 16 if num_tokens <= 512 or num_experts > 256 else 64
     split = 1
-    while 2 * split * -(-num_tokens // block) <= _PROCESSORS and split < 16:
+    while 2 * split * -(-num_tokens // block) <= _PROCESSORS and split < 8:
         split *= 2
     return block, split

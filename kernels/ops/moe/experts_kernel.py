@@ -23,6 +23,60 @@ def _few(ids, block, T, TOP: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr):
     return e, earlier == 0, tl.max(tl.where(chosen == e, pair, -1), 1)
 
 
+@triton.jit
+def _tile(
+    x,
+    w,
+    y,
+    weights,
+    e,
+    p,
+    tile,
+    T,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP: tl.constexpr,
+    UP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BN outputs of expert e for BM pairs."""
+    rows: tl.constexpr = 2 * N if UP else N
+    ok = p >= 0
+    source = tl.where(ok, p // TOP if UP else p, 0)
+    n, k = tile * BN + tl.arange(0, BN), tl.arange(0, BK)
+    x_at = x + source[:, None].to(tl.int64) * K + k[None, :]
+    w_at = w + e.to(tl.int64) * rows * K + n[None, :] * K + k[:, None]
+    acc = tl.zeros([BM, BN], tl.float32)
+    up = tl.zeros([BM, BN], tl.float32)
+    for begin in range(0, K, BK):
+        x_ok = ok[:, None] if EVEN_K else ok[:, None] & (begin + k < K)[None, :]
+        a = tl.load(x_at + begin, mask=x_ok, other=0.0)
+        if EVEN_N and EVEN_K:
+            acc = tl.dot(a, tl.load(w_at + begin), acc, input_precision=PRECISION)
+            if UP:
+                up = tl.dot(a, tl.load(w_at + N * K + begin), up, input_precision=PRECISION)
+        else:
+            w_ok = (n < N)[None, :] & (begin + k < K)[:, None]
+            acc = tl.dot(a, tl.load(w_at + begin, mask=w_ok, other=0.0), acc, input_precision=PRECISION)
+            if UP:
+                b = tl.load(w_at + N * K + begin, mask=w_ok, other=0.0)
+                up = tl.dot(a, b, up, input_precision=PRECISION)
+    if UP:
+        small = tl.exp(-tl.abs(acc))  # never overflows, whatever the gate
+        acc = acc * tl.where(acc >= 0, 1.0, small) / (1.0 + small) * up
+        to = p
+    else:
+        acc = acc * tl.load(weights + tl.where(ok, p, 0), mask=ok, other=0.0)[:, None]
+        to = p % TOP * T + p // TOP
+    out_ok = ok[:, None] & (n < N)[None, :]
+    tl.store(y + to[:, None].to(tl.int64) * N + n[None, :], acc.to(y.dtype.element_ty), mask=out_ok)
+
+
 @triton.jit(do_not_specialize=["T"])
 def experts(
     x,
@@ -40,6 +94,7 @@ def experts(
     KP: tl.constexpr,
     UP: tl.constexpr,
     FEW: tl.constexpr,
+    BLOCKS_FIRST: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -47,45 +102,30 @@ def experts(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (tiles of N, blocks). UP: y[pair] = silu(gate(x[token])) * up(x[token]), w is [E, 2 * N, K].
-    Else y[rank, token] = weight * w x[pair], w is [E, N, K].
+    """Grid (tiles of N, blocks), or the other way round where BLOCKS_FIRST: programs that run at the same time read the
+    same weights then, else the same tokens. UP: y[pair] = silu(gate(x[token])) * up(x[token]), w is [E, 2 * N, K]; else
+    y[rank, token] = weight * w x[pair], w is [E, N, K].
     """
-    tile, block = tl.program_id(0), tl.program_id(1)
+    if BLOCKS_FIRST:
+        block, tile = tl.program_id(0), tl.program_id(1)
+    else:
+        tile, block = tl.program_id(0), tl.program_id(1)
     if FEW:
         e, busy, p = _few(ids, block, T, TOP, KP, BM)
+        if busy:
+            _tile(x, w, y, weights, e, p, tile, T, N, K, TOP, UP, BM, BN, BK, EVEN_N, EVEN_K, PRECISION)
     else:
-        busy = block < tl.load(num_blocks)
-    if busy:
-        if not FEW:
+        if block < tl.load(num_blocks):
             e = tl.load(expert_of + block)
-            p = tl.load(pairs + block * BM + tl.arange(0, BM))
-        rows: tl.constexpr = 2 * N if UP else N
-        ok = p >= 0
-        source = tl.where(ok, p // TOP if UP else p, 0)
-        n, k = tile * BN + tl.arange(0, BN), tl.arange(0, BK)
-        x_at = x + source[:, None].to(tl.int64) * K + k[None, :]
-        w_at = w + e.to(tl.int64) * rows * K + n[None, :] * K + k[:, None]
-        acc = tl.zeros([BM, BN], tl.float32)
-        up = tl.zeros([BM, BN], tl.float32)
-        for begin in range(0, K, BK):
-            x_ok = ok[:, None] if EVEN_K else ok[:, None] & (begin + k < K)[None, :]
-            a = tl.load(x_at + begin, mask=x_ok, other=0.0)
-            if EVEN_N and EVEN_K:
-                acc = tl.dot(a, tl.load(w_at + begin), acc, input_precision=PRECISION)
-                if UP:
-                    up = tl.dot(a, tl.load(w_at + N * K + begin), up, input_precision=PRECISION)
-            else:
-                w_ok = (n < N)[None, :] & (begin + k < K)[:, None]
-                acc = tl.dot(a, tl.load(w_at + begin, mask=w_ok, other=0.0), acc, input_precision=PRECISION)
-                if UP:
-                    b = tl.load(w_at + N * K + begin, mask=w_ok, other=0.0)
-                    up = tl.dot(a, b, up, input_precision=PRECISION)
-        if UP:
-            small = tl.exp(-tl.abs(acc))  # never overflows, whatever the gate
-            acc = acc * tl.where(acc >= 0, 1.0, small) / (1.0 + small) * up
-            to = p
-        else:
-            acc = acc * tl.load(weights + tl.where(ok, p, 0), mask=ok, other=0.0)[:, None]
-            to = p % TOP * T + p // TOP
-        out_ok = ok[:, None] & (n < N)[None, :]
-        tl.store(y + to[:, None].to(tl.int64) * N + n[None, :], acc.to(y.dtype.element_ty), mask=out_ok)
+            first = pairs + block * BM
+            if BM < 128:
+                p = tl.load(first + tl.arange(0, BM))
+                _tile(x, w, y, weights, e, p, tile, T, N, K, TOP, UP, BM, BN, BK, EVEN_N, EVEN_K, PRECISION)
+            else:  # an expert's last block is half empty half of the time: then half of it is computed
+                HALF: tl.constexpr = BM // 2
+                if tl.load(first + HALF) >= 0:
+                    more = tl.load(first + tl.arange(0, BM))
+                    _tile(x, w, y, weights, e, more, tile, T, N, K, TOP, UP, BM, BN, BK, EVEN_N, EVEN_K, PRECISION)
+                else:
+                    less = tl.load(first + tl.arange(0, HALF))
+                    _tile(x, w, y, weights, e, less, tile, T, N, K, TOP, UP, HALF, BN, BK, EVEN_N, EVEN_K, PRECISION)

@@ -47,7 +47,7 @@ def _choose(
     tl.store(ids + to, found, mask=ok)
     tl.store(weights + to, weight / total[:, None], mask=ok)
     if COUNT:
-        tl.atomic_add(counts + found, 1, mask=ok)
+        tl.atomic_add(counts + found, 1, mask=ok, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -97,7 +97,7 @@ def route(
         tl.debug_barrier()
         if tl.atomic_add(tickets + block, 1, sem="acq_rel") == SPLIT - 1:
             logits = tl.zeros([BT, BE], tl.float32)
-            for other in range(SPLIT):
+            for other in tl.static_range(SPLIT):  # unrolled: the loads do not wait for each other
                 logits += tl.load(partial + other * BT * E + place, mask=ok, other=0.0, cache_modifier=".cg")
             _choose(logits, rows, T, ids, weights, counts, E, BE, TOP, KP, RENORM, COUNT)
             tl.store(tickets + block, 0)
