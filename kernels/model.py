@@ -82,17 +82,20 @@ class LoadedModel:
         return GenericDecoder(self.module, self.layer_ids, capturable=capturable)
 
 
-def load_model(folder: Path, *, dtype: str, device: str = "cpu", random_seed: int | None = None) -> LoadedModel:
+def load_model(
+    folder: Path, *, dtype: str, device: str = "cpu", random_seed: int | None = None, by_hand: bool = True
+) -> LoadedModel:
     """Build and fill the model in `folder`, in "float32" or "bfloat16". StartupError says why a model is refused.
 
     With `random_seed` the weights are random (see random_weights.py) and config.json is the only file read. On a card
     hand-written code computes the families that it knows, else transformers', which is slower: `degraded` has why.
+    Without `by_hand` transformers' computes all, for comparison.
     """
     if dtype not in DTYPES:
         raise StartupError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}.")
     place = torch.device(device)
     raw = _read_json(folder)
-    if place.type != "cuda":
+    if place.type != "cuda" or not by_hand:
         return _load_module(folder, dtype=dtype, place=place, random_seed=random_seed)
     try:
         return load_hand_written(folder, raw, dtype=dtype, place=place, random_seed=random_seed)
