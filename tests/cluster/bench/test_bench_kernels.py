@@ -98,12 +98,12 @@ def test_tuning_takes_the_trials_of_the_chosen_ops_alone(card: list[str], monkey
     assert set(tuned) == {"linear", "linear_whole"}
 
 
-def test_every_case_of_every_op_has_a_name_of_its_own_and_counts_something() -> None:
-    for op, module in benches().items():
-        names = []
-        for case in module.cases(torch.device("cpu")):
-            names.append(case.name)
-            assert case.size_bytes > 0, (op, case.name)
-            assert case.flop >= 0
-        assert names, op
-        assert len(names) == len(set(names)), op
+@pytest.mark.parametrize("op", ["add_norm", "linear", "silu_mul"])
+def test_every_case_has_a_name_of_its_own_and_counts_something(op: str) -> None:
+    names = []
+    for case in benches()[op].cases(torch.device("meta")):
+        names.append(case.name)
+        assert case.size_bytes > 0, case.name
+        assert case.flop >= 0, case.name
+    assert names
+    assert len(names) == len(set(names))
