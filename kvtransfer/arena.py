@@ -1,13 +1,12 @@
 """The memory behind the blocks of one engine. The runner computes in it; the transfer thread packs from it and into it.
 
 One tensor [layers, 2, num_blocks, kv_heads, block_tokens, head_dim]: a block is one strided copy, whatever the layers.
-On a card the transfer thread works on a stream of its own and waits for it, so that what it says is done, is done.
+On a card what the transfer thread does here is over when the call returns: no stream of another thread waits for it.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -43,10 +42,7 @@ class KvArena:
         # Zeros, not empty: masked positions are multiplied by 0, and 0 * NaN is NaN.
         self.storage = torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=device)
         self.layers: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self.storage]
-        self._copies: torch.cuda.Stream | None = None
-        if self.storage.is_cuda:
-            torch.cuda.synchronize(self.storage.device)  # other streams read it from now on
-            self._copies = torch.cuda.Stream(self.storage.device)
+        self._settle()
 
     @property
     def size_bytes(self) -> int:
@@ -64,21 +60,14 @@ class KvArena:
         `out` is writable and has exactly (tok_to - tok_from) * bytes_per_token bytes.
         """
         if tok_to > tok_from:
-            wire = self._wire(out, tok_to - tok_from)
-            with self._copying():
-                staged = wire if self._copies is None else torch.empty_like(wire, device=self.storage.device)
-                kv_pack(self.storage, blocks, tok_from, staged)
-                if staged is not wire:
-                    wire.copy_(staged)
+            kv_pack(self.storage, blocks, tok_from, self._wire(out, tok_to - tok_from))
 
     def unpack(self, blocks: Sequence[int], tok_from: int, tok_to: int, data: memoryview) -> None:
         """Read what `pack` wrote into positions tok_from .. tok_to - 1 of the sequence in `blocks`. `data` is writable
         memory, for torch's sake, and is not changed.
         """
         if tok_to > tok_from:
-            wire = self._wire(data, tok_to - tok_from)
-            with self._copying():
-                kv_unpack(self.storage, blocks, tok_from, wire.to(self.storage.device))
+            kv_unpack(self.storage, blocks, tok_from, self._wire(data, tok_to - tok_from))
 
     def clear_tail(self, blocks: Sequence[int], num_tokens: int) -> None:
         """Zero what follows position num_tokens - 1 in its block. Attention gives these places weight 0, which does not
@@ -86,18 +75,12 @@ class KvArena:
         """
         index, offset = divmod(num_tokens, self.layout.block_tokens)
         if offset:
-            with self._copying():
-                self.storage[:, :, blocks[index], :, offset:] = 0
+            self.storage[:, :, blocks[index], :, offset:] = 0
+            self._settle()
 
-    @contextlib.contextmanager
-    def _copying(self) -> Iterator[None]:
-        """On a card: on the stream of copies, and over when this is."""
-        if self._copies is None:
-            yield
-            return
-        with torch.cuda.stream(self._copies):
-            yield
-        self._copies.synchronize()
+    def _settle(self) -> None:
+        if self.storage.is_cuda:
+            torch.cuda.current_stream(self.storage.device).synchronize()
 
     def _wire(self, buffer: memoryview, num_tokens: int) -> Tensor:
         layout = self.layout
