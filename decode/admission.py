@@ -37,7 +37,7 @@ class Admission:
                 continue
             if self._is_full(head.place.priority):
                 break
-            if not self._try_admit(head, decision) and not self._try_unpin(head, decision):
+            if not self._try_admit(head, decision) and (decision.must_settle or not self._try_unpin(head, decision)):
                 break
         return len(decision.admitted) > before
 
@@ -56,7 +56,8 @@ class Admission:
         if not self._try_grow(head, decision):
             if not wanting:
                 self._all.close(head)
-            self._blocked = self._snapshot(head)
+            if not decision.must_settle:
+                self._blocked = self._snapshot(head)
             return False
         self._blocked = None
         if wanting:
@@ -83,6 +84,9 @@ class Admission:
             freed = freed_blocks(self._all, victims, head) if victims else 0
             if self._lacking(head, self._all.num_holders - len(victims)) > freed:
                 return False  # it would not help: nobody gives way for nothing
+            if self._all.num_in_flight:
+                decision.must_settle = True
+                return False
         for victim in victims:
             if self._lacking(head, self._all.num_holders) <= 0:
                 break

@@ -14,6 +14,7 @@ class Share:
 
     sequence: Sequence
     num_tokens: int
+    samples: bool  # whether it reaches the last token
 
 
 @dataclass(slots=True)
@@ -21,6 +22,8 @@ class Decision:
     """The scheduler has done its part. A sequence may be in several lists; its state is what became of it."""
 
     shares: list[Share] = field(default_factory=list)
+    # Somebody would have to give way while steps are under way: collect them, then decide again. No shares then.
+    must_settle: bool = False
     granted: list[Sequence] = field(default_factory=list)  # the receiver may write into their blocks
     admitted: list[Sequence] = field(default_factory=list)  # have blocks to be computed in here
     started: list[Sequence] = field(default_factory=list)  # took a seat

@@ -1,7 +1,7 @@
 """Who is where in a decode engine, and what moving costs: blocks, slots, places in line. Decides nothing.
 
-fetching --> line --> granted ----> ready <--> running
-             line ----------------> ready                preempted: back to the front of the line
+fetching --> line --> granted ----> ready <--> running   preempted: back to the front of the line
+             line ----------------> ready                draining: ended, from granted and running
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ class Residents:
 
     def __init__(self, *, pool: BlockPool, slots: SlotPool) -> None:
         self.fetching: dict[TransferKey, Sequence] = {}  # no blocks granted yet: FETCHING, and WANTING in line
-        self.granted: dict[TransferKey, Sequence] = {}  # the receiver may write: GRANTED, DRAINING
+        self.granted: dict[TransferKey, Sequence] = {}  # the receiver may write
+        self.draining: dict[TransferKey, Sequence] = {}  # ended; the receiver or a step may write
         self.line: FairLine[Sequence] = FairLine()  # for blocks: WANTING, WAITING
         self.ready: FairLine[Sequence] = FairLine()  # for a seat
         self.running: dict[TransferKey, Sequence] = {}
         self.prompts: FairLine[Sequence] = FairLine()  # for tokens of a step: running, more than one token missing
+        self.num_in_flight = 0  # rows in steps that were not collected yet, those of ended sequences included
         self.pool = pool
         self.slots = slots
 
@@ -34,14 +36,15 @@ class Residents:
         yield from self.running.values()
         yield from self.ready
         yield from self.granted.values()
+        yield from self.draining.values()
 
     @property
     def num_holders(self) -> int:
         """How many `holders` there are."""
-        return len(self.running) + len(self.ready) + len(self.granted)
+        return len(self.running) + len(self.ready) + len(self.granted) + len(self.draining)
 
     def victims(self) -> Iterator[Sequence]:
-        """Whose blocks can be taken at once."""
+        """Whose blocks can be taken at once, if no row is in flight."""
         yield from self.running.values()
         yield from self.ready
 
@@ -95,6 +98,12 @@ class Residents:
             self.fetching.pop(sequence.key, None)
         sequence.state = State.WAITING
 
+    def drain(self, sequence: Sequence) -> None:
+        """It has ended, but somebody may still write into its blocks."""
+        self._leave(sequence)
+        sequence.state = State.DRAINING
+        self.draining[sequence.key] = sequence
+
     def drop(self, sequence: Sequence) -> None:
         """It has ended, and nobody touches its blocks any more."""
         self.close(sequence)
@@ -110,13 +119,14 @@ class Residents:
         sequence.computed = 0
 
     def _give_slot(self, sequence: Sequence) -> None:
+        assert not sequence.in_flight, f"{sequence.key} gives up what a step still uses"
         if sequence.slot is not None:
             self.slots.give(sequence.slot)
             sequence.slot = None
 
     def _leave(self, sequence: Sequence) -> None:
         key = sequence.key
-        for holder in (self.fetching, self.granted, self.running):
+        for holder in (self.fetching, self.granted, self.draining, self.running):
             holder.pop(key, None)
         self.line.discard(key)
         self.ready.discard(key)

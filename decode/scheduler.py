@@ -9,6 +9,8 @@ clocks and finishes: it reports what the worker must tell to others.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from diptych.kvtransfer.pool import BlockPool
 from diptych.protos.step import SlotPool, StepPlan, StepRow
 
@@ -68,16 +70,35 @@ class DecodeScheduler:
         self.all.wait(sequence)
 
     def drain(self, sequence: Sequence) -> None:
-        """It has ended, but the receiver may still write into its blocks."""
-        assert sequence.state is State.GRANTED
-        sequence.state = State.DRAINING
+        """It has ended, but the receiver or a step under way may still write into its blocks."""
+        assert sequence.state is State.GRANTED or sequence.in_flight
+        self.all.drain(sequence)
 
     def drop(self, sequence: Sequence) -> None:
         """Nothing computes with or writes into its blocks any more."""
         self.all.drop(sequence)
 
+    def launched(self, shares: Iterable[Share]) -> None:
+        """A step with these is under way: the next one is decided as if it were done."""
+        for share in shares:
+            sequence = share.sequence
+            sequence.in_flight += 1
+            sequence.under_way += share.num_tokens
+            sequence.pending += share.samples
+            self.all.num_in_flight += 1
+            if sequence.missing <= 1:
+                self.all.prompts.discard(sequence.key)
+
+    def collected(self, share: Share) -> None:
+        """Its step is over, well or not; before `advance`, and also if the sequence has ended meanwhile."""
+        sequence = share.sequence
+        sequence.in_flight -= 1
+        sequence.under_way -= share.num_tokens
+        sequence.pending -= share.samples
+        self.all.num_in_flight -= 1
+
     def advance(self, share: Share, token: int | None) -> None:
-        """The share is computed, and `token` sampled if it reached the last known one."""
+        """The share is computed, and `token` sampled if it reached the last one."""
         sequence, size = share.sequence, self.all.pool.block_tokens
         assert sequence.table is not None
         before = sequence.computed // size
@@ -87,8 +108,11 @@ class DecodeScheduler:
         if token is not None:
             sequence.tokens.append(token)
             self.all.line.charge(sequence.place, 1)
-        if sequence.missing <= 1:
-            self.all.prompts.discard(sequence.key)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Rows in steps that were not collected yet."""
+        return self.all.num_in_flight
 
     @property
     def num_running(self) -> int:
@@ -110,14 +134,22 @@ class DecodeScheduler:
     # ---- a round ----------------------------------------------------------------------------------
 
     def decide(self) -> tuple[StepPlan | None, Decision]:
-        """Who runs in the next step, who gets blocks, who gives way."""
+        """Who runs in the next step, who gets blocks, who gives way.
+
+        With `must_settle` there is no plan yet: whoever gives way must have no row in flight, and what comes back may
+        end sequences and so make room.
+        """
         decision = Decision()
         while True:
             changes = len(decision.preempted)
             self._seat_ready(decision)
-            self._extend_decoding(decision)
+            if not decision.must_settle:
+                self._extend_decoding(decision)
             # Whoever is ready now may find a seat; so may others where one gave way and left its own.
-            if not self._admission.admit(decision) and len(decision.preempted) == changes:
+            goes_on = not decision.must_settle and self._admission.admit(decision)
+            if decision.must_settle:
+                return None, decision
+            if not goes_on and len(decision.preempted) == changes:
                 break
         self._share_decoding(decision)
         self._share_prompts(decision)
@@ -133,6 +165,9 @@ class DecodeScheduler:
                 loser = least_urgent(self.all.running.values())
                 if loser is None or loser.place.priority <= sequence.place.priority:
                     return
+                if self.all.num_in_flight:
+                    decision.must_settle = True
+                    return
                 self.all.unseat(loser)
                 decision.unseated.append(loser)
             slot = self.all.slots.try_take()
@@ -141,18 +176,25 @@ class DecodeScheduler:
             decision.started.append(sequence)
 
     def _extend_decoding(self, decision: Decision) -> None:
-        """A block for the last known token of each decoding sequence, the most urgent first."""
+        """A block for the last token of each decoding sequence, the most urgent first."""
         for sequence in self._by_urgency():
-            while sequence.state is State.RUNNING and sequence.missing == 1:
+            while sequence.state is State.RUNNING and sequence.missing == 1 and not sequence.is_full:
                 assert sequence.table is not None
-                if sequence.table.try_grow(len(sequence.tokens)):
+                if sequence.table.try_grow(sequence.length):
                     break
+                if self.all.num_in_flight:
+                    decision.must_settle = True
+                    return
                 victim = least_urgent(self.all.victims())
                 assert victim is not None, "it is one itself"
                 decision.preempt(self.all, victim)
 
     def _share_decoding(self, decision: Decision) -> None:
-        decision.shares.extend(Share(sequence, 1) for sequence in self._by_urgency() if sequence.missing == 1)
+        decision.shares.extend(
+            Share(sequence, 1, samples=True)
+            for sequence in self._by_urgency()
+            if sequence.missing == 1 and not sequence.is_full
+        )
 
     def _share_prompts(self, decision: Decision) -> None:
         """Prompts by turn, each as much as the budget allows."""
@@ -160,14 +202,16 @@ class DecodeScheduler:
         served: list[Sequence] = []
         while left and (sequence := prompts.head()) is not None:
             prompts.take(sequence.key)
-            self._extend_prefix(sequence)
-            share = Share(sequence, min(left, sequence.missing))
+            if not sequence.in_flight:
+                self._extend_prefix(sequence)
+            num_tokens = min(left, sequence.missing)
+            share = Share(sequence, num_tokens, samples=num_tokens == sequence.missing)
             prompts.charge(sequence.place, share.num_tokens)
             decision.shares.append(share)
             served.append(sequence)
             left -= share.num_tokens
         for sequence in served:
-            prompts.add(sequence.key, sequence, sequence.place)  # until it is advanced or leaves
+            prompts.add(sequence.key, sequence, sequence.place)  # until it is launched or leaves
 
     def _extend_prefix(self, sequence: Sequence) -> None:
         """What others have computed since this prompt was admitted, need not be computed again."""
@@ -185,5 +229,10 @@ class DecodeScheduler:
         sequence = share.sequence
         assert sequence.slot is not None
         return sequence.rows.next_row(
-            sequence.tokens, sequence.computed, share.num_tokens, slot=sequence.slot, blocks=sequence.blocks
+            sequence.tokens,
+            sequence.launched,
+            share.num_tokens,
+            slot=sequence.slot,
+            blocks=sequence.blocks,
+            pending=sequence.pending,
         )

@@ -21,7 +21,7 @@ class State(Enum):
     WAITING = "waiting"  # in line to be computed here; holds nothing
     READY = "ready"  # holds all its blocks, whatever is computed in them; in line for a seat
     RUNNING = "running"  # a seat: in the steps, with a slot
-    DRAINING = "draining"  # its Finish is out; the receiver may still write into its blocks
+    DRAINING = "draining"  # its Finish is out; the receiver or a step may still write into its blocks
     DONE = "done"
 
 
@@ -30,7 +30,11 @@ IN_TRANSFER = frozenset({State.FETCHING, State.WANTING, State.GRANTED})
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Prompt and generated tokens, and how many of them have KV in the table."""
+    """Prompt and generated tokens, and how many of them have KV in the table.
+
+    tokens    | known ids                                | pending: sampled by a step that was not collected
+    positions | computed            | under_way          | missing                                           |
+    """
 
     order: DecodeOrder
     place: Place
@@ -38,8 +42,12 @@ class Sequence:
     rows: RowMaker
     tokens: list[int]  # ids known so far: the prompt, what others had generated, then what was generated since
     state: State
+    limit: int  # tokens that it may come to have, by its max_tokens or the context
     table: BlockTable | None = None
     computed: int = 0  # positions 0 .. computed - 1 have KV in the table
+    under_way: int = 0  # positions from there on whose KV is computed by steps not collected yet
+    pending: int = 0  # tokens that these steps sample
+    in_flight: int = 0  # rows that it has in them; slot and blocks stay while there are any
     slot: int | None = None
     charged: bool = False  # its tenant has paid for the known tokens; later ones are paid for as they come
     preemptions: int = 0
@@ -78,9 +86,24 @@ class Sequence:
         return len(self.tokens) - self.num_known
 
     @property
+    def launched(self) -> int:
+        """Positions whose KV is computed or under way."""
+        return self.computed + self.under_way
+
+    @property
+    def length(self) -> int:
+        """Tokens, those included that are sampled by steps under way."""
+        return len(self.tokens) + self.pending
+
+    @property
     def missing(self) -> int:
-        """Known tokens without KV: 1 while decoding, more while a prompt is computed here."""
-        return len(self.tokens) - self.computed
+        """Tokens whose KV nobody computes: 1 while decoding, more while a prompt is computed here."""
+        return self.length - self.launched
+
+    @property
+    def is_full(self) -> bool:
+        """It ends with a token that is under way, whatever that turns out to be: no step may follow."""
+        return self.length >= self.limit
 
     @property
     def blocks(self) -> AbstractSequence[int]:

@@ -44,6 +44,8 @@ class DecodeBench:
     `port` makes another receiver out of the runner; `receiver` is idle then.
     """
 
+    depth = 1  # of the runner; tests set it for all benches
+
     def __init__(
         self,
         *,
@@ -56,7 +58,8 @@ class DecodeBench:
         port: Callable[[EchoRunner], ReceivePort] | None = None,
     ) -> None:
         self.clock = FakeClock()
-        self.runner = EchoRunner(num_blocks=num_blocks, block_tokens=block_tokens, max_slots=slots)
+        self.runner = EchoRunner(num_blocks=num_blocks, block_tokens=block_tokens, max_slots=slots, depth=self.depth)
+        self.pipeline = StepPipeline(self.runner, self.clock)
         self.trace: list[tuple[tuple[object, ...], ...]] = []
         self.runner.observe = lambda plan: self.trace.append(snapshot(plan))
         self.pool = BlockPool(num_blocks=num_blocks, block_tokens=block_tokens, prefix_cache=prefix_cache)
@@ -65,7 +68,7 @@ class DecodeBench:
         self.ledger = Ledger()
         self.worker = DecodeWorker(
             settings=settings or DecodeSettings(),
-            pipeline=StepPipeline(self.runner, self.clock),
+            pipeline=self.pipeline,
             pool=self.pool,
             slots=self.slots,
             receiver=self.receiver if port is None else port(self.runner),
@@ -119,13 +122,23 @@ class DecodeBench:
         self.pool.check_integrity()
         return ran
 
+    def collect(self) -> None:
+        """What is under way comes back, and nothing else is launched."""
+        self.pipeline.settle(leave=0)
+        self.pool.check_integrity()
+
     def run(self) -> int:
-        """Step until there is nothing to do; the number of steps."""
-        steps = 0
+        """Step until there is nothing to do; the number of steps that were launched."""
+        turns, before = 0, self.num_steps
         while self.step():
-            steps += 1
-            assert steps < 10_000, "the worker does not come to rest"
-        return steps
+            turns += 1
+            assert turns < 10_000, "the worker does not come to rest"
+        return self.num_steps - before
+
+    @property
+    def num_steps(self) -> int:
+        """Steps launched so far."""
+        return int(self.worker.counters()["decode_steps_total"])
 
     def deliver(self, event: ReceiveEvent) -> None:
         """An event of the receiver."""
@@ -220,7 +233,8 @@ class DecodeBench:
         return finish.error_code
 
     def assert_idle(self) -> None:
-        """Nothing is held, nothing is awaited, and no step failed but on demand."""
+        """Nothing is held, nothing is awaited or under way, and no step failed but on demand."""
+        assert not self.pipeline.num_outstanding
         assert self.worker.counters()["decode_step_faults_total"] == self.runner.num_faults
         assert not self.receiver.transfers
         assert self.pool.counts().used == 0, self.pool.counts()

@@ -56,7 +56,11 @@ log = logging.getLogger(__name__)
 
 
 class DecodeWorker:
-    """See ports.Worker. A sequence that ends while the receiver writes keeps its blocks until the receiver is done."""
+    """See ports.Worker. A sequence that ends while the receiver or a step writes keeps its blocks until that is done.
+
+    With a runner of depth 2 a step is launched before the one before it is collected: its rows take their tokens from
+    the slots, and whatever the collected step ends has one row too many under way, which nobody looks at.
+    """
 
     role = Role.DECODE
 
@@ -97,7 +101,13 @@ class DecodeWorker:
         if earlier is not None and earlier.state is not State.DRAINING:
             log.warning("%s: a second decode order for a request in work is ignored", key)
             return
-        sequence = Sequence(order, *self._books.begin(request), tokens=list(request.known), state=State.WAITING)
+        sequence = Sequence(
+            order,
+            *self._books.begin(request),
+            tokens=list(request.known),
+            state=State.WAITING,
+            limit=min(len(request.prompt) + request.sampling.max_tokens, self._max_context_tokens),
+        )
         error = self._refusal(request) if earlier is None else InvalidRequest(f"{key} was used before", "key")
         if error is not None:
             self._finish(sequence, FinishReason.ERROR, error)
@@ -123,7 +133,7 @@ class DecodeWorker:
         sequence = self._sequences.get(event.key)
         if sequence is None:
             return
-        if sequence.state is State.DRAINING and not isinstance(event, WantBlocks):
+        if sequence.state is State.DRAINING and not (isinstance(event, WantBlocks) or sequence.in_flight):
             self._forget(sequence)
         elif sequence.state in IN_TRANSFER:
             self._on_transfer(sequence, event)
@@ -136,22 +146,39 @@ class DecodeWorker:
             self._end(self._sequences[key], FinishReason.ERROR, error)
         plan, decision = self._scheduler.decide()
         self._announce(decision)
+        collected = False
+        if decision.must_settle:
+            collected = self._pipeline.settle(leave=0)
+            plan, decision = self._scheduler.decide()
+            assert not decision.must_settle
+            self._announce(decision)
         if plan is not None:
-            self._books.totals["steps"] += 1
-            self._books.totals["tokens"] += plan.num_tokens
-            self._pipeline.launch(plan, partial(self._done, plan, decision.shares, self._clock()))
-            self._pipeline.settle(leave=0)
+            self._launch(plan, decision.shares)
+            self._pipeline.settle(leave=self._pipeline.runner.depth - 1)
+        elif self._scheduler.num_in_flight:
+            collected = self._pipeline.settle(leave=self._pipeline.num_outstanding - 1)
         self._books.flush()
-        return plan is not None
+        return plan is not None or collected
+
+    def _launch(self, plan: StepPlan, shares: list[Share]) -> None:
+        self._books.totals["steps"] += 1
+        self._books.totals["tokens"] += plan.num_tokens
+        self._pipeline.launch(plan, partial(self._done, plan, shares, self._clock()))
+        self._scheduler.launched(shares)
 
     def _done(self, plan: StepPlan, shares: list[Share], began: float, outcome: StepResult | EngineFault) -> None:
-        if isinstance(outcome, EngineFault):
-            self._books.totals["step_faults"] += 1
-            for share in shares:
-                self._end(share.sequence, FinishReason.ERROR, outcome)
-        else:
-            for at, share in enumerate(shares):
+        self._books.totals["step_faults"] += isinstance(outcome, EngineFault)
+        for at, share in enumerate(shares):
+            sequence = share.sequence
+            self._scheduler.collected(share)
+            if sequence.state is State.DRAINING:  # it ended while this was under way
+                if not sequence.in_flight:
+                    self._forget(sequence)
+            elif isinstance(outcome, EngineFault):
+                self._end(sequence, FinishReason.ERROR, outcome)
+            else:
                 self._computed(share, plan, outcome, at)
+        self._books.flush()  # now: another worker of the engine may have called
         self._books.step_seconds += self._pipeline.seconds_since(began)
 
     def next_wake(self) -> float | None:
@@ -287,7 +314,7 @@ class DecodeWorker:
         )
         if reason is not None:
             self._finish(sequence, reason)
-            self._forget(sequence)
+            self._let_go(sequence)
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: DiptychError) -> None:
         """End a sequence from the outside, in any state. What has ended stays as it ended."""
@@ -296,7 +323,11 @@ class DecodeWorker:
         self._finish(sequence, reason, error)
         if sequence.state in IN_TRANSFER:
             self._receiver.abort(sequence.key, error)
-        if sequence.state is State.GRANTED:
+        self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Of an ended sequence: now, or when nobody writes into its blocks any more."""
+        if sequence.state is State.GRANTED or sequence.in_flight:
             self._scheduler.drain(sequence)
         else:
             self._forget(sequence)

@@ -3,13 +3,13 @@ is known of a sequence: what another engine has generated already belongs to it.
 
 Knows blocks, slots and tokens; knows nothing of transfers, clocks and what is told to anyone.
 
-    waiting --admit: blocks of the whole prompt, a slot--> computing --plan/advance, chunk by chunk--> leave
+    waiting --admit: blocks of the whole prompt, a slot--> computing --plan, launched, chunk by chunk--> leave
    (FairLine)                                             (FairLine)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -26,7 +26,7 @@ class State(Enum):
     WAITING = "waiting"  # holds nothing
     RUNNING = "running"  # blocks, a slot, an open transfer
     SENDING = "sending"  # token 0 is out; blocks and the transfer
-    DRAINING = "draining"  # its Finish is out; blocks that the sender may still read
+    DRAINING = "draining"  # its Finish is out; blocks that the sender may still read, or a step write
     DONE = "done"
 
 
@@ -43,6 +43,9 @@ class Job:
     table: BlockTable | None = None  # set by admit, until the sender has released the blocks
     slot: int | None = None  # set by admit, until the prompt is computed
     computed: int = 0  # tokens whose KV is in the table
+    under_way: int = 0  # tokens after these, in steps not collected yet
+    in_flight: int = 0  # rows in these steps; slot and blocks stay while there are any
+    released: bool = False  # the sender has let go of the blocks
     num_generated: int = field(init=False)  # in all, by others too
     cached_tokens: int = 0
 
@@ -61,9 +64,14 @@ class Job:
         return self.order.request.key
 
     @property
+    def launched(self) -> int:
+        """Known tokens whose KV is computed or under way."""
+        return self.computed + self.under_way
+
+    @property
     def missing(self) -> int:
-        """Known tokens without KV."""
-        return len(self.known) - self.computed
+        """Known tokens whose KV nobody computes."""
+        return len(self.known) - self.launched
 
     @property
     def blocks(self) -> Sequence[int]:
@@ -87,6 +95,7 @@ class PrefillScheduler:
         self.waiting: FairLine[Job] = FairLine()
         self.computing: FairLine[Job] = FairLine()
         self.num_holding = 0  # jobs with a table, those whose KV is on its way included
+        self.num_in_flight = 0  # rows in steps that were not collected yet
         self._pool = pool
         self._slots = slots
         self._max_running = max_running
@@ -123,7 +132,8 @@ class PrefillScheduler:
         shares: list[Share] = []
         while left and (job := self.computing.head()) is not None:
             self.computing.take(job.key)
-            self._extend_prefix(job)
+            if not job.in_flight:
+                self._extend_prefix(job)
             share = Share(job, min(left, job.missing))
             self.computing.charge(job.place, share.num_tokens)
             shares.append(share)
@@ -131,9 +141,26 @@ class PrefillScheduler:
         if not shares:
             return None
         for share in shares:
-            self.computing.add(share.job.key, share.job, share.job.place)  # until it is advanced or stopped
+            self.computing.add(share.job.key, share.job, share.job.place)  # until it is launched or stopped
         self._next_step += 1
         return StepPlan(self._next_step, tuple(self._row(share) for share in shares)), shares
+
+    def launched(self, shares: Iterable[Share]) -> None:
+        """A step with these is under way: the next one is planned as if it were done."""
+        for share in shares:
+            job = share.job
+            job.in_flight += 1
+            job.under_way += share.num_tokens
+            self.num_in_flight += 1
+            if not job.missing:
+                self.computing.discard(job.key)
+
+    def collected(self, share: Share) -> None:
+        """Its step is over, well or not; before `advance`, and also if the job has ended meanwhile."""
+        job = share.job
+        job.in_flight -= 1
+        job.under_way -= share.num_tokens
+        self.num_in_flight -= 1
 
     def advance(self, share: Share) -> None:
         """The share is computed: its full blocks can be found by others from now on."""
@@ -145,15 +172,18 @@ class PrefillScheduler:
             self.stop(job)
 
     def stop(self, job: Job) -> None:
-        """The job computes nothing any more: its slot is free, its blocks stay. Leaves the line if it still waits."""
+        """The job computes nothing more: it leaves the lines, its blocks stay. Its slot becomes free,
+        now or, if called again, when no row of it is in flight any more.
+        """
         self.waiting.discard(job.key)
         self.computing.discard(job.key)
-        if job.slot is not None:
+        if job.slot is not None and not job.in_flight:
             self._slots.give(job.slot)
             job.slot = None
 
     def close(self, job: Job) -> None:
         """Nobody computes with or reads the job's blocks any more."""
+        assert not job.in_flight, f"{job.key} gives up blocks that a step still uses"
         if job.table is not None:
             job.table.close()
             job.table = None
@@ -185,4 +215,4 @@ class PrefillScheduler:
     def _row(self, share: Share) -> StepRow:
         job = share.job
         assert job.slot is not None
-        return job.rows.next_row(job.known, job.computed, share.num_tokens, slot=job.slot, blocks=job.blocks)
+        return job.rows.next_row(job.known, job.launched, share.num_tokens, slot=job.slot, blocks=job.blocks)

@@ -44,7 +44,9 @@ log = logging.getLogger(__name__)
 
 
 class PrefillWorker:
-    """See ports.Worker. After a job's Finish its blocks stay until the sender's `Released`, which is sure to come."""
+    """See ports.Worker. After a job's Finish its blocks stay until the sender's `Released`, which is sure to come, and
+    until no step writes into them. With a runner of depth 2 a step is launched before the one before it is collected.
+    """
 
     role = Role.PREFILL
 
@@ -115,7 +117,11 @@ class PrefillWorker:
             error = event.error or TransferError("the transfer ended before the prompt was computed")
             reason = FinishReason.CANCELLED if isinstance(error, Cancelled) else FinishReason.ERROR
             self._finish(job, reason, error, event)
-        self._forget(job)
+        if job.in_flight:
+            self._scheduler.stop(job)
+            job.state, job.released = State.DRAINING, True
+        else:
+            self._forget(job)
         self._books.flush()
 
     def step(self) -> bool:
@@ -126,23 +132,34 @@ class PrefillWorker:
         for job in self._scheduler.admit():
             self._start(job)
         planned = self._scheduler.plan()
+        collected = False
         if planned is not None:
-            plan, shares = planned
-            self._books.totals["steps"] += 1
-            self._books.totals["tokens"] += plan.num_tokens
-            self._pipeline.launch(plan, partial(self._done, plan, shares, self._clock()))
-            self._pipeline.settle(leave=0)
+            self._launch(*planned)
+            self._pipeline.settle(leave=self._pipeline.runner.depth - 1)
+        elif self._scheduler.num_in_flight:
+            collected = self._pipeline.settle(leave=self._pipeline.num_outstanding - 1)
         self._books.flush()
-        return planned is not None
+        return planned is not None or collected
+
+    def _launch(self, plan: StepPlan, shares: list[Share]) -> None:
+        self._books.totals["steps"] += 1
+        self._books.totals["tokens"] += plan.num_tokens
+        self._pipeline.launch(plan, partial(self._done, plan, shares, self._clock()))
+        self._scheduler.launched(shares)
 
     def _done(self, plan: StepPlan, shares: list[Share], began: float, outcome: StepResult | EngineFault) -> None:
-        if isinstance(outcome, EngineFault):
-            self._books.totals["step_faults"] += 1
-            for share in shares:
-                self._end(share.job, FinishReason.ERROR, outcome)
-        else:
-            for at, share in enumerate(shares):
+        self._books.totals["step_faults"] += isinstance(outcome, EngineFault)
+        for at, share in enumerate(shares):
+            job = share.job
+            self._scheduler.collected(share)
+            if job.state is State.DRAINING:  # it ended while this was under way
+                if not job.in_flight:
+                    self._drained(job)
+            elif isinstance(outcome, EngineFault):
+                self._end(job, FinishReason.ERROR, outcome)
+            else:
                 self._computed(share, plan, outcome, at)
+        self._books.flush()  # now: another worker of the engine may have called
         self._books.step_seconds += self._pipeline.seconds_since(began)
 
     def next_wake(self) -> float | None:
@@ -218,6 +235,13 @@ class PrefillWorker:
         self._finish(job, reason, error)
         job.state = State.DRAINING
         self._sender.abort(job.key, error)
+
+    def _drained(self, job: Job) -> None:
+        """No step writes into the blocks of an ended job any more."""
+        if job.released:
+            self._forget(job)
+        else:
+            self._scheduler.stop(job)
 
     def _forget(self, job: Job) -> None:
         self._scheduler.stop(job)

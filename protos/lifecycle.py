@@ -97,7 +97,7 @@ class RowMaker:
     position's logprobs.
     """
 
-    __slots__ = ("_history_due", "_key", "_num_prompt", "_sampling", "_told", "rules")
+    __slots__ = ("_asked", "_history_due", "_key", "_num_prompt", "_sampling", "_told", "rules")
 
     def __init__(self, request: GenerateRequest) -> None:
         self._key = request.key
@@ -106,6 +106,7 @@ class RowMaker:
         self._history_due = True
         # The last prompt position whose logprobs are out. Whoever saw tokens of the answer has been told them all.
         self._told = len(request.prompt) - 1 if request.resume else 0
+        self._asked = self._told  # the last one that a row has asked for; ahead of `_told` while that row is under way
         self.rules = logit_rules(request.sampling, len(request.prompt))
 
     def new_slot(self) -> None:
@@ -114,7 +115,7 @@ class RowMaker:
 
     def prompt_is_told(self) -> None:
         """Another engine has computed the prompt and told its logprobs."""
-        self._told = self._num_prompt - 1
+        self._told = self._asked = self._num_prompt - 1
 
     def max_cached_tokens(self, num_tokens: int) -> int:
         """How much of `num_tokens` known ones may come from the prefix cache: the last one is sampled from, and who
@@ -124,28 +125,39 @@ class RowMaker:
         return min(self._told, num_tokens - 1) if owed else num_tokens - 1
 
     def next_row(
-        self, tokens: Sequence[int], start: int, num_tokens: int, *, slot: int, blocks: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        start: int,
+        num_tokens: int,
+        *,
+        slot: int,
+        blocks: Sequence[int],
+        pending: int = 0,
     ) -> StepRow:
-        """Positions start .. start + num_tokens - 1 of the sequence whose known ids are `tokens`.
+        """Positions start .. start + num_tokens - 1 of the sequence whose known ids are `tokens`. `pending` more were
+        sampled in the slot, or will be, and are not read yet; a row of one token may begin with the last of them.
 
-        It samples exactly when it reaches the last known id; the sampled token's place in the sequence is then
-        len(tokens), whether the ids before it came from a prompt, a transfer, an earlier try or another engine's.
+        It samples exactly when it reaches the last id; the sampled token's place in the sequence is then
+        len(tokens) + pending, whether the ids before it came from a prompt, a transfer, an earlier try or another
+        engine's.
         """
-        stop = start + num_tokens
-        assert 0 <= start < stop <= len(tokens)
+        stop, length = start + num_tokens, len(tokens) + pending
+        assert 0 <= start < stop <= length
+        assert stop <= len(tokens) or (num_tokens == 1 and stop == length), "an id that nobody can tell"
         prompt_logprobs, next_token = self._sampling.prompt_logprobs, None
-        if prompt_logprobs is not None and self._told < min(stop, self._num_prompt - 1):
-            assert start <= self._told, "a part of the prompt that was asked about is not computed"
+        if prompt_logprobs is not None and self._asked < (last := min(stop, self._num_prompt - 1)):
+            assert start <= self._asked, "a part of the prompt that was asked about is not computed"
             next_token = tokens[stop] if stop < self._num_prompt else None
+            self._asked = last
         else:
             prompt_logprobs = None
         return StepRow(
             slot=slot,
             num_tokens=num_tokens,
-            tokens=tuple(tokens[start:stop]),
+            tokens=tuple(tokens[start:stop]) if stop <= len(tokens) else None,
             start=start,
             blocks=blocks,
-            sample=self._sample(tokens) if stop == len(tokens) else None,
+            sample=self._sample(tokens, length) if stop == length else None,
             prompt_logprobs=prompt_logprobs,
             next_token=next_token,
         )
@@ -157,10 +169,11 @@ class RowMaker:
         self._told += len(news)
         return PromptLogprobs(self._key, first, news) if news else None
 
-    def _sample(self, tokens: Sequence[int]) -> SampleSpec:
+    def _sample(self, tokens: Sequence[int], position: int) -> SampleSpec:
         sampling, rules = self._sampling, self.rules
         history = None
         if self._history_due and rules is not None and rules.needs_history:
+            assert position == len(tokens), "the first sample of a slot looks back at ids that are not known"
             history = tuple(tokens)
         self._history_due = False
         return SampleSpec(
@@ -168,7 +181,7 @@ class RowMaker:
             sampling.top_p,
             sampling.top_k,
             sampling.seed,
-            len(tokens),
+            position,
             min_p=sampling.min_p,
             logprobs=sampling.logprobs,
             rules=rules,

@@ -58,8 +58,13 @@ class StepPipeline:
         self._steps.append(_Step(plan, done, fault))
 
     def settle(self, leave: int) -> bool:
-        """Collect the oldest steps until `leave` are outstanding. False: there were no more."""
+        """Collect the oldest steps until `leave` are outstanding. False: there were no more.
+
+        After a step that could not be launched none is left: no other goes on from where it should have been.
+        """
         collected = False
+        if self._steps and self._steps[-1].fault is not None:
+            leave = 0
         while len(self._steps) > leave:
             step = self._steps.popleft()
             step.done(step.fault or self._collect(step.plan))

@@ -62,9 +62,9 @@ class StepRow:
     num_tokens: int
     tokens: tuple[int, ...] | None
     start: int
-    blocks: Sequence[
-        int
-    ]  # block ids for positions 0 .. start + num_tokens - 1 at least; must not change until collected
+    # Block ids for positions 0 .. start + num_tokens - 1 at least. May grow at the end until the step is collected,
+    # and belongs to the row so long; a runner reads it in `launch` alone.
+    blocks: Sequence[int]
     sample: SampleSpec | None  # None: the prompt goes on in a later step
     prompt_logprobs: int | None = None  # alternatives told with the tokens after each of the row's positions
     next_token: int | None = None  # with prompt_logprobs, where the prompt goes on: its token after the row's last

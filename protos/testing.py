@@ -12,7 +12,7 @@ import hashlib
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
 from .errors import DiptychError, TransferError
@@ -151,12 +151,26 @@ def echo_logprobs(before: Sequence[int], token: int, top: int, vocab_size: int =
     return _logprobs(_echo(list(enumerate(before)), vocab_size), token, top, vocab_size)
 
 
+@dataclass(slots=True)
+class _Launched:
+    """A step of an EchoRunner that was not collected yet."""
+
+    plan: StepPlan  # as it was given: its block tables may have grown since, and nothing else
+    kept: StepPlan  # as it was when it was launched
+    poisoned: frozenset[int]
+    fails: bool
+    is_computed: bool = False
+    result: StepResult | None = None
+
+
 class EchoRunner:
     """ports.Runner without a model: KV of a position is the pair (position, token id), one per block and offset.
 
-    `observe` is called with each plan that is launched. `fault` makes the next step raise, in launch or in collect,
-    once, after writing garbage where the step would have written KV. Rows for which `poison` is true come back among
-    the faults, with garbage in their blocks.
+    With depth 1 a step is computed when it is launched, else when it is collected, as late as can be: whoever gives
+    away a block or looks for a result too early finds something else. `observe` is called with each plan that is
+    launched. `fault` makes the next step raise, in launch or in collect, once, after writing garbage where the step
+    would have written KV. Rows for which `poison` is true come back among the faults, with garbage in their blocks; so
+    do those that go on from a slot whose last row sampled nothing.
     """
 
     def __init__(
@@ -167,11 +181,12 @@ class EchoRunner:
         max_slots: int = 64,
         max_step_tokens: int = 512,
         vocab_size: int = ECHO_VOCAB,
+        depth: int = 1,
     ) -> None:
         self.max_slots = max_slots
         self.max_step_tokens = max_step_tokens
         self.vocab_size = vocab_size
-        self.depth = 1
+        self.depth = depth
         self.block_tokens = block_tokens
         self.fault: Literal["launch", "collect"] | None = None
         self.observe: Callable[[StepPlan], None] | None = None
@@ -180,25 +195,39 @@ class EchoRunner:
         self._kv: list[list[Cell]] = [[EMPTY] * block_tokens for _ in range(num_blocks)]
         self._last_token: dict[int, int] = {}  # by slot
         self._history: dict[int, list[int]] = {}  # by slot, where the rules need it
-        self._outstanding: deque[StepResult | None] = deque()  # None: collect raises
+        self._outstanding: deque[_Launched] = deque()
 
     def launch(self, plan: StepPlan) -> None:
-        """Compute at once; keep the result for collect. A plan that breaks the contract raises AssertionError."""
+        """A plan that breaks the contract raises AssertionError."""
         self._check(plan)
         if self.observe is not None:
             self.observe(plan)
         fault, self.fault = self.fault, None
         self.num_faults += fault is not None
-        faults = frozenset(at for at, row in enumerate(plan.rows) if self.poison is not None and self.poison(row))
-        for at, row in enumerate(plan.rows):
-            tokens = (self._last_token[row.slot],) if row.tokens is None else row.tokens
-            garbage = fault or at in faults
-            self.write(
-                row.blocks, row.start, [GARBAGE] * len(tokens) if garbage else list(enumerate(tokens, row.start))
-            )
+        poisoned = frozenset(at for at, row in enumerate(plan.rows) if self.poison is not None and self.poison(row))
+        kept = replace(plan, rows=tuple(replace(row, blocks=tuple(row.blocks)) for row in plan.rows))
+        step = _Launched(plan, kept, poisoned, fails=fault is not None)
+        if self.depth == 1 or fault == "launch":
+            self._compute(step)
         if fault == "launch":
             raise RuntimeError("injected fault in launch")
-        self._outstanding.append(None if fault else self._result(plan, faults))
+        self._outstanding.append(step)
+
+    def _compute(self, step: _Launched) -> None:
+        faults = set(step.poisoned)
+        for at, (told, row) in enumerate(zip(step.plan.rows, step.kept.rows, strict=True)):
+            assert tuple(told.blocks[: len(row.blocks)]) == row.blocks, f"blocks changed under a step: {row}"
+            last = self._last_token.pop(row.slot, None)
+            if row.tokens is None and last is None:
+                faults.add(at)
+            tokens = (last,) if row.tokens is None else row.tokens
+            cells = [
+                GARBAGE if step.fails or at in faults or token is None else (position, token)
+                for position, token in enumerate(tokens, row.start)
+            ]
+            self.write(row.blocks, row.start, cells)
+        step.result = None if step.fails else self._result(step.kept, frozenset(faults))
+        step.is_computed = True
 
     def _result(self, plan: StepPlan, faults: frozenset[int]) -> StepResult:
         sampled: list[int | None] = [None] * len(plan.rows)
@@ -247,10 +276,12 @@ class EchoRunner:
 
     def collect(self) -> StepResult:
         """The oldest step's tokens."""
-        result = self._outstanding.popleft()
-        if result is None:
+        step = self._outstanding.popleft()
+        if not step.is_computed:
+            self._compute(step)
+        if step.result is None:
             raise RuntimeError("injected fault in collect")
-        return result
+        return step.result
 
     def idle(self) -> bool:
         """Nothing."""

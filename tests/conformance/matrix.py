@@ -24,9 +24,9 @@ class Outcome:
     ties: int
 
 
-def run(model: LoadedModel, reference: Reference, situation: Situation) -> Outcome:
+def run(model: LoadedModel, reference: Reference, situation: Situation, *, depth: int = 1) -> Outcome:
     """Raises AssertionError on a wrong token, on a leak, and when the situation did not arise."""
-    stage = Stage(model, situation)
+    stage = Stage(model, situation, depth=depth)
     prompts = prompts_of(situation, stage.max_context_tokens)
     ties = len(reference.ties)
     match situation.way:

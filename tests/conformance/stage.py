@@ -112,6 +112,7 @@ class Engine:
     num_blocks: int
     step_tokens: int
     probes: int = 0
+    depth: int = 1  # of the runner
 
     def __post_init__(self) -> None:
         model = self.model
@@ -129,6 +130,7 @@ class Engine:
             block_tokens=self.block_tokens,
             max_slots=MAX_SLOTS,
             max_step_tokens=self.step_tokens,
+            depth=self.depth,
         )
         self.runner = Witness(runner, self.arena, model, probes=self.probes)
         self.pipeline = StepPipeline(self.runner, time.monotonic)
@@ -147,7 +149,13 @@ class Stage:
     """Submit, `turn` or `settle`, and read `answer`. Every turn checks both pools; a seed decides who is how fast."""
 
     def __init__(
-        self, model: LoadedModel, situation: Situation, *, seed: int = 0, decode_blocks: int | None = None
+        self,
+        model: LoadedModel,
+        situation: Situation,
+        *,
+        seed: int = 0,
+        decode_blocks: int | None = None,
+        depth: int = 1,
     ) -> None:
         self.max_context_tokens = model.max_context_tokens if situation.way == "limit" else CONTEXT
         self.requests: dict[TransferKey, GenerateRequest] = {}
@@ -160,12 +168,12 @@ class Stage:
         if decode_blocks is None:
             decode_blocks = SMALL_POOL if situation.way == "preempted" else -(-roomy // d_size)
         decode_tokens = DECODE_STEP_TOKENS if self.disaggregated else situation.chunk
-        self.decode = Engine(model, d_size, decode_blocks, decode_tokens, probes)
+        self.decode = Engine(model, d_size, decode_blocks, decode_tokens, probes, depth)
         self.prefill: Engine | None = None
         self.hinge: Hinge | None = None
         if self.disaggregated:
             p_size = situation.blocks[0]
-            self.prefill = Engine(model, p_size, -(-roomy // p_size), situation.chunk, probes)
+            self.prefill = Engine(model, p_size, -(-roomy // p_size), situation.chunk, probes, depth)
             self.hinge = Hinge(self.prefill.arena, self.decode.arena, clock=self.clock, seed=seed)
             self.prefill_worker = PrefillWorker(
                 settings=PrefillSettings(step_tokens=situation.chunk, max_running=8),

@@ -57,11 +57,14 @@ class Engine:
     num_blocks: int
     dtype: str
     step_tokens: int
+    depth: int
 
     def __post_init__(self) -> None:
         layout = KvLayout(layers=2, kv_heads=2, head_dim=8, dtype=self.dtype, block_tokens=self.block_tokens)
         self.arena = KvArena(layout, self.num_blocks)
-        self.runner = EchoRunner(self.arena.bytes(), max_slots=MAX_SLOTS, max_step_tokens=self.step_tokens)
+        self.runner = EchoRunner(
+            self.arena.bytes(), max_slots=MAX_SLOTS, max_step_tokens=self.step_tokens, depth=self.depth
+        )
         self.pool = BlockPool(num_blocks=self.num_blocks, block_tokens=self.block_tokens)
         self.slots = SlotPool(MAX_SLOTS)
         self.ledger = Ledger()
@@ -70,11 +73,13 @@ class Engine:
 class Pair:
     """A prefill and a decode engine; `turn` gives each a step."""
 
-    def __init__(self, rng: random.Random, *, sizes: tuple[int, int], blocks: tuple[int, int], dtype: str) -> None:
+    def __init__(
+        self, rng: random.Random, *, sizes: tuple[int, int], blocks: tuple[int, int], dtype: str, depth: int = 1
+    ) -> None:
         self.rng = rng
         self.clock = FakeClock()
-        self.p = Engine(sizes[0], blocks[0], dtype, rng.choice([7, 32, 256]))
-        self.d = Engine(sizes[1], blocks[1], dtype, 64)
+        self.p = Engine(sizes[0], blocks[0], dtype, rng.choice([7, 32, 256]), depth)
+        self.d = Engine(sizes[1], blocks[1], dtype, 64, depth)
         self.hinge = BitHinge(self.p.arena, self.d.arena, clock=self.clock, seed=1)
         self.requests: dict[TransferKey, GenerateRequest] = {}
         parts = [
@@ -170,6 +175,7 @@ def samplings(rng: random.Random) -> Iterator[SamplingParams]:
         )
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("num_requests", [100, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("sizes", "blocks", "dtype"),
@@ -177,10 +183,10 @@ def samplings(rng: random.Random) -> Iterator[SamplingParams]:
     ids=["roomy", "preempting"],
 )
 def test_random_requests_get_the_expected_tokens(
-    sizes: tuple[int, int], blocks: tuple[int, int], dtype: str, num_requests: int
+    sizes: tuple[int, int], blocks: tuple[int, int], dtype: str, num_requests: int, depth: int
 ) -> None:
     rng = random.Random(5)
-    pair = Pair(rng, sizes=sizes, blocks=blocks, dtype=dtype)
+    pair = Pair(rng, sizes=sizes, blocks=blocks, dtype=dtype, depth=depth)
     wishes = samplings(rng)
     for _ in range(num_requests):
         common = rng.choice([0, 0, 16, 33])
@@ -236,12 +242,13 @@ CUT_ANSWERS = {
 
 @pytest.mark.parametrize(("sizes", "blocks"), [((16, 5), (60, 400)), ((3, 4), (300, 16))], ids=["roomy", "preempting"])
 @pytest.mark.parametrize("asked", CUT_ANSWERS)
+@pytest.mark.parametrize("depth", [1, 2])
 def test_an_answer_cut_after_any_token_goes_on_as_it_was(
-    asked: str, sizes: tuple[int, int], blocks: tuple[int, int]
+    asked: str, sizes: tuple[int, int], blocks: tuple[int, int], depth: int
 ) -> None:
     """Twice each, by transfer and computed by the decode engine, all at once; whoever comes later hits the caches."""
     sampling = CUT_ANSWERS[asked]
-    pair = Pair(random.Random(9), sizes=sizes, blocks=blocks, dtype="float32")
+    pair = Pair(random.Random(9), sizes=sizes, blocks=blocks, dtype="float32", depth=depth)
     moved: dict[TransferKey, list[ExpectedToken]] = {}
     for prompt in [tuple(range(200, 217)), (5, 6, 7, STOP, 4, 7), (9,)]:
         whole = expected(prompt, sampling.max_tokens, sampling)

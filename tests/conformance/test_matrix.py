@@ -44,6 +44,12 @@ def test_tokens_are_those_of_the_reference(architecture: str, situation: Situati
         print(f"tie: {tie}")
 
 
+@pytest.mark.parametrize("situation", QUICK, ids=lambda situation: situation.name)
+def test_steps_launched_before_the_last_is_collected_give_the_same_tokens(situation: Situation) -> None:
+    subject = subject_of("llama")
+    assert run(subject.model, subject.reference, situation, depth=2).tokens > 0
+
+
 def test_a_layer_that_does_not_cross_and_a_wrong_token_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks themselves can fail."""
     subject = subject_of("llama")

@@ -30,7 +30,7 @@ def test_preemption_under_a_tiny_pool_gives_the_same_tokens(num_blocks: int, pre
     bench.assert_idle()
 
 
-def test_a_prompt_that_is_preempted_on_its_way_tells_once_what_it_found_in_the_cache() -> None:
+def test_a_prompt_that_is_preempted_on_its_way_tells_once_what_it_found_in_the_cache(depth: int) -> None:
     bench = DecodeBench(num_blocks=12, settings=settings(step_tokens=6))
     prompt = PROMPT[:16]
     bench.submit(prompt, transfer=False, max_tokens=1)
@@ -42,7 +42,8 @@ def test_a_prompt_that_is_preempted_on_its_way_tells_once_what_it_found_in_the_c
     bench.submit(prompt, transfer=False, max_tokens=1)
     bench.run()
     finish = bench.ledger.finishes[low]
-    assert (finish.preemptions, finish.cached_tokens) == (1, 12)
+    named = {1: 12, 2: 4}[depth]  # of the first one's tokens, when the second began: those of collected steps
+    assert (finish.preemptions, finish.cached_tokens) == (1, named)
     bench.assert_complete(low, first_index=0)
     bench.assert_idle()
 
@@ -67,6 +68,7 @@ def test_the_youngest_gives_way_and_comes_back_first() -> None:
     late = bench.submit([7] * 9, transfer=False, max_tokens=9)
     while not bench.worker.counters()["decode_preemptions_total"]:
         assert bench.step()
+    bench.collect()
     assert late not in bench.ledger.tokens
     assert len(bench.ledger.tokens[young]) < len(bench.ledger.tokens[old])
     line = bench.worker._scheduler.all.line
@@ -88,6 +90,7 @@ def test_the_seat_of_one_that_gave_way_goes_to_one_that_is_ready() -> None:
     bench.transfer(ready)
     while not bench.worker.counters()["decode_preemptions_total"]:
         assert bench.step()
+    bench.collect()
     assert len(bench.ledger.tokens[ready]) == 1
     bench.run()
     bench.assert_complete(ready, first_index=1)
@@ -95,7 +98,7 @@ def test_the_seat_of_one_that_gave_way_goes_to_one_that_is_ready() -> None:
     bench.assert_idle()
 
 
-def test_one_that_is_ready_gives_way_to_an_older_one_that_runs() -> None:
+def test_one_that_is_ready_gives_way_to_an_older_one_that_runs(depth: int) -> None:
     bench = DecodeBench(num_blocks=13, settings=settings(max_running=1))
     running = bench.submit([5] * 12, transfer=False, max_tokens=30)
     bench.step()
@@ -103,7 +106,8 @@ def test_one_that_is_ready_gives_way_to_an_older_one_that_runs() -> None:
     bench.transfer(ready)
     for num_tokens in range(3, 31):
         bench.step()
-        assert len(bench.ledger.tokens[running]) == num_tokens, "the older one never loses a step"
+        launched = len(bench.ledger.tokens[running]) + bench.pipeline.num_outstanding
+        assert launched == num_tokens, "the older one never loses a step"
     assert bench.worker.counters()["decode_preemptions_total"] == 1
     bench.run()
     bench.assert_complete(ready, first_index=1)
@@ -131,14 +135,14 @@ def test_a_blocked_prompt_is_not_named_again_until_the_pool_changes(monkeypatch:
     bench.assert_complete(blocked, first_index=0)
 
 
-def test_one_that_outgrew_the_pool_while_it_shared_blocks_cannot_stop_the_line() -> None:
+def test_one_that_outgrew_the_pool_while_it_shared_blocks_cannot_stop_the_line(depth: int) -> None:
     """It gave way to an older one in the step in which it outgrew the pool: at the head of the line it never fits."""
     bench = DecodeBench(num_blocks=6)
     bench.submit(PROMPT[:20], transfer=False, max_tokens=1)
     bench.run()
     older = bench.submit(PROMPT[:20], max_tokens=3)
     big = bench.submit(PROMPT[:20], transfer=False, max_tokens=20)
-    while len(bench.ledger.tokens.get(big, [])) < 5:
+    while len(bench.ledger.tokens.get(big, [])) + depth < 6:
         bench.step()
     assert bench.pool.counts().used == 6
     bench.commit(older)

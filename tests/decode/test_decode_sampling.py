@@ -112,6 +112,7 @@ def test_only_the_requests_of_faulty_rows_end() -> None:
 
     bench.runner.poison = poison
     bench.step()
+    bench.collect()
     bench.runner.poison = None
     assert set(bench.ledger.finishes) == bad
     for key in bad:

@@ -177,6 +177,11 @@ def test_a_token_0_that_ends_the_request_here_ends_it_even_if_prefill_did_not_sa
     bench.assert_idle()
 
 
+def widths(plan: tuple[tuple[object, ...], ...]) -> list[int]:
+    """Tokens of each row; one whose token is not read yet has one."""
+    return [len(row[2]) if isinstance(row[2], tuple) else 1 for row in plan]
+
+
 def test_one_step_serves_all_decoding_rows_then_prompts() -> None:
     bench = DecodeBench(settings=settings(10))
     decoding = [bench.submit(PROMPT[at:], max_tokens=30) for at in range(3)]
@@ -185,11 +190,9 @@ def test_one_step_serves_all_decoding_rows_then_prompts() -> None:
     first, second = bench.submit([*PROMPT, 1], transfer=False), bench.submit(PROMPT[5:], transfer=False)
     bench.trace.clear()
     bench.step()
-    widths = [len(row[2]) for row in bench.trace[-1] if isinstance(row[2], tuple)]
-    assert widths == [1, 1, 1, 4, 3], "20 tokens of the first prompt are cached"
+    assert widths(bench.trace[-1]) == [1, 1, 1, 4, 3], "20 tokens of the first prompt are cached"
     bench.step()
-    widths = [len(row[2]) for row in bench.trace[-1] if isinstance(row[2], tuple)]
-    assert widths == [1, 1, 1, 1, 6]
+    assert widths(bench.trace[-1]) == [1, 1, 1, 1, 6]
     bench.run()
     for key in decoding:
         bench.assert_complete(key, first_index=1)
@@ -340,6 +343,7 @@ def test_a_step_that_raises_ends_its_rows_and_nobody_else(where: Literal["launch
     bench.step()
     bench.runner.fault = where
     assert bench.step()
+    bench.collect()
     assert [bench.error_code(key) for key in running] == ["engine_fault"] * 2
     for key in running:
         bench.assert_tokens(key)
@@ -425,13 +429,14 @@ def test_times_and_bytes_are_reported() -> None:
     bench.step()
     bench.clock.advance(8)
     bench.step()
+    bench.collect()
     finish = bench.ledger.finishes[key]
     times = finish.times
     assert (times.queue, times.transfer, times.prefill, times.decode) == (5, 2, 0, 8)
     assert (finish.transfer_bytes, finish.transport) == (2300, "fake")
 
 
-def test_the_time_of_a_local_prompt_is_prefill() -> None:
+def test_the_time_of_a_local_prompt_is_prefill_until_its_token_is_read(depth: int) -> None:
     bench = DecodeBench(settings=settings(20))
     bench.submit(PROMPT, max_tokens=2, transfer=False)
     bench.clock.advance(1)
@@ -440,5 +445,8 @@ def test_the_time_of_a_local_prompt_is_prefill() -> None:
     bench.step()
     bench.clock.advance(4)
     bench.step()
+    bench.collect()
     (finish,) = bench.ledger.finishes.values()
-    assert (finish.times.queue, finish.times.prefill, finish.times.decode) == (1, 2, 4)
+    read_at_once = depth == 1
+    expected = (1, 2, 4) if read_at_once else (1, 6, 0)
+    assert (finish.times.queue, finish.times.prefill, finish.times.decode) == expected

@@ -64,6 +64,7 @@ def test_only_the_requests_of_faulty_rows_end() -> None:
     keys = [bench.submit(PROMPT[at:], sampling=EVERYTHING) for at in range(3)]
     bench.runner.poison = lambda row: row.tokens is not None and row.tokens[0] == PROMPT[1]
     bench.step()
+    bench.collect()
     bench.runner.poison = None
     assert {key: finish.error_code for key, finish in bench.ledger.finishes.items()} == {keys[1]: "engine_fault"}
     assert bench.sender.transfers[keys[1]].aborted is not None

@@ -39,6 +39,7 @@ def test_a_more_urgent_prompt_gets_the_next_step_though_another_is_in_computatio
     high = bench.submit([7] * 16)
     bench.step()
     bench.step()
+    bench.collect()
     assert list(bench.ledger.tokens) == [high]
     bench.run()
     assert bench.ledger.tokens[low] == echo_reference(PROMPT, 1)
@@ -55,6 +56,7 @@ def test_a_long_prompt_of_one_tenant_does_not_hold_back_another_tenant() -> None
     short = bench.submit([2] * 20, tenant="b")
     for _ in range(6):
         bench.step()
+    bench.collect()
     assert short in bench.ledger.tokens
     assert long not in bench.ledger.tokens
     bench.run()
@@ -149,11 +151,13 @@ def test_gauges_tell_what_waits_or_is_in_computation() -> None:
         queued.append(bench.worker.counters()["prefill_queued_tokens"])
         bench.step()
     assert queued == [46, 36, 26]
+    bench.collect()
     bench.release_sent()
     bench.step()
     assert bench.worker.counters()["prefill_queued_tokens"] == 0, "20 of 23 were cached"
     counters = bench.worker.counters()
     assert counters["prefill_tokens_total"] == 26
     assert counters["prefill_step_seconds_total"] == 0.0, "the bench's clock stood still"
+    bench.collect()
     bench.release_sent()
     bench.assert_idle()

@@ -41,13 +41,13 @@ def test_any_chunk_size_gives_the_reference_token(step_tokens: int, num_prompt: 
     bench.assert_idle()
 
 
-def test_each_chunk_is_announced_when_it_is_computed() -> None:
+def test_each_chunk_is_announced_when_it_is_computed(depth: int) -> None:
     bench = PrefillBench(settings=settings(8))
     key = bench.submit(PROMPT)
     upto = []
     while bench.step():
         upto.append(bench.sender.transfers[key].upto)
-    assert upto == [8, 16, 23]
+    assert upto == [*[0] * (depth - 1), 8, 16, 23]
     sending = bench.sender.transfers[key]
     assert sending.num_tokens == 23
     assert len(sending.blocks) == 6
@@ -88,6 +88,7 @@ def test_an_equal_prefix_is_not_computed_again() -> None:
     bench.release(first)
     second = bench.submit([*PROMPT[:17], 9, 9])
     bench.step()
+    bench.collect()
     assert bench.trace[-1][0][1] == 16, "four blocks were found"
     assert bench.sender.transfers[second].upto == 19
     assert bench.ledger.tokens[second] == echo_reference([*PROMPT[:17], 9, 9], 1)
@@ -103,6 +104,7 @@ def test_cached_tokens_are_announced_before_anything_is_computed() -> None:
     bench.run()
     key = bench.submit(PROMPT)
     bench.step()
+    bench.collect()
     assert bench.sender.transfers[key].upto == 22, "20 cached tokens at once and two computed"
 
 
@@ -131,17 +133,19 @@ def test_a_prefix_is_found_while_its_first_prompt_still_runs() -> None:
     bench.assert_idle()
 
 
-def test_twins_admitted_at_once_compute_what_they_share_once() -> None:
+def test_twins_admitted_at_once_compute_what_they_share_once_but_for_what_is_under_way(depth: int) -> None:
     bench = PrefillBench(settings=settings(23))
     keys = [bench.submit(PROMPT) for _ in range(3)]
     other = bench.submit(PROMPT, salt=b"x")
     bench.run()
     assert [bench.sender.transfers[key].upto for key in keys] == [23, 23, 23]
     shared = [list(bench.sender.transfers[key].blocks[:5]) for key in keys]
-    assert shared[0] == shared[1] == shared[2], "those sent are those computed"
-    assert bench.worker.counters()["prefill_tokens_total"] == 23 + 3 + 3 + 23
+    second = {1: 3, 2: 23}[depth]  # planned before the first one's KV was known to be there
+    assert shared[0] == shared[2], "those sent are those computed"
+    assert (shared[0] == shared[1]) == (second == 3)
+    assert bench.worker.counters()["prefill_tokens_total"] == 23 + second + 3 + 23
     bench.release_sent()
-    assert [bench.ledger.finishes[key].cached_tokens for key in (*keys, other)] == [0, 20, 20, 0]
+    assert [bench.ledger.finishes[key].cached_tokens for key in (*keys, other)] == [0, 23 - second, 20, 0]
     assert all(bench.ledger.tokens[key] == echo_reference(PROMPT, 1) for key in (*keys, other))
     bench.assert_idle()
 
@@ -203,6 +207,7 @@ def test_a_lost_peer_ends_a_request_that_computes() -> None:
     bench.step()
     bench.release(key, PeerLost("gone"))
     assert code(bench, key) == "peer_lost"
+    bench.collect()
     assert bench.slots.num_free == bench.slots.max_slots - 1
     bench.run()
     assert bench.ledger.tokens[other] == echo_reference(PROMPT[1:], 1)
@@ -349,6 +354,7 @@ def test_without_a_free_slot_a_prompt_waits() -> None:
     bench = PrefillBench(slots=1, settings=settings(4))
     first, second = bench.submit(PROMPT), bench.submit(PROMPT[2:])
     bench.step()
+    bench.collect()
     assert bench.announced() == [first]
     bench.run()
     assert bench.announced() == [first, second], "a slot is free as soon as token 0 is sampled"
@@ -404,6 +410,7 @@ def test_a_step_that_raises_ends_its_rows_and_nobody_else(where: Literal["launch
     waiting = bench.submit(PROMPT[4:])
     bench.runner.fault = where
     assert bench.step()
+    bench.collect()
     assert [code(bench, key) for key in rows] == ["engine_fault"] * 2
     assert bench.pool.counts().cached == 0, "nothing of the failed step can be found"
     bench.release_sent()
@@ -450,6 +457,7 @@ def test_times_and_bytes_are_reported() -> None:
     bench.step()
     bench.clock.advance(2)
     bench.step()
+    bench.collect()
     bench.clock.advance(4)
     bench.release(key)
     finish = bench.ledger.finishes[key]

@@ -89,10 +89,13 @@ def test_results_reach_their_owners_in_order_and_as_late_as_asked() -> None:
 def test_a_step_that_was_never_launched_fails_in_its_turn_and_nothing_is_collected_for_it() -> None:
     runner = Scripted(StepResult(1, (1,)), StepResult(3, (3,)), refuses={2: RuntimeError("no")})
     steps, told = pipeline(runner), list[StepResult | EngineFault]()
+    left = []
     for at in (1, 2, 3):
         steps.launch(plan(at), told.append)
         steps.settle(leave=1)
+        left.append(steps.num_outstanding)
     steps.settle(leave=0)
+    assert left == [1, 0, 1], "nobody may go on from a step that never was"
     assert [type(outcome) for outcome in told] == [StepResult, EngineFault, StepResult]
     assert isinstance(told[1], EngineFault)
     assert "no" in told[1].detail

@@ -124,7 +124,9 @@ class SimEngine:
         role = min(info.roles, key=lambda role: role is Role.DECODE)
         num_blocks, size = SHAPES[role]
         self.slots = SlotPool(12)
-        self.runner = SimRunner(num_blocks=num_blocks, block_tokens=size, max_slots=12, max_step_tokens=16)
+        self.runner = SimRunner(
+            num_blocks=num_blocks, block_tokens=size, max_slots=12, max_step_tokens=16, depth=world.depth_of(info.ref)
+        )
         self.pipeline = StepPipeline(self.runner, self.clock)
         self.pool = SimPool(self.runner, num_blocks=num_blocks, block_tokens=size)
         self.names = self.pool.watch_names()

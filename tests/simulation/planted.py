@@ -54,7 +54,10 @@ def a_block_is_freed_while_a_copy_may_write(patch: Patch) -> None:
         self._finish(sequence, reason, error)
         if sequence.state in IN_TRANSFER:
             self._receiver.abort(sequence.key, error)
-        self._forget(sequence)
+        if sequence.in_flight:
+            self._scheduler.drain(sequence)  # of steps it does think
+        else:
+            self._forget(sequence)
 
     patch.setattr(DecodeWorker, "_end", end)
 
@@ -171,9 +174,9 @@ def a_grant_per_chunk_fills_the_pool(patch: Patch) -> None:
         shares: list[Share] = []
         for job in list(self.computing):
             assert job.table is not None
-            stop = min(job.computed + self._pool.block_tokens, len(job.known))
+            stop = min(job.launched + self._pool.block_tokens, len(job.known))
             if job.table.try_grow(stop):
-                shares.append(Share(job, stop - job.computed))
+                shares.append(Share(job, stop - job.launched))
         if not shares:
             return None
         self._next_step += 1

@@ -18,23 +18,24 @@ import world
 
 REPLAY_EVERY = 500
 REPLAYED = "replay"
+Job = tuple[int, int, int, int | None]  # seed, requests, faults, depth
 Row = tuple[int, str, str, Counter[str], Counter[str], float]  # seed, violation, trace, outcomes, counters, seconds
 
 
-def one(job: tuple[int, int, int]) -> Row:
+def one(job: Job) -> Row:
     """A seed's run: words of a violation or none, and seconds of this process's time."""
-    seed, requests, faults = job
+    seed, requests, faults, depth = job
     began = time.process_time()
-    outcome = world.run(seed, requests=requests, faults=faults)
+    outcome = world.run(seed, requests=requests, faults=faults, depth=depth)
     words = str(outcome.violation) if outcome.violation is not None else ""
     if not words and seed % REPLAY_EVERY == 0:
-        again = world.run(seed, requests=requests, faults=faults)
+        again = world.run(seed, requests=requests, faults=faults, depth=depth)
         if again.trace != outcome.trace:
             words = f"{REPLAYED}: the trace was {outcome.trace} and then {again.trace}"
     return seed, words, outcome.trace, outcome.outcomes, outcome.counters, time.process_time() - began
 
 
-def rows(jobs: list[tuple[int, int, int]], workers: int) -> Iterator[Row]:
+def rows(jobs: list[Job], workers: int) -> Iterator[Row]:
     """In any order."""
     if workers == 1:
         yield from map(one, jobs)
@@ -50,9 +51,11 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--requests", type=int, default=50, help="of each seed, at least")
     parser.add_argument("--faults", type=int, default=3, help="of each seed, at least")
+    parser.add_argument("--depth", type=int, choices=(1, 2), help="of all runners; by default each draws its own")
     options = parser.parse_args()
     first, _, stop = options.seeds.partition(":")
-    jobs = [(seed, options.requests, options.faults) for seed in range(int(first), int(stop or int(first) + 1))]
+    seeds = range(int(first), int(stop or int(first) + 1))
+    jobs = [(seed, options.requests, options.faults, options.depth) for seed in seeds]
     began = time.monotonic()
     outcomes: Counter[str] = Counter()
     counters: Counter[str] = Counter()
@@ -79,7 +82,8 @@ def main() -> int:
     together = hashlib.blake2b("".join(traces[seed] for seed in sorted(traces)).encode(), digest_size=8).hexdigest()
     print(f"replays: {num_twice} seeds run twice, {differing} with another trace; all traces together: {together}")
     for seed, _ in sorted(broken)[:10]:
-        print(f"again: python tests/simulation/run.py --workers 1 --seeds {seed}")
+        depth = "" if options.depth is None else f" --depth {options.depth}"
+        print(f"again: python tests/simulation/run.py --workers 1 --seeds {seed}{depth}")
     print(f"violations: {len(broken)}")
     return 1 if broken else 0
 

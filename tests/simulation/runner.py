@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from diptych.protos.step import StepPlan, StepResult, StepRow
 
@@ -59,49 +61,92 @@ def unpack(data: bytes | memoryview) -> tuple[int, ...]:
     return struct.unpack(f"<{len(data) // 8}Q", data)
 
 
-class SimRunner:
-    """Computes at once; the engine decides how long a step takes. Plans that make no sense raise AssertionError."""
+@dataclass(slots=True)
+class _Step:
+    """Launched. `blocks` as they were then: only what a table has gained since may differ."""
 
-    def __init__(self, *, num_blocks: int, block_tokens: int, max_slots: int, max_step_tokens: int) -> None:
+    plan: StepPlan
+    blocks: list[tuple[int, ...]]
+    fails: bool
+
+
+class SimRunner:
+    """The engine decides how long a step takes. Plans that make no sense raise AssertionError.
+
+    With depth 1 a step is computed when it is launched, else when it is collected: as late as can be, so that whoever
+    gives a block away too early, or believes too early in what lies there, is found out.
+    """
+
+    def __init__(
+        self, *, num_blocks: int, block_tokens: int, max_slots: int, max_step_tokens: int, depth: int = 1
+    ) -> None:
         self.max_slots = max_slots
         self.max_step_tokens = max_step_tokens
         self.vocab_size = VOCAB
-        self.depth = 1
+        self.depth = depth
         self.block_tokens = block_tokens
         self.fault = False  # the next step raises, after it has written garbage
         self.on_poison: Callable[[], None] | None = None  # a step that samples for the poison: called, then it raises
         self._kv = [[EMPTY] * block_tokens for _ in range(num_blocks)]
-        self._result: StepResult | None = None
+        self._last: dict[int, int] = {}  # token by slot
+        self._launched: deque[_Step] = deque()
+        self._results: deque[StepResult] = deque()
 
     def launch(self, plan: StepPlan) -> None:
         assert plan.rows
         assert plan.num_tokens <= self.max_step_tokens
+        assert len(self._launched) + len(self._results) < 2, "a third step was launched"
         fault, self.fault = self.fault, False
         if self.on_poison and any(row.sample is not None and row.sample.seed == POISON_SEED for row in plan.rows):
             fault = True
             self.on_poison()
-        size, kv = self.block_tokens, self._kv
+        step = _Step(plan, [tuple(row.blocks) for row in plan.rows], fault)
+        self._check(step)
+        if self.depth == 1:
+            self._results.append(self._compute(step))
+        else:
+            self._launched.append(step)
+
+    def _check(self, step: _Step) -> None:
+        size = self.block_tokens
         written: set[int] = set()
-        for row in plan.rows:
-            assert row.tokens is not None
-            assert len(row.tokens) == row.num_tokens
-            before = kv[row.blocks[(row.start - 1) // size]][(row.start - 1) % size] if row.start else 1
-            cells = [~0 & _MASK] * row.num_tokens if fault else grow(before, row.tokens, row.start)
-            into = set(row.blocks[row.start // size : (row.start + row.num_tokens - 1) // size + 1])
+        for row, blocks in zip(step.plan.rows, step.blocks, strict=True):
+            assert row.num_tokens == (1 if row.tokens is None else len(row.tokens))
+            into = set(blocks[row.start // size : (row.start + row.num_tokens - 1) // size + 1])
             assert not into & written, "two rows write into one block"
             written |= into
-            self.write(row.blocks, row.start, cells)
-        if fault:
-            raise RuntimeError("injected fault")
-        self._result = StepResult(plan.step_id, tuple([self._sample(row) for row in plan.rows]))
 
-    def _sample(self, row: StepRow) -> int | None:
-        return None if row.sample is None else next_token(self.read(row.blocks, row.sample.position))
+    def _compute(self, step: _Step) -> StepResult:
+        """Raises what was ordered. Rows whose token should come from a slot that has none are among the faults."""
+        size, kv = self.block_tokens, self._kv
+        faults = set()
+        for at, (row, blocks) in enumerate(zip(step.plan.rows, step.blocks, strict=True)):
+            assert tuple(row.blocks[: len(blocks)]) == blocks, "blocks changed under a step"
+            last = self._last.pop(row.slot, None)
+            tokens = row.tokens if row.tokens is not None else None if last is None else (last,)
+            if tokens is None:
+                faults.add(at)
+            before = kv[blocks[(row.start - 1) // size]][(row.start - 1) % size] if row.start else 1
+            garbage = step.fails or tokens is None
+            cells = [~0 & _MASK] * row.num_tokens if garbage else grow(before, tokens or (), row.start)
+            self.write(blocks, row.start, cells)
+        if step.fails:
+            raise RuntimeError("injected fault")
+        sampled = []
+        for at, (row, blocks) in enumerate(zip(step.plan.rows, step.blocks, strict=True)):
+            token = None if at in faults else self._sample(row, blocks)
+            sampled.append(token)
+            if token is not None:
+                self._last[row.slot] = token
+        return StepResult(step.plan.step_id, tuple(sampled), faults=frozenset(faults))
+
+    def _sample(self, row: StepRow, blocks: Sequence[int]) -> int | None:
+        return None if row.sample is None else next_token(self.read(blocks, row.sample.position))
 
     def collect(self) -> StepResult:
-        result, self._result = self._result, None
-        assert result is not None
-        return result
+        if self._launched:
+            return self._compute(self._launched.popleft())
+        return self._results.popleft()
 
     def idle(self) -> bool:
         return False

@@ -64,7 +64,7 @@ class Poison:
 class World:
     """One run. `note` is the trace; `violated` ends the run."""
 
-    def __init__(self, seed: int, *, keep_log: bool = False) -> None:
+    def __init__(self, seed: int, *, keep_log: bool = False, depth: int | None = None) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
         self.poison = Poison(frozenset(self.rng.choice(FELLED)), self.rng.random() < 0.5)
@@ -78,6 +78,7 @@ class World:
         self.router: Router
         self.members: Members
         self._keep_log = keep_log
+        self._depth = depth
         self._hash = hashlib.blake2b(digest_size=16)
         self._main: asyncio.Task[None] | None = None
         self._progress_at = 0.0
@@ -164,6 +165,12 @@ class World:
     def life(self, ref: EngineRef) -> SimEngine | None:
         """The process of that life, dead ones included."""
         return self.members.lives.get(ref)
+
+    def depth_of(self, ref: EngineRef) -> int:
+        """Of that engine's runner. Drawn apart: a run of one depth is what it was when there was no other."""
+        if self._depth is not None:
+            return self._depth
+        return random.Random(f"{self.seed} {ref.engine_id} {ref.epoch}").choice((1, 2))
 
     def look(self, engine: SimEngine) -> None:
         """I1 and I2, often."""
@@ -300,11 +307,11 @@ def _metrics() -> RouterMetrics:
     return _KEPT[0]
 
 
-def run(seed: int, *, requests: int = 50, faults: int = 3, keep_log: bool = False) -> Outcome:
-    """One seed's run of so many requests and at least so many faults."""
+def run(seed: int, *, requests: int = 50, faults: int = 3, keep_log: bool = False, depth: int | None = None) -> Outcome:
+    """One seed's run of so many requests and at least so many faults. `depth`: of all runners; None: drawn for each."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        return World(seed, keep_log=keep_log).run(requests, faults)
+        return World(seed, keep_log=keep_log, depth=depth).run(requests, faults)
     finally:
         logging.disable(level)
