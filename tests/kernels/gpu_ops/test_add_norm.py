@@ -116,3 +116,32 @@ def test_in_bfloat16_the_card_is_as_near_to_float64_as_rounding_allows(
     wanted = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
     assert float((out.double() - wanted).norm() / wanted.norm()) < 2.5e-3
     assert float(((out.double() - wanted).abs() / wanted.abs().clamp_min(1e-3)).max()) < 5e-3
+
+
+@pytest.mark.parametrize("size", [64, 1000])
+def test_no_bit_of_an_invariant_row_depends_on_the_rows_beside_it(size: int, place: torch.device) -> None:
+    residual, parts, weight = inputs(40, size, 2, torch.float16, place)
+    assert parts is not None
+    for norm in (cuda.add_norm, reference.add_norm):
+        whole = residual.clone()
+        out = norm(whole, parts, weight, 1e-5, torch.empty_like(whole), invariant=True)
+        for begin, end in ((0, 1), (39, 40), (3, 20)):
+            some = residual[begin:end].clone()
+            some_parts = Parts(parts.data[:, begin:end], 2)
+            assert torch.equal(
+                norm(some, some_parts, weight, 1e-5, torch.empty_like(some), invariant=True), out[begin:end]
+            )
+            assert torch.equal(some, whole[begin:end])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [128, 576, 4096])
+def test_on_the_card_no_bit_of_an_invariant_row_depends_on_the_rows_beside_it(size: int, place: torch.device) -> None:
+    """Row counts on both sides of every change of layout."""
+    residual = torch.randn(3000, size, device=place, dtype=torch.bfloat16)
+    weight = torch.randn(size, device=place, dtype=torch.bfloat16)
+    whole = cuda.add_norm(residual, None, weight, 1e-5, torch.empty_like(residual), invariant=True)
+    for begin, end in ((5, 6), (0, 128), (0, 129), (100, 1124), (100, 1125)):
+        some = residual[begin:end].clone()
+        out = cuda.add_norm(some, None, weight, 1e-5, torch.empty_like(some), invariant=True)
+        assert torch.equal(out, whole[begin:end])
