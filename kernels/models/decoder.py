@@ -107,7 +107,7 @@ class Decoder:
         """Attention's result before its projection, [T, H * D]; keys and values are stored on the way."""
         shape, tokens = self._shape, normed.shape[0]
         qkv: Tensor | Parts | None = layer.qkv.parts(normed)
-        view = None
+        view: QkvView | None = None
         if qkv is None:
             qkv = layer.qkv.write(normed, self._buffers.qkv[:tokens])
             view = None if step.is_decode else QkvView.of(qkv, shape.kv_heads, shape.head_dim)

@@ -66,13 +66,14 @@ def _yarn(plain: Tensor, rope: Mapping[str, Any]) -> tuple[Tensor, float]:
     slowed = ((torch.arange(len(plain), dtype=torch.float32) - first) / span).clamp(0.0, 1.0)
     scale = rope.get("attention_factor")
     if scale is None:
-        one, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
-        both = bool(one and all_dims)
-        scale = _magnitude(factor, one) / _magnitude(factor, all_dims) if both else _magnitude(factor, 1.0)
+        one, all_dims = float(rope.get("mscale") or 0), float(rope.get("mscale_all_dim") or 0)
+        scale = _magnitude(factor, one if one and all_dims else 1.0)
+        if one and all_dims:
+            scale /= _magnitude(factor, all_dims)
     return plain / factor * slowed + plain * (1 - slowed), float(scale)
 
 
-def _magnitude(factor: float, weight: Any) -> float:
+def _magnitude(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -200,7 +200,7 @@ def _slots(tensors: DecoderTensors, shape: DecoderShape) -> Slots:
     slots = {"model.embed_tokens.weight": tensors.embedding, "model.norm.weight": tensors.norm}
     slots["lm_head.weight"] = tensors.head
     narrow = shape.kv_heads * shape.head_dim
-    rows = (shape.heads * shape.head_dim, narrow, narrow)
+    rows = [shape.heads * shape.head_dim, narrow, narrow]
     for index, layer in enumerate(tensors.layers):
         attn, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
         slots[f"model.layers.{index}.input_layernorm.weight"] = layer.input_norm
@@ -208,7 +208,7 @@ def _slots(tensors: DecoderTensors, shape: DecoderShape) -> Slots:
         for kind, qkv, out in (("weight", layer.qkv, layer.out), ("bias", layer.qkv_bias, layer.out_bias)):
             if qkv is not None:
                 names = (f"{attn}.{part}_proj.{kind}" for part in "qkv")
-                slots |= dict(zip(names, qkv.split(rows), strict=True))
+                slots |= dict(zip(names, torch.split(qkv, rows), strict=True))
             if out is not None:
                 slots[f"{attn}.o_proj.{kind}"] = out
         if layer.query_norm is not None and layer.key_norm is not None:
@@ -233,7 +233,7 @@ def _sparse_slots(layer: LayerTensors, mlp: str) -> Slots:
     assert layer.router is not None
     slots = {f"{mlp}.gate.weight": layer.router}
     slots |= {f"{mlp}.experts.{_ALL_UP}": layer.gate_up, f"{mlp}.experts.{_ALL_DOWN}": layer.down}
-    for index, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down, strict=True)):
+    for index, (gate_up, down) in enumerate(zip(layer.gate_up.unbind(), layer.down.unbind(), strict=True)):
         one = f"{mlp}.experts.{index}"
         slots[f"{one}.gate_proj.weight"], slots[f"{one}.up_proj.weight"] = gate_up.chunk(2)
         slots[f"{one}.down_proj.weight"] = down

@@ -77,8 +77,8 @@ class MoeWorkspace:
         self.pairs = ints(pairs + num * LARGEST_BLOCK)  # sorted by expert, each expert's padded with -1 to whole blocks
         self.expert_of = ints(pairs // 16 + num + 1)  # of each block
         self.weights_P = torch.empty(pairs, dtype=torch.float32, device=device)
-        # The router's partial sums: blocks times parts are no more than the card's processors, but for `invariant`.
-        rows = max(_PROCESSORS * 64, (max_tokens + 15) * 4 if invariant else 0)
+        # The router's partial sums: two of each logit, or as many as fill the card's processors.
+        rows = max(_PROCESSORS * 64, (max_tokens + 63) * (4 if invariant else 2))
         self.partial = torch.empty(rows * num, dtype=torch.float32, device=device)
         self.inner_PI = torch.empty(pairs, like.intermediate, dtype=dtype, device=device)
         self.out_PH = torch.empty(pairs, like.hidden, dtype=dtype, device=device)
@@ -98,7 +98,7 @@ def router_tiling(num_tokens: int, num_experts: int, *, invariant: bool = False)
     if invariant:
         return 16, 4
     block = 16 if num_tokens <= 512 or num_experts > 256 else 64
-    split = 1
+    split = 2  # at least: sums that are read back lie row by row in the warps, and choosing needs no exchange
     while 2 * split * -(-num_tokens // block) <= _PROCESSORS and split < 8:
         split *= 2
     return block, split

@@ -28,7 +28,7 @@ def moe(x_TH: Tensor, experts: Experts, workspace: MoeWorkspace) -> Parts:
     """See launch.py. The workspace is not used."""
     ids, weights = route(x_TH, experts)
     out_KTH = torch.empty(experts.top_k, *x_TH.shape, dtype=x_TH.dtype, device=x_TH.device)
-    for expert in ids.unique().tolist():
+    for expert in sorted(set(ids.flatten().tolist())):
         tokens, ranks = torch.nonzero(ids == expert, as_tuple=True)
         gate, up = linear(x_TH[tokens], experts.gate_up_EIH[expert]).chunk(2, dim=-1)
         out = linear(silu(gate) * up, experts.down_EHI[expert])

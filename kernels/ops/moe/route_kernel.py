@@ -88,19 +88,16 @@ def route(
             router + expert[None, :] * H + at[:, None], mask=(expert < E)[None, :] & (at < H)[:, None], other=0.0
         )
         logits = tl.dot(a, b, logits, input_precision=PRECISION)
-    if SPLIT == 1:
+    ok = (rows < T)[:, None] & (expert < E)[None, :]
+    place = (block * SPLIT * BT + tl.arange(0, BT))[:, None] * E + expert[None, :]
+    tl.store(partial + part * BT * E + place, logits, mask=ok)
+    tl.debug_barrier()
+    if tl.atomic_add(tickets + block, 1, sem="acq_rel") == SPLIT - 1:
+        logits = tl.zeros([BT, BE], tl.float32)
+        for other in tl.static_range(SPLIT):  # unrolled: the loads do not wait for each other
+            logits += tl.load(partial + other * BT * E + place, mask=ok, other=0.0, cache_modifier=".cg")
         _choose(logits, rows, T, ids, weights, counts, E, BE, TOP, KP, RENORM, COUNT)
-    else:
-        ok = (rows < T)[:, None] & (expert < E)[None, :]
-        place = (block * SPLIT * BT + tl.arange(0, BT))[:, None] * E + expert[None, :]
-        tl.store(partial + part * BT * E + place, logits, mask=ok)
-        tl.debug_barrier()
-        if tl.atomic_add(tickets + block, 1, sem="acq_rel") == SPLIT - 1:
-            logits = tl.zeros([BT, BE], tl.float32)
-            for other in tl.static_range(SPLIT):  # unrolled: the loads do not wait for each other
-                logits += tl.load(partial + other * BT * E + place, mask=ok, other=0.0, cache_modifier=".cg")
-            _choose(logits, rows, T, ids, weights, counts, E, BE, TOP, KP, RENORM, COUNT)
-            tl.store(tickets + block, 0)
+        tl.store(tickets + block, 0)
 
 
 @triton.jit(do_not_specialize=["P"])

