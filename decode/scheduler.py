@@ -15,6 +15,7 @@ from diptych.kvtransfer.pool import BlockPool
 from diptych.protos.step import SlotPool, StepPlan, StepRow
 
 from .admission import Admission
+from .arbiter import Demand, StepBudget
 from .decision import Decision, Share
 from .preemption import least_urgent
 from .residents import Residents
@@ -25,8 +26,16 @@ class DecodeScheduler:
     """At most `max_running` sequences and `step_tokens` tokens in a step."""
 
     def __init__(
-        self, *, pool: BlockPool, slots: SlotPool, max_running: int, step_tokens: int, watermark: float
+        self,
+        *,
+        pool: BlockPool,
+        slots: SlotPool,
+        max_running: int,
+        step_tokens: int,
+        watermark: float,
+        budget: StepBudget | None = None,
     ) -> None:
+        """`budget`: who decides how much of `step_tokens` goes to prompts; None: all that decoding leaves."""
         self.all = Residents(pool=pool, slots=slots)
         # A decoding sequence takes one token of each step: with no more seats than tokens, all of them run in every
         # step, and what is left goes to prompts.
@@ -35,6 +44,7 @@ class DecodeScheduler:
         max_holding = self._seats + max(1, self._seats // 8)
         self._admission = Admission(self.all, max_holding=max_holding, watermark=watermark)
         self._step_tokens = step_tokens
+        self._budget = budget
         self._next_step = 0
 
     # ---- what the worker reports ------------------------------------------------------------------
@@ -133,8 +143,8 @@ class DecodeScheduler:
 
     # ---- a round ----------------------------------------------------------------------------------
 
-    def decide(self) -> tuple[StepPlan | None, Decision]:
-        """Who runs in the next step, who gets blocks, who gives way.
+    def decide(self, now: float) -> tuple[StepPlan | None, Decision]:
+        """Who runs in the next step, which begins `now`, who gets blocks, who gives way.
 
         With `must_settle` there is no plan yet: whoever gives way must have no row in flight, and what comes back may
         end sequences and so make room.
@@ -152,7 +162,7 @@ class DecodeScheduler:
             if not goes_on and len(decision.preempted) == changes:
                 break
         self._share_decoding(decision)
-        self._share_prompts(decision)
+        self._share_prompts(decision, now)
         if not decision.shares:
             return None, decision
         self._next_step += 1
@@ -196,9 +206,11 @@ class DecodeScheduler:
             if sequence.missing == 1 and not sequence.is_full
         )
 
-    def _share_prompts(self, decision: Decision) -> None:
+    def _share_prompts(self, decision: Decision, now: float) -> None:
         """Prompts by turn, each as much as the budget allows."""
         prompts, left = self.all.prompts, self._step_tokens - len(decision.shares)
+        if self._budget is not None and decision.shares and len(prompts):
+            left = self._budget.prompt_tokens(self._demand(decision, now))
         served: list[Sequence] = []
         while left and (sequence := prompts.head()) is not None:
             prompts.take(sequence.key)
@@ -212,6 +224,21 @@ class DecodeScheduler:
             left -= share.num_tokens
         for sequence in served:
             prompts.add(sequence.key, sequence, sequence.place)  # until it is launched or leaves
+
+    def _demand(self, decision: Decision, now: float) -> Demand:
+        prompts = self.all.prompts
+        head = prompts.head()
+        assert head is not None
+        # Who joined first is the oldest, but for those that lost their blocks, who come first anyway.
+        waiting = next((one for one in self.all.line if one.state is State.WAITING), head)
+        ready = next((one for one in self.all.ready if one.missing > 1), head)
+        return Demand(
+            decode_rows=len(decision.shares),
+            kv_tokens=sum(share.sequence.launched for share in decision.shares),
+            queued_tokens=self.num_queued_tokens,
+            prompt_kv=head.launched,
+            oldest_wait_s=now - min(one.since for one in (*prompts, waiting, ready)),
+        )
 
     def _extend_prefix(self, sequence: Sequence) -> None:
         """What others have computed since this prompt was admitted, need not be computed again."""

@@ -43,6 +43,7 @@ class Sequence:
     tokens: list[int]  # ids known so far: the prompt, what others had generated, then what was generated since
     state: State
     limit: int  # tokens that it may come to have, by its max_tokens or the context
+    since: float  # when its order came
     table: BlockTable | None = None
     computed: int = 0  # positions 0 .. computed - 1 have KV in the table
     under_way: int = 0  # positions from there on whose KV is computed by steps not collected yet

@@ -10,7 +10,7 @@ from diptych.kvtransfer.pool import BlockPool
 from diptych.protos.errors import DiptychError
 from diptych.protos.lifecycle import logit_rules
 from diptych.protos.pipeline import StepPipeline
-from diptych.protos.ports import ReceiveEvent, ReceivePort
+from diptych.protos.ports import ReceiveEvent, ReceivePort, StepCost
 from diptych.protos.settings import DecodeSettings
 from diptych.protos.step import SlotPool
 from diptych.protos.testing import (
@@ -55,10 +55,12 @@ class DecodeBench:
         settings: DecodeSettings | None = None,
         slots: int = 16,
         prefix_cache: bool = True,
+        cost: StepCost | None = None,
         port: Callable[[EchoRunner], ReceivePort] | None = None,
     ) -> None:
         self.clock = FakeClock()
         self.runner = EchoRunner(num_blocks=num_blocks, block_tokens=block_tokens, max_slots=slots, depth=self.depth)
+        self.runner.cost = cost
         self.pipeline = StepPipeline(self.runner, self.clock)
         self.trace: list[tuple[tuple[object, ...], ...]] = []
         self.runner.observe = lambda plan: self.trace.append(snapshot(plan))

@@ -48,6 +48,7 @@ from diptych.protos.types import (
     TransferKey,
 )
 
+from .arbiter import StepBudget
 from .decision import Decision, Share
 from .scheduler import DecodeScheduler
 from .sequence import IN_TRANSFER, Sequence, State
@@ -82,12 +83,14 @@ class DecodeWorker:
         self._clock = clock
         self._max_context_tokens = max_context_tokens
         self._max_sequences = settings.max_running + settings.max_waiting
+        step_tokens, cost = min(settings.step_tokens, pipeline.runner.max_step_tokens), pipeline.runner.cost
         self._scheduler = DecodeScheduler(
             pool=pool,
             slots=slots,
             max_running=settings.max_running,
-            step_tokens=min(settings.step_tokens, pipeline.runner.max_step_tokens),
+            step_tokens=step_tokens,
             watermark=settings.watermark,
+            budget=None if cost is None else StepBudget(step_tokens=step_tokens, cost=cost),
         )
         self._sequences: dict[TransferKey, Sequence] = {}  # every state but DONE
         totals = ("steps", "step_faults", "row_faults", "tokens", "generated_tokens", "preemptions", "local_prefills")
@@ -107,6 +110,7 @@ class DecodeWorker:
             tokens=list(request.known),
             state=State.WAITING,
             limit=min(len(request.prompt) + request.sampling.max_tokens, self._max_context_tokens),
+            since=self._clock(),
         )
         error = self._refusal(request) if earlier is None else InvalidRequest(f"{key} was used before", "key")
         if error is not None:
@@ -144,12 +148,12 @@ class DecodeWorker:
         for key in self._books.deadlines.pop_due(self._clock()):
             error = DeadlineExceeded("the request's deadline passed before its answer was complete")
             self._end(self._sequences[key], FinishReason.ERROR, error)
-        plan, decision = self._scheduler.decide()
+        plan, decision = self._scheduler.decide(self._clock())
         self._announce(decision)
         collected = False
         if decision.must_settle:
             collected = self._pipeline.settle(leave=0)
-            plan, decision = self._scheduler.decide()
+            plan, decision = self._scheduler.decide(self._clock())
             assert not decision.must_settle
             self._announce(decision)
         if plan is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diptych.protos.errors import DiptychError, EngineFault
+from diptych.protos.ports import StepCost
 from diptych.protos.step import SampleSpec, StepPlan, StepResult, StepRow
 from diptych.protos.types import TokenLogprobs
 
@@ -99,6 +100,7 @@ class ModelRunner:
         self.max_step_tokens = max_step_tokens
         self.vocab_size = model.vocab_size
         self.depth = depth
+        self.cost: StepCost | None = None
         self._model = model
         self._kv = dict(zip(model.layer_ids, kv_layers, strict=True))
         self._block_tokens = block_tokens

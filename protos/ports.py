@@ -22,6 +22,15 @@ class Clock(Protocol):
         """Seconds since some fixed moment."""
 
 
+class StepCost(Protocol):
+    """What a runner knows of its own speed."""
+
+    def seconds(self, *, decode_rows: int, prompt_tokens: int, kv_tokens: int, prompt_kv: int) -> float:
+        """Of a step with so many decoding rows, which read `kv_tokens` positions in all, and so many prompt tokens that
+        follow `prompt_kv` computed ones. Grows with each of them.
+        """
+
+
 class Runner(Protocol):
     """The device: batch in, tokens out. At most two steps are outstanding.
 
@@ -33,6 +42,8 @@ class Runner(Protocol):
     max_step_tokens: int
     vocab_size: int  # ids of prompts are below it
     depth: int  # 1: a step is collected before the next one is planned; 2: when the next one is launched
+
+    cost: StepCost | None  # None: steps are planned as large as they may be
 
     def launch(self, plan: StepPlan) -> None:
         """Start a step. Does not wait for the device where it can avoid it. What it raises, it has not launched."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
 from .errors import DiptychError, TransferError
-from .ports import Closed, Committed, Failed, Released, WantBlocks
+from .ports import Closed, Committed, Failed, Released, StepCost, WantBlocks
 from .step import LogitRules, StepPlan, StepResult, StepRow
 from .types import EngineRef, Finish, PromptLogprobs, StepOutput, TokenLogprobs, TransferKey
 
@@ -187,6 +187,7 @@ class EchoRunner:
         self.max_step_tokens = max_step_tokens
         self.vocab_size = vocab_size
         self.depth = depth
+        self.cost: StepCost | None = None
         self.block_tokens = block_tokens
         self.fault: Literal["launch", "collect"] | None = None
         self.observe: Callable[[StepPlan], None] | None = None

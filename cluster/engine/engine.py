@@ -93,7 +93,7 @@ class Engine:
             inbox=parts.inbox,
             counts=parts.pool.counts,
             clock=time.monotonic,
-            idle=parts.runner.idle,
+            pipeline=parts.pipeline,
             names=(parts.pool.watch_names(), parts.outbox),
         )
         self._sessions = EngineSessions(

@@ -35,7 +35,7 @@ class FaultyRunner:
         self.max_slots = runner.max_slots
         self.max_step_tokens = runner.max_step_tokens
         self.vocab_size = runner.vocab_size
-        self.depth = runner.depth
+        self.depth, self.cost = runner.depth, runner.cost
 
     def launch(self, plan: StepPlan) -> None:
         """See Runner.launch."""

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from diptych.kvtransfer.prefix import NameJournal
+from diptych.protos.pipeline import StepPipeline
 from diptych.protos.ports import Clock, Worker, WorkerLoad
 from diptych.protos.status import EngineStatus
 from diptych.protos.types import DecodeOrder, PoolCounts, PrefillOrder, Role
@@ -33,15 +34,15 @@ class StepLoop:
         inbox: Inbox,
         counts: Callable[[], PoolCounts],
         clock: Clock,
-        idle: Callable[[], bool] = lambda: False,
+        pipeline: StepPipeline | None = None,
         names: tuple[NameJournal, Outbox] | None = None,  # the pool's journal, and where its changes go
     ) -> None:
-        """`idle`: Runner.idle, called before an engine without requests would sleep."""
+        """`pipeline`: the workers', empty when `run` returns; its runner is told when the engine has no requests."""
         self._workers = dict(workers)
         self._inbox = inbox
         self._counts = counts
         self._clock = clock
-        self._idle = idle
+        self._pipeline = pipeline
         self._names = names
         self._stopping = threading.Event()
         self._calls: deque[Callable[[], None]] = deque()
@@ -57,6 +58,8 @@ class StepLoop:
         idle = False
         while not self._stopping.is_set():
             idle = not self.turn(self.sleep_s() if idle else 0.0)
+        if self._pipeline is not None:
+            self._pipeline.settle(leave=0)
 
     def turn(self, wait_s: float) -> bool:
         """Take what arrives within `wait_s` seconds, then let each role step once. False: nothing happened."""
@@ -75,7 +78,7 @@ class StepLoop:
             self._steps += stepped
             self._busy += now - began
         # A worker whose step is under way steps again: nobody sleeps while the device computes.
-        happened = bool(items) or stepped > 0 or (self._is_empty() and self._idle())
+        happened = bool(items) or stepped > 0 or (self._is_empty() and self._did_idle_work())
         if not stepped or now - self._read_at >= READING_PERIOD_S:
             self._read()
         if self._names is not None:
@@ -85,6 +88,9 @@ class StepLoop:
 
     def _is_empty(self) -> bool:
         return all(worker.load() == WorkerLoad(0, 0) for worker in self._workers.values())
+
+    def _did_idle_work(self) -> bool:
+        return self._pipeline is not None and self._pipeline.runner.idle()
 
     def call(self, action: Callable[[], None]) -> None:
         """Have the step thread run `action` between two turns; from any thread."""

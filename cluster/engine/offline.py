@@ -146,7 +146,7 @@ class OfflineEngines:
                 inbox=parts.inbox,
                 counts=parts.pool.counts,
                 clock=time.monotonic,
-                idle=parts.runner.idle,
+                pipeline=parts.pipeline,
             )
             self._loops.append(loop)
             thread.begin(partial(self._step, loop, parts))

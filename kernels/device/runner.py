@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diptych.protos.errors import DiptychError, EngineFault
+from diptych.protos.ports import StepCost
 from diptych.protos.step import StepPlan, StepResult
 
 from ..models import DeviceDecoder
@@ -26,7 +27,7 @@ from ..ops.paged_attention.split import Splits, plan_splits
 from ..ops.step_inputs.launch import apply_updates, build_inputs, publish
 from .buffers import StepBuffers
 from .choice import choose_by_spec, choose_greedily
-from .graphs import FIRST_SIZES, MORE_SIZES, StepGraphs, sizes_within
+from .graphs import PROMPT_ROWS, StepGraphs, StepShape, decode_shape, shapes_within
 from .outcome import Outcome
 from .state import DeviceState
 from .step import StepTensors
@@ -41,6 +42,11 @@ class DeviceOptions:
 
     graphs: bool = True  # False: every step runs as it is, which is what graphs are compared with
     depth: int = 1  # of ports.Runner: 2 asks the caller to launch a step before it collects the one before
+
+
+def max_step_rows(max_slots: int) -> int:
+    """Rows of a step at most, padding included."""
+    return max_slots + PROMPT_ROWS
 
 
 class DeviceRunner:
@@ -61,11 +67,12 @@ class DeviceRunner:
         vocab_size: int,
         options: DeviceOptions,
     ) -> None:
-        device, max_rows = state.words.device, state.max_slots
+        device, max_rows = state.words.device, max_step_rows(state.max_slots)
         self.max_slots = state.max_slots
         self.max_step_tokens = max_step_tokens
         self.vocab_size = vocab_size
         self.depth = options.depth
+        self.cost: StepCost | None = None
         self.degraded: list[str] = []  # grows until `warm_up` returns
         self._decoder = decoder
         self._kv = kv
@@ -88,8 +95,12 @@ class DeviceRunner:
         self._outs = [self._host(2 * max_rows).view(max_rows, 2) for _ in range(MAX_OUTSTANDING)]
         self._turn = 0
         self._outstanding: deque[Outcome | DiptychError] = deque()
-        self._graphs = StepGraphs(self._decode, device=device)
-        self._sizes_left = sizes_within((*FIRST_SIZES, *MORE_SIZES), max_rows) if options.graphs else []
+        self._graphs = StepGraphs(self._compute, device=device)
+        self._first: list[StepShape] = []  # graphs still to be captured
+        self._later: list[StepShape] = []
+        if options.graphs:
+            longest = min(max_step_tokens, state.max_context_tokens)
+            self._first, self._later = shapes_within(min(state.max_slots, max_step_tokens), longest)
         if self._on_card:
             torch.cuda.synchronize(device)  # all of this was made on another stream
             self._stream = torch.cuda.Stream(device)
@@ -127,7 +138,7 @@ class DeviceRunner:
         an engine learns what its steps take on an arena of one block, and gives the rest to this one.
         """
         assert not self._outstanding
-        assert not self._graphs.sizes
+        assert not self._graphs.shapes
         self._kv = kv
         self._state.move_spare(kv[0][0].shape[0] - 1)
         if self._on_card:
@@ -149,45 +160,47 @@ class DeviceRunner:
 
     def capture(self) -> None:
         """Make the first graphs, the largest first. Once, before any step."""
-        state = self._state
         with self._at_work():
-            for rows in reversed(sizes_within(FIRST_SIZES, state.max_slots)):
-                if rows in self._sizes_left:
-                    self._capture(rows)
+            while self._first:
+                self._capture(self._first.pop())
 
     def idle(self) -> bool:
         """Make one more graph, if one is missing: tens of milliseconds. False: there was nothing to do."""
-        if self._outstanding or not self._sizes_left:
+        if self._outstanding or not self._later:
             return False
         with self._at_work():
-            self._capture(self._sizes_left[0])
+            self._capture(self._later.pop(0))
         return True
 
     @property
-    def graph_sizes(self) -> Sequence[int]:
-        """Rows of decode steps that run as a graph, ascending."""
-        return self._graphs.sizes
+    def graph_shapes(self) -> Collection[StepShape]:
+        """Shapes of the steps that run as a graph."""
+        return self._graphs.shapes
 
     def _start(self, plan: StepPlan, layout: Layout) -> Outcome:
         turn = self._turn
         self._turn = (turn + 1) % MAX_OUTSTANDING
-        size = self._graphs.size_for(layout.num_rows) if layout.is_decode else None
-        padded = layout.num_rows if size is None else size
-        words, kept_at, spilled = self._wires[turn].fill(layout, padded, self._state.dummy)
+        shape = self._graphs.shape_for(layout)
+        if shape is not None:
+            layout = layout.padded(*shape, self._state.dummy)
+        elif layout.is_decode:
+            shape = decode_shape(layout.num_rows)
+        words, kept_at, spilled = self._wires[turn].fill(layout)
         if spilled is not None:
             self._set_much(spilled)
         self._wire[:words].copy_(self._sent[turn][:words], non_blocking=True)
         if spilled is None:
             apply_updates(self._wire, self._state, layout.updates.count)
         steps = self._steps
-        if layout.is_decode:
-            logits_NV, step = steps.logits(padded), steps.decode_step(padded)
-            if size is None:
-                self._decode(padded)
+        if shape is not None:
+            logits_NV, step = steps.logits(shape.rows), steps.shaped_step(shape)
+            if shape in self._graphs.shapes:
+                self._graphs.replay(shape)
             else:
-                self._graphs.replay(size)
+                self._compute(shape)
         else:
             logits_NV, step = steps.logits(len(layout.kept)), steps.mixed_step(layout)
+            build_inputs(self._wire, self._state, step)
             step.kept_N.copy_(self._wire[kept_at:words])
             self._forward(step, logits_NV)
             count = len(layout.sampling)
@@ -195,24 +208,28 @@ class DeviceRunner:
         asking = [one for one in layout.sampling if one.spec.temperature != 0 or one.spec.rules is not None]
         if asking:
             choose_by_spec(logits_NV, asking, self._state, steps.tokens_R, steps.token_flags_R)
-        out_R2 = steps.out_R2[: layout.num_rows]
+        published = layout.num_rows + layout.gap
+        out_R2 = steps.out_R2[:published]
         publish(self._wire, self._state, step.flags_R, steps.tokens_R, steps.token_flags_R, out_R2)
-        told_R2 = self._outs[turn][: layout.num_rows]
+        told_R2 = self._outs[turn][:published]
         told_R2.copy_(out_R2, non_blocking=True)
         sampled, prompts = self._sampled_logprobs(layout, logits_NV), self._prompt_logprobs(layout, logits_NV)
         if self._on_card:
             self._events[turn].record()
         return Outcome(plan, layout, turn, told_R2, sampled, prompts)
 
-    def _decode(self, rows: int) -> None:
-        """A step of rows of one token, from the wire to a greedy choice: what a graph holds."""
+    def _compute(self, shape: StepShape) -> None:
+        """A step from the wire to a greedy choice of every row: what a graph holds."""
         steps = self._steps
-        logits_RV = steps.logits(rows)
-        self._forward(steps.decode_step(rows), logits_RV)
-        choose_greedily(logits_RV, steps.tokens_R[:rows], steps.token_flags_R[:rows])
+        step, logits_RV = steps.shaped_step(shape), steps.logits(shape.rows)
+        build_inputs(self._wire, self._state, step)
+        if shape.prompts:
+            step.kept_N.copy_(step.query_start_R[1:])
+            step.kept_N.sub_(1)
+        self._forward(step, logits_RV)
+        choose_greedily(logits_RV, steps.tokens_R[: shape.rows], steps.token_flags_R[: shape.rows])
 
     def _forward(self, step: StepTensors, logits_NV: Tensor) -> None:
-        build_inputs(self._wire, self._state, step)
         plan_splits(step)
         self._decoder.forward(step, self._kv, logits_NV)
 
@@ -255,20 +272,24 @@ class DeviceRunner:
         self._start(StepPlan(0, ()), _dummies(lengths, self._state.dummy))
         self._finish()
 
-    def _capture(self, rows: int) -> None:
-        self._sizes_left.remove(rows)
+    def _capture(self, shape: StepShape) -> None:
         if self._on_card and not self._decoder.capturable:
-            self._sizes_left.clear()
-            self.degraded.append("decode steps run without CUDA graphs: the model asks the device while it computes")
+            self._give_up_graphs("the model asks the device while it computes")
             return
         try:
-            words, _, _ = self._wires[0].fill(_dummies([1], self._state.dummy), rows, self._state.dummy)
+            lengths = [1] if shape.singles else [2]
+            dummies = _dummies(lengths, self._state.dummy).padded(*shape, self._state.dummy)
+            words, _, _ = self._wires[0].fill(dummies)
             self._wire[:words].copy_(self._sent[0][:words], non_blocking=True)
-            self._graphs.capture(rows)
+            self._graphs.capture(shape)
             self._finish()
         except RuntimeError as exc:
-            self._sizes_left.clear()
-            self.degraded.append(f"decode steps of {rows} rows and more run without CUDA graphs: {exc}")
+            self._give_up_graphs(f"{shape.rows} rows of {shape.tokens} tokens: {exc}")
+
+    def _give_up_graphs(self, reason: str) -> None:
+        self._first.clear()
+        self._later.clear()
+        self.degraded.append(f"steps run without CUDA graphs that are not there yet: {reason}")
 
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -304,7 +325,7 @@ def _dummies(lengths: Sequence[int], dummy: int) -> Layout:
     ends = list(accumulate(lengths))
     words: list[int] = []
     for at, (length, end) in enumerate(zip(lengths, ends, strict=True)):
-        words += (dummy, 0, length, end - length, at, 0, 0, 0)
+        words += (dummy, 0, length, end - length, at, 0, 0, 0)  # samples, so that every kernel has run
     singles = sum(length == 1 for length in lengths)
     is_decode = singles == len(lengths)
     return Layout(

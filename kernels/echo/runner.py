@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diptych.protos.echo import BAD, STOP, VOCAB_SIZE
+from diptych.protos.ports import StepCost
 from diptych.protos.step import StepPlan, StepResult, StepRow
 from diptych.protos.types import TokenLogprobs
 
@@ -74,6 +75,7 @@ class EchoRunner:
         self.max_slots = max_slots
         self.max_step_tokens = max_step_tokens
         self.depth = depth
+        self.cost: StepCost | None = None
         self._memory = EchoMemory(memory)
         self._size = self._memory.block_tokens
         self._offsets = np.arange(self._size)

@@ -53,7 +53,7 @@ class Witness:
 
     def __init__(self, runner: Runner, arena: KvArena, model: LoadedModel, *, probes: int = 0) -> None:
         self.max_slots, self.max_step_tokens = runner.max_slots, runner.max_step_tokens
-        self.vocab_size, self.depth = runner.vocab_size, runner.depth
+        self.vocab_size, self.depth, self.cost = runner.vocab_size, runner.depth, runner.cost
         self.longest_row = self.most_rows = self.most_tokens = 0
         self.read_tokens = 0  # positions whose KV a step read and an earlier one had written
         self.changes: list[float] = []  # of the logits, one per layer and K or V that was zeroed

@@ -11,7 +11,7 @@ import pytest
 from diptych.protos.errors import EngineFault, EngineLost
 from diptych.protos.lifecycle import RowMaker
 from diptych.protos.pipeline import StepPipeline
-from diptych.protos.ports import Runner
+from diptych.protos.ports import Runner, StepCost
 from diptych.protos.step import StepPlan, StepResult
 from diptych.protos.testing import FakeClock
 from diptych.protos.types import GenerateRequest, SamplingParams, TokenLogprobs, TransferKey
@@ -26,6 +26,7 @@ class Scripted:
     max_step_tokens = 8
     vocab_size = 100
     depth = 2
+    cost: StepCost | None = None
 
     def __init__(self, *results: StepResult | Exception, refuses: dict[int, Exception] | None = None) -> None:
         self.results = deque(results)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from diptych.protos.ports import StepCost
 from diptych.protos.step import StepPlan, StepResult, StepRow
 
 VOCAB = 64
@@ -84,6 +85,7 @@ class SimRunner:
         self.max_step_tokens = max_step_tokens
         self.vocab_size = VOCAB
         self.depth = depth
+        self.cost: StepCost | None = None
         self.block_tokens = block_tokens
         self.fault = False  # the next step raises, after it has written garbage
         self.on_poison: Callable[[], None] | None = None  # a step that samples for the poison: called, then it raises

@@ -144,7 +144,7 @@ def test_a_step_that_raises_is_a_fault_of_that_step_alone() -> None:
     bare = EchoRunner(max_slots=2, max_step_tokens=8, num_blocks=2, block_tokens=4)
     runner = FaultyRunner(bare, plan(point="engine.step", action="raise", nth=(2,)))
     assert (runner.max_slots, runner.max_step_tokens, runner.vocab_size) == (2, 8, bare.vocab_size)
-    assert (runner.depth, runner.idle()) == (bare.depth, False)
+    assert (runner.depth, runner.cost, runner.idle()) == (bare.depth, None, False)
     first, second, third = outcomes(runner, *(step(at, (5, 6)) for at in range(3)))
     assert isinstance(second, EngineFault)
     assert isinstance(first, StepResult)

@@ -6,8 +6,10 @@ from diptych.cluster.engine.inbox import CancelRequest, Inbox, TransferNews
 from diptych.cluster.engine.loop import IDLE_WAIT_S, MIN_WAIT_S, NAMES_WAIT_S, StepLoop
 from diptych.cluster.engine.outbox import Outbox
 from diptych.kvtransfer.prefix import NameChange, PrefixIndex, short_name
+from diptych.protos.pipeline import StepPipeline
 from diptych.protos.ports import Closed, ReceiveEvent, SendEvent, WorkerLoad
-from diptych.protos.testing import FakeClock
+from diptych.protos.step import StepPlan, StepRow
+from diptych.protos.testing import EchoRunner, FakeClock
 from diptych.protos.types import (
     DecodeOrder,
     EngineId,
@@ -69,6 +71,16 @@ class ScriptedWorker:
         return {f"{self.role}_steps_left_total": float(self.work)}
 
 
+class PiecewiseRunner(EchoRunner):
+    """Has `pieces` of work to do while nobody asks for anything."""
+
+    pieces = 0
+
+    def idle(self) -> bool:
+        self.pieces -= 1
+        return self.pieces >= 0
+
+
 class Bench:
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -76,14 +88,11 @@ class Bench:
         self.inbox = Inbox(max_orders=3)
         self.workers = {role: ScriptedWorker(role, self.log) for role in Role}
         counts = PoolCounts(total=4, free=4, cached=0, used=0)
-        self.pieces = 0  # of what an idle engine may do
+        self.runner = PiecewiseRunner(num_blocks=2, block_tokens=4)
+        self.pipeline = StepPipeline(self.runner, self.clock)
         self.loop = StepLoop(
-            workers=self.workers, inbox=self.inbox, counts=lambda: counts, clock=self.clock, idle=self.idle
+            workers=self.workers, inbox=self.inbox, counts=lambda: counts, clock=self.clock, pipeline=self.pipeline
         )
-
-    def idle(self) -> bool:
-        self.pieces -= 1
-        return self.pieces >= 0
 
 
 def test_items_reach_the_worker_of_their_role_in_order() -> None:
@@ -127,14 +136,23 @@ def test_an_idle_loop_sleeps_until_the_earliest_wake_and_never_spins() -> None:
 
 def test_an_engine_without_requests_does_what_is_left_to_do_piece_by_piece_before_it_sleeps() -> None:
     bench = Bench()
-    bench.pieces = 2
+    bench.runner.pieces = 2
     assert not bench.loop.turn(0.0)
-    assert bench.pieces == 2, "a request waits here, if only for another engine"
+    assert bench.runner.pieces == 2, "a request waits here, if only for another engine"
     for worker in bench.workers.values():
         worker.waiting = 0
     bench.workers[Role.DECODE].work = 1
     assert [bench.loop.turn(0.0) for _ in range(4)] == [True, True, True, False]
     assert bench.loop.reading().steps == 1
+
+
+def test_nothing_is_under_way_when_the_loop_has_ended() -> None:
+    bench, told = Bench(), list[object]()
+    row = StepRow(slot=0, num_tokens=2, tokens=(5, 6), start=0, blocks=(0,), sample=None)
+    bench.pipeline.launch(StepPlan(1, (row,)), told.append)
+    bench.loop.stop()
+    bench.loop.run()
+    assert (bench.pipeline.num_outstanding, len(told)) == (0, 1)
 
 
 def test_a_reading_is_left_when_the_loop_goes_idle() -> None:

@@ -44,7 +44,7 @@ class FaultyRunner:
         self._runner = runner
         self._bad: list[frozenset[int]] = []
         self.max_slots, self.max_step_tokens = runner.max_slots, runner.max_step_tokens
-        self.vocab_size, self.depth = runner.vocab_size, runner.depth
+        self.vocab_size, self.depth, self.cost = runner.vocab_size, runner.depth, runner.cost
 
     def launch(self, plan: StepPlan) -> None:
         bad = (at for at, row in enumerate(plan.rows) if row.tokens is not None and row.tokens[0] == BAD)
