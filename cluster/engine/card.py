@@ -76,7 +76,7 @@ class Card:
         StartupError: none.
         """
         arena = KvArena(self.layout, 0, self._device, spare_blocks=1)
-        self._runner = build_runner(self._model, arena.layers, self._limits, DeviceOptions())
+        self._runner = build_runner(self._model, arena.layers, self._limits, DeviceOptions(depth=2))
         self._runner.rehearse()
         free, _ = torch.cuda.mem_get_info(self._device)
         weights = self._model.weights_bytes

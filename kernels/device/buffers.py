@@ -12,6 +12,7 @@ from .step import StepTensors
 
 if TYPE_CHECKING:
     from ..ops.paged_attention.split import Splits
+    from .graphs import StepShape
     from .wire import Layout
 
 
@@ -41,17 +42,19 @@ class StepBuffers:
         self._slots, self._flags = ints(max_rows), ints(max_rows)
         self._kept = torch.zeros(max_rows + max_tokens, dtype=torch.int64, device=device)
         self._every = torch.arange(max_rows, device=device)
-        self._decode: dict[int, StepTensors] = {}
+        self._shaped: dict[StepShape, StepTensors] = {}
         self._logits_RV = torch.zeros(max_rows, vocab_size, dtype=dtype, device=device)
         self.tokens_R = torch.zeros(max_rows, dtype=torch.int64, device=device)  # by place in the logits
         self.token_flags_R = ints(max_rows)
         self.out_R2 = ints(max_rows, 2)  # see ops/step_inputs
 
-    def decode_step(self, rows: int) -> StepTensors:
-        """A step of `rows` rows of one token; logits of each are wanted."""
-        if rows not in self._decode:
-            self._decode[rows] = self._step(rows, rows, 0, 0, self._every[:rows])
-        return self._decode[rows]
+    def shaped_step(self, shape: StepShape) -> StepTensors:
+        """A step whose logits are wanted after the last token of each row."""
+        if shape not in self._shaped:
+            singles, prompts, tokens = shape
+            kept_N = self._kept[: shape.rows] if prompts else self._every[:singles]
+            self._shaped[shape] = self._step(tokens, singles, prompts, tokens - singles if prompts else 0, kept_N)
+        return self._shaped[shape]
 
     def mixed_step(self, layout: Layout) -> StepTensors:
         """Any other step."""

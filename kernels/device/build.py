@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..model import LoadedModel
 from ..ops.paged_attention.split import allocate
-from .runner import DeviceOptions, DeviceRunner
+from .runner import DeviceOptions, DeviceRunner, max_step_rows
 from .state import DeviceState
 
 
@@ -48,7 +48,7 @@ def build_runner(
     splits = None
     if first.is_cuda:
         splits = allocate(
-            max_rows=limits.max_slots,
+            max_rows=max_step_rows(limits.max_slots),
             max_tokens=limits.max_step_tokens,
             heads=model.heads,
             kv_heads=model.kv_heads,

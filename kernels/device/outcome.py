@@ -22,7 +22,7 @@ class Outcome:
     plan: StepPlan
     layout: Layout
     turn: int  # which of the outstanding steps' memory it uses
-    out_R2: Tensor  # int32: token or -1, and flags, of each row in the layout's order
+    out_R2: Tensor  # int32: token or -1, and flags, of each row of the layout up to the plan's last
     sampled: Logprobs | None  # of the rows that sample and ask for them
     prompts: Logprobs | None  # of all prompt rows, one after another
 
@@ -32,7 +32,9 @@ class Outcome:
         tokens: list[int | None] = [None] * layout.num_rows
         faults: set[int] = set()
         ruled_out: set[int] = set()
-        for row, (token, flags) in zip(layout.order, self.out_R2.tolist(), strict=True):
+        told: list[list[int]] = self.out_R2.tolist()
+        del told[layout.singles : layout.singles + layout.gap]
+        for row, (token, flags) in zip(layout.order, told, strict=True):
             if flags:
                 faults.add(row)
                 if flags == RULED_OUT:

@@ -41,6 +41,8 @@ def ragged_batch(step: StepTensors) -> RaggedBatch:
     segments = []
     for row, (first, end, slot) in enumerate(zip(starts[:-1], lengths, slots, strict=True)):
         num = starts[row + 1] - first
+        if num == 0:  # padding
+            continue
         blocks = step.blocks_SB[slot, : -(-end // step.block_tokens)].tolist()
         segments.append(Segment(first, num, end - num, blocks))
     return build_batch(segments, step.block_tokens, step.ids_T.device)

@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from diptych.protos.errors import DiptychError, EngineFault
+from diptych.protos.errors import DiptychError, EngineFault, EngineLost
 from diptych.protos.ports import StepCost
 from diptych.protos.step import StepPlan, StepResult
 
@@ -117,20 +117,25 @@ class DeviceRunner:
                 outcome = self._start(plan, layout)
             except Exception as exc:
                 outcome = _fault(plan, exc)
-                self._give_up(plan)
+                try:
+                    self._give_up(plan)
+                except RuntimeError as lost:
+                    outcome = _lost(plan, lost)
         self._outstanding.append(outcome)
 
     def collect(self) -> StepResult:
-        """See ports.Runner and ModelRunner.collect: the same tokens, faults and logprobs."""
+        """See ports.Runner and ModelRunner.collect: the same tokens, faults and logprobs.
+
+        EngineLost: a kernel did what no process recovers from; every later step would end like this.
+        """
         assert self._outstanding, "no step is outstanding"
         outcome = self._outstanding.popleft()
         if isinstance(outcome, DiptychError):
             raise outcome
-        if self._on_card:
-            try:
-                self._events[outcome.turn].synchronize()
-            except RuntimeError as exc:  # what a kernel did wrong shows where somebody waits for it
-                raise _fault(outcome.plan, exc) from exc
+        try:
+            self._wait(outcome.turn)
+        except RuntimeError as exc:  # it shows where somebody waits for it
+            raise _lost(outcome.plan, exc) from exc
         return outcome.result()
 
     def use_arena(self, kv: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -155,7 +160,9 @@ class DeviceRunner:
             for size in reversed([1 << power for power in range(1, longest.bit_length())]):
                 beside = [1] if size < self.max_step_tokens and state.max_slots > 1 else []
                 self._rehearse([*beside, size])
-            self._rehearse([1] * min(state.max_slots, self.max_step_tokens))
+            most = min(state.max_slots, self.max_step_tokens - 2)
+            for rows in (1 << power for power in range(max(0, most).bit_length())):
+                self._rehearse([1] * rows + [min(2, longest)])  # a library's product is another one for other rows
             self._rehearse([1])
 
     def capture(self) -> None:
@@ -261,11 +268,9 @@ class DeviceRunner:
     def _give_up(self, plan: StepPlan) -> None:
         """Of a failed step: nobody knows what the device has of its slots, and none has a token to go on from."""
         self._packer.forget(plan)
-        with contextlib.suppress(RuntimeError):  # a device that is lost says so to every later step, too
-            for row in plan.rows:
-                self._state.tokens_SC[row.slot, row.start + row.num_tokens].fill_(-1)
-            if self._on_card:
-                self._stream.synchronize()  # the wire that it may have been reading is written again
+        for row in plan.rows:
+            self._state.tokens_SC[row.slot, row.start + row.num_tokens].fill_(-1)
+        self._finish()  # the wire that it may have been reading is written again
 
     def _rehearse(self, lengths: Sequence[int]) -> None:
         """A step of rows of the dummy slot, all in the spare block; rows of one token first."""
@@ -300,6 +305,11 @@ class DeviceRunner:
             else:
                 yield
 
+    def _wait(self, turn: int) -> None:
+        """Until the step that has this turn is over and copied out."""
+        if self._on_card:
+            self._events[turn].synchronize()
+
     def _finish(self) -> None:
         if self._on_card:
             self._stream.synchronize()
@@ -316,6 +326,12 @@ def _fault(plan: StepPlan, exc: Exception) -> DiptychError:
     if isinstance(exc, DiptychError):
         return exc
     error = EngineFault("The model could not compute a step.", detail=f"step {plan.step_id}: {exc!r}")
+    error.__cause__ = exc
+    return error
+
+
+def _lost(plan: StepPlan, exc: RuntimeError) -> EngineLost:
+    error = EngineLost("The device failed.", detail=f"step {plan.step_id}: {exc!r}")
     error.__cause__ = exc
     return error
 

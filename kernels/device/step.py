@@ -26,8 +26,9 @@ TOKEN_MISSING = 8  # it goes on from a token that was never sampled soundly
 class StepTensors:
     """T tokens in R rows; N logits are wanted. int32 on the device unless said; static memory, filled anew each step.
 
-    Under a graph the host's numbers are those of its bucket: what a step lacks is padding rows of the dummy slot, whose
-    KV goes to the arena's spare block, so that nothing needs to know which rows are padding.
+    Under a graph the host's numbers are those of its shape: what a step lacks is padding rows of the dummy slot, whose
+    KV goes to the arena's spare block, so that nothing needs to know which rows are padding. A row of padding behind
+    the prompts may have no token at all.
     """
 
     ids_T: Tensor

@@ -8,7 +8,8 @@ place: the row of logits that the row samples from, -1 where it does not sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,11 +35,11 @@ class PromptRow:
     top: int
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(NamedTuple):
     """A row that samples."""
 
     row: int  # of the plan
+    at: int  # in the layout's order
     place: int  # in the logits
     slot: int
     spec: SampleSpec
@@ -55,8 +56,9 @@ class Layout:
     sampling: list[Sampling]  # in order of place
     prompts: list[PromptRow]
     kept: list[int]  # tokens whose logits are wanted, by place; of a pure decode step every token, and the list empty
-    rows: list[int]  # ROW words of each row
+    rows: list[int]  # ROW words of each row, padding included
     updates: Updates
+    gap: int = 0  # rows of padding between those of one token and prompts
 
     @property
     def num_rows(self) -> int:
@@ -68,10 +70,26 @@ class Layout:
         """Nothing but rows of one token, of which nothing is told but what they sample."""
         return self.most_prompt == 0 and not self.prompts
 
-    @property
-    def is_greedy(self) -> bool:
-        """Every row that samples takes the largest logit as it is."""
-        return all(s.spec.temperature == 0 and s.spec.rules is None for s in self.sampling)
+    def padded(self, singles: int, prompts: int, tokens: int, dummy: int) -> Layout:
+        """The same step as `singles` rows of one token and `prompts` rows behind them, the last of which has what lacks
+        in `tokens`. What is added is the dummy's; a row's place in the logits is its own number.
+        """
+        own, gap = len(self.order), singles - self.singles
+        words = self.rows[: ROW * self.singles]
+        for at in range(self.singles, singles):
+            words += (dummy, 0, 1, at, -1, 0, 0, 0)
+        if not prompts:  # of a decode step places are the rows' numbers already
+            return replace(self, rows=words)
+        for at in range(self.singles):
+            words[ROW * at + 4] = at if words[ROW * at + 4] >= 0 else -1
+        for at in range(self.singles, own):
+            slot, start, num, first, place = self.rows[ROW * at : ROW * at + 5]
+            words += (slot, start, num, first + gap, at + gap if place >= 0 else -1, 0, 0, 0)
+        end = self.num_tokens + gap
+        for at in range(own + gap, singles + prompts):
+            words += (dummy, 0, tokens - end if at == singles + prompts - 1 else 0, end, -1, 0, 0, 0)
+        sampling = [one._replace(place=one.at if one.at < self.singles else one.at + gap) for one in self.sampling]
+        return replace(self, rows=words, sampling=sampling, kept=[], gap=gap)
 
 
 @dataclass(slots=True)
@@ -150,7 +168,7 @@ class Packer:
             place = -1
             if row.sample is not None:
                 place = at if is_decode else len(kept)
-                sampling.append(Sampling(index, place, row.slot, row.sample))
+                sampling.append(Sampling(index, at, place, row.slot, row.sample))
                 if not is_decode:
                     kept.append(first + row.num_tokens - 1)
             self._tell(row, updates)
@@ -278,22 +296,15 @@ class Wire:
     def __init__(self, memory: Words) -> None:
         self._memory = memory
 
-    def fill(self, layout: Layout, padded_rows: int, dummy: int) -> tuple[int, int, Updates | None]:
-        """Write a step with padding rows up to `padded_rows`, and the updates that fit.
+    def fill(self, layout: Layout) -> tuple[int, int, Updates | None]:
+        """Write a step, and its updates if they fit.
 
         Gives the words to copy, where the kept tokens begin among them, and updates that found no room (long histories
         and block tables): they have to reach the device by another way, before the step.
         """
-        memory, rows = self._memory, layout.num_rows
-        table = memory[HEADER : HEADER + ROW * padded_rows].reshape(padded_rows, ROW)
-        table[:rows] = np.array(layout.rows, dtype=np.int32).reshape(rows, ROW)
-        if padded_rows > rows:
-            table[rows:] = 0
-            table[rows:, 0] = dummy
-            table[rows:, 2] = 1
-            table[rows:, 3] = np.arange(rows, padded_rows)
-            table[rows:, 4] = -1
-        at = HEADER + ROW * padded_rows
+        memory = self._memory
+        at = HEADER + len(layout.rows)
+        memory[HEADER:at] = layout.rows
         count, spilled = layout.updates.count, None
         if at + 2 * count + len(layout.kept) > len(memory):
             count, spilled = 0, layout.updates

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from diptych.kernels.device.build import StepLimits, build_runner
-from diptych.kernels.device.graphs import FIRST_SIZES, sizes_within
+from diptych.kernels.device.graphs import StepShape, decode_shape, shapes_within
 from diptych.kernels.device.plain import PlainDecoder
 from diptych.kernels.device.runner import DeviceOptions, DeviceRunner
 from diptych.kernels.device.state import DeviceState
@@ -21,7 +21,7 @@ from diptych.kernels.device.testing import BLOCK, GREEDY, Storm, SumDecoder, mak
 from diptych.kernels.model import LoadedModel, load_model
 from diptych.kernels.runner import ModelRunner
 from diptych.kernels.testing import ARCHITECTURES, make_tiny_checkpoint
-from diptych.protos.errors import EngineFault
+from diptych.protos.errors import EngineFault, EngineLost
 from diptych.protos.step import LogitRules, SampleSpec, StepPlan, StepResult, StepRow
 from diptych.protos.types import TokenLogprobs
 
@@ -30,8 +30,11 @@ CARD = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def warm(runner: DeviceRunner) -> None:
+    """With all graphs that it may have."""
     runner.rehearse()
     runner.capture()
+    while runner.idle():
+        pass
 
 
 def run_storm(runner: DeviceRunner, seed: int, depth: int, requests: int = 24) -> Storm:
@@ -51,7 +54,7 @@ def run_storm(runner: DeviceRunner, seed: int, depth: int, requests: int = 24) -
 def test_every_request_gets_the_oracles_tokens(device: str, graphs: bool, depth: int, seed: int) -> None:
     runner, _ = make_runner(torch.device(device), graphs=graphs)
     warm(runner)
-    assert bool(runner.graph_sizes) == graphs
+    assert bool(runner.graph_shapes) == graphs
     assert not runner.degraded
     storm = run_storm(runner, seed, depth)
     assert len(storm.finished) == 24
@@ -94,25 +97,59 @@ def test_steps_touch_their_own_blocks_and_the_spare_one_only(device: str) -> Non
 
 
 @pytest.mark.parametrize("device", ["cpu", CARD])
-def test_a_graph_holds_every_step_of_one_token_rows_and_the_rest_come_when_idle(device: str) -> None:
+def test_the_first_graphs_are_there_at_once_and_the_rest_come_when_idle(device: str) -> None:
     runner, _ = make_runner(torch.device(device), slots=40)
-    warm(runner)
-    assert list(runner.graph_sizes) == [1, 2, 4, 8, 16, 32, 40]
+    runner.rehearse()
+    runner.capture()
+    first = {decode_shape(rows) for rows in (1, 2, 4, 8, 16, 32, 40)} | {StepShape(0, 4, 64)}
+    assert set(runner.graph_shapes) == first
     runner.launch(StepPlan(1, (row_of(0, (3, 4), 0),)))
     assert not runner.idle(), "a step is outstanding"
     runner.collect()
     while runner.idle():
         pass
-    assert list(runner.graph_sizes) == [1, 2, 4, 8, 16, 24, 32, 40]
+    assert set(runner.graph_shapes) == first | {decode_shape(24), StepShape(8, 4, 64), StepShape(32, 4, 64)}
     storm = run_storm(runner, 5, 2)
     assert all(request.tokens[0] == oracle(request.prompt) for request in storm.finished)
 
 
-def test_graph_sizes_hold_every_number_of_rows() -> None:
-    for rows in (1, 3, 8, 48, 64, 512):
-        sizes = sizes_within(FIRST_SIZES, rows)
-        assert sizes == sorted(set(sizes))
-        assert sizes[-1] == rows
+@pytest.mark.parametrize("rows", [1, 3, 8, 48, 64, 512])
+def test_graphs_hold_every_number_of_decoding_rows(rows: int) -> None:
+    first, later = shapes_within(rows, 512)
+    assert max(shape.singles for shape in first if not shape.prompts) == rows
+    assert not set(first) & set(later)
+    assert all(shape.singles <= rows for shape in (*first, *later))
+
+
+def test_a_step_takes_the_smallest_shape_that_holds_it_padded() -> None:
+    runner, _ = make_runner(CPU, slots=40, step_tokens=600, context=600)
+    warm(runner)
+    packer = runner._packer
+
+    def shape_of(*lengths: int) -> StepShape | None:
+        rows = [
+            StepRow(slot=slot, num_tokens=num, tokens=(1,) * num, start=0, blocks=list(range(150)), sample=GREEDY)
+            for slot, num in enumerate(lengths)
+        ]
+        layout = packer.lay_out(StepPlan(0, tuple(rows)))
+        shape = runner._graphs.shape_for(layout)
+        if shape is not None:
+            padded = layout.padded(*shape, 40)
+            nums, firsts, places = padded.rows[2::8], padded.rows[3::8], padded.rows[4::8]
+            assert (len(nums), sum(nums)) == (shape.rows, shape.tokens)
+            assert nums[: shape.singles] == [1] * shape.singles
+            assert firsts == [sum(nums[:at]) for at in range(len(nums))]
+            assert [place for place in places if place >= 0] == [one.place for one in padded.sampling]
+            assert [padded.rows[8 * one.place] for one in padded.sampling] == [one.slot for one in padded.sampling]
+        return shape
+
+    assert shape_of(1, 1, 1) == decode_shape(4)
+    assert shape_of(64) == StepShape(0, 4, 64)
+    assert shape_of(65) == StepShape(0, 4, 128)
+    assert shape_of(30, 1, 30) == StepShape(8, 4, 128)
+    assert shape_of(*[1] * 9, 2, 2, 2) == StepShape(32, 4, 64)
+    assert shape_of(2, 2, 2, 2) is None, "the last prompt row is the padding's"
+    assert shape_of(513) is None
 
 
 def run(runner: DeviceRunner | ModelRunner, *rows: StepRow) -> StepResult:
@@ -196,6 +233,24 @@ def test_a_failed_step_leaves_no_token_to_go_on_from_and_no_false_memory() -> No
     assert result.tokens == (None, oracle((3, oracle((3,)))))
     again = row_of(0, (1, 2, known[2]), 0, blocks=blocks)
     assert run(runner, again).tokens == (oracle(known),)
+
+
+def test_a_device_that_fails_ends_the_engine_not_only_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = SumDecoder()
+    runner, _ = make_runner(CPU, decoder)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    runner.launch(StepPlan(0, (row_of(0, (1, 2), 0),)))
+    monkeypatch.setattr(runner, "_wait", fail)
+    with pytest.raises(EngineLost):
+        runner.collect()
+    decoder.fail = True
+    monkeypatch.setattr(runner, "_finish", fail)
+    runner.launch(StepPlan(1, (row_of(1, (1, 2), 0),)))
+    with pytest.raises(EngineLost):
+        runner.collect()
 
 
 def test_a_fault_is_its_rows_alone_and_goes_on_with_it() -> None:

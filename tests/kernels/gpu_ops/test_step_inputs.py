@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diptych.kernels.device.buffers import StepBuffers
+from diptych.kernels.device.graphs import decode_shape
 from diptych.kernels.device.state import DeviceState
 from diptych.kernels.device.step import KV_NOT_FINITE, LOGITS_NOT_FINITE, RULED_OUT, TOKEN_MISSING, StepTensors
 from diptych.kernels.device.wire import Layout, Packer, Wire, wire_words
@@ -51,13 +52,14 @@ class Made:
         layout = Packer(self.state).lay_out(plan)
         self.layout: Layout = layout
         memory = torch.zeros(wire_words(max_rows=SLOTS, max_step_tokens=MAX_TOKENS), dtype=torch.int32)
-        words, _, spilled = Wire(memory.numpy()).fill(layout, padded or layout.num_rows, self.state.dummy)
+        filled = layout.padded(padded, 0, padded, self.state.dummy) if padded else layout
+        words, _, spilled = Wire(memory.numpy()).fill(filled)
         assert spilled is None
         self.wire: Tensor = memory[:words].to(place)
         buffers = StepBuffers(
             self.state, None, max_rows=SLOTS, max_tokens=MAX_TOKENS, vocab_size=1, dtype=torch.float32
         )
-        self.step: StepTensors = buffers.decode_step(padded) if padded else buffers.mixed_step(layout)
+        self.step: StepTensors = buffers.shaped_step(decode_shape(padded)) if padded else buffers.mixed_step(layout)
         for name in NAMES:
             getattr(self.step, name).fill_(-9)
         how.apply_updates(self.wire, self.state, layout.updates.count)  # type: ignore[attr-defined]
