@@ -25,4 +25,4 @@ class GenericDecoder:
         """See DeviceDecoder."""
         layers = dict(zip(self._layer_ids, kv, strict=True))
         seen = DeviceAttentionStep(step, layers, self._layer_ids[-1])
-        logits_NV.copy_(run_module(self._module, step.ids_T, seen, step.kept_N))
+        logits_NV.copy_(run_module(self._module, step.ids_T[: step.num_tokens], seen, step.kept_N))

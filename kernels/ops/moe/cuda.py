@@ -43,11 +43,15 @@ def moe(x_TH: Tensor, experts: Experts, workspace: MoeWorkspace) -> Parts:
     tokens = x_TH.shape[0]
     call = Call(experts, workspace, tokens, tokens <= FEW and not workspace.invariant)
     up, down = configurations(call)
-    choose_experts(call, x_TH)
-    if not call.few:
-        sort_pairs(call, up.block_m)
-    project(call, up, x_TH, workspace.inner_PI, first=True)
-    project(call, down, workspace.inner_PI, workspace.out_PH, first=False)
+    try:
+        choose_experts(call, x_TH)
+        if not call.few:
+            sort_pairs(call, up.block_m)
+        project(call, up, x_TH, workspace.inner_PI, first=True)
+        project(call, down, workspace.inner_PI, workspace.out_PH, first=False)
+    except Exception:  # a kernel that cannot be compiled, say: what was counted must not reach the next call
+        workspace.clear()
+        raise
     out_KTH = workspace.out_PH[: call.pairs].view(experts.top_k, tokens, experts.hidden)
     return Parts(out_KTH, experts.top_k)
 
@@ -118,12 +122,12 @@ def sort_pairs(call: Call, block: int) -> None:
             space.num_blocks,
             call.pairs,
         ),
-        num_warps=4 if call.pairs <= 2048 else 8,
+        num_warps=4 if block == FEW else 8,
         num_stages=1,
         E=num,
         BE=max(16, _power(num)),
         BM=block,
-        CHUNK=1024 if call.pairs <= 2048 else 4096,
+        CHUNK=1024 if block == FEW else 4096,  # by the block, so that no other number of tokens is another variant
     )
 
 

@@ -58,8 +58,7 @@ class Experts:
 class MoeWorkspace:
     """Buffers for steps of up to `max_tokens` tokens through experts of one size. One call at a time uses it.
 
-    `counts_E`, `arrived` and `aligned` are 0 between calls: the kernels leave them so. A call that failed half way
-    may not have, but what it failed of, the device, is lost anyway.
+    `counts_E`, `arrived` and `aligned` are 0 between calls: the kernels leave them so.
     """
 
     def __init__(self, like: Experts, *, max_tokens: int, invariant: bool = False) -> None:
@@ -87,6 +86,11 @@ class MoeWorkspace:
         """Whether a call with so many tokens may use it."""
         shape = (experts.top_k, experts.num_experts, experts.hidden, experts.intermediate)
         return num_tokens <= self.max_tokens and shape == self.shape
+
+    def clear(self) -> None:
+        """After a call that failed half way: the next one begins from nothing."""
+        for tensor in (self.counts_E, self.arrived, self.aligned):
+            tensor.zero_()
 
     def nbytes(self) -> int:
         """Bytes on the device."""

@@ -161,6 +161,23 @@ def test_bits_of_a_token_do_not_depend_on_its_company_where_that_is_asked(place:
         assert torch.equal(alone.data, together[:, span])
 
 
+def test_a_call_that_failed_half_way_leaves_nothing_to_the_next(
+    place: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The router had counted already when the sorting could not be launched."""
+    x, experts = make((20, 8, 2, 32, 16), torch.float32, place)
+    workspace = poisoned(experts, 20)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a wish")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "sort_pairs", fail)
+        with pytest.raises(RuntimeError, match="a wish"):
+            cuda.moe(x, experts, workspace)
+    check(x, experts, workspace, 1e-4)
+
+
 def test_what_does_not_fit_is_refused(place: torch.device) -> None:
     x, experts = make((5, 8, 2, 32, 16), torch.float32, place)
     workspace = MoeWorkspace(experts, max_tokens=4)
