@@ -1,4 +1,4 @@
-"""The hand-written decoder: 9 launches a layer on a card, 8 or 9 where it is sparse, none of them for a residual add.
+"""The hand-written decoder: 9 launches a layer on a card (10 where experts sort pairs), none for a residual add.
 
 x -> norm -> qkv -> qk_write -> attend -> out (+ x) -> norm -> gate, up -> silu_mul -> down (+ x) -> next norm
 What a linear or the experts add to the residual comes as parts, which the next norm adds, or is added inside the
