@@ -34,6 +34,7 @@ from .step import StepTensors
 from .wire import HEADER, NUM_UPDATES, UPDATES_AT, Layout, Packer, Updates, Wire, wire_words
 
 MAX_OUTSTANDING = 2
+_TOLD_AT_ONCE = 64  # rows of logprobs: 33 MB of float32 at 128,256 tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +53,8 @@ def max_step_rows(max_slots: int) -> int:
 class DeviceRunner:
     """Implements ports.Runner over a decoder and an arena on one device. One thread uses it.
 
-    `kv`: K and V of each layer, [blocks, kv_heads, block_tokens, head_dim]; `spare_block` is one of these blocks that
-    no sequence ever gets. On a CPU everything happens in `launch`.
+    `kv`: K and V of each layer, [blocks, kv_heads, block_tokens, head_dim]; the state's spare block is one of these
+    that no sequence ever gets. On a CPU everything happens in `launch`.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class DeviceRunner:
         self.vocab_size = vocab_size
         self.depth = options.depth
         self.cost: StepCost | None = None
-        self.degraded: list[str] = []  # grows until `warm_up` returns
+        self.degraded: list[str] = []  # what cannot be captured, for people; grows while graphs are made
         self._decoder = decoder
         self._kv = kv
         self._device = device
@@ -246,7 +247,7 @@ class DeviceRunner:
             return None
         places = self._on_device([one.place for one in asking])
         most = max(one.spec.logprobs or 0 for one in asking)
-        return _on_host(logprobs(logits_NV, places, self._steps.tokens_R[places], most))
+        return _tell(logits_NV, places, self._steps.tokens_R[places], most)
 
     def _prompt_logprobs(self, layout: Layout, logits_NV: Tensor) -> Logprobs | None:
         prompts = layout.prompts
@@ -254,7 +255,7 @@ class DeviceRunner:
             return None
         places = self._on_device([place for prompt in prompts for place in prompt.places])
         tokens = self._on_device([token for prompt in prompts for token in prompt.tokens])
-        return _on_host(logprobs(logits_NV, places, tokens, max(prompt.top for prompt in prompts)))
+        return _tell(logits_NV, places, tokens, max(prompt.top for prompt in prompts))
 
     def _set_much(self, updates: Updates) -> None:
         """Updates that the wire has no room for, by memory of their own."""
@@ -357,7 +358,11 @@ def _dummies(lengths: Sequence[int], dummy: int) -> Layout:
     )
 
 
-def _on_host(columns: Logprobs) -> Logprobs:
-    """Copies under way; into pinned memory, where the device is not the host."""
-    told = (columns.own_R, columns.ranks_R, columns.ids_RK, columns.values_RK)
-    return Logprobs(*(column.to("cpu", non_blocking=True) for column in told))
+def _tell(logits_NV: Tensor, places: Tensor, tokens: Tensor, most: int) -> Logprobs:
+    """Logprobs on their way to the host, into pinned memory where the device is not the host. In pieces: a prompt's
+    rows in float32 are gigabytes.
+    """
+    pieces = zip(places.split(_TOLD_AT_ONCE), tokens.split(_TOLD_AT_ONCE), strict=True)
+    found = [logprobs(logits_NV, rows, ids, most) for rows, ids in pieces]
+    columns = zip(*((one.own_R, one.ranks_R, one.ids_RK, one.values_RK) for one in found), strict=True)
+    return Logprobs(*(torch.cat(column).to("cpu", non_blocking=True) for column in columns))
