@@ -133,7 +133,7 @@ class Card:
             block_tokens=limits.block_tokens,
         )
         block = (layout.bytes_per_block, layout.block_tokens)
-        return plan_before_loading(weights, state, needs, free=self._free, block=block, wanted_kv=self._wanted_kv)
+        return plan_before_loading(weights, state, needs=needs, free=self._free, block=block, wanted_kv=self._wanted_kv)
 
 
 def _widest(shape: DecoderShape) -> int:

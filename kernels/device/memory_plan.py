@@ -1,6 +1,6 @@
 """How a card's memory is divided: told before anything is allocated, and again once the largest step has run.
 
-KV gets what is left. Arithmetic alone: nothing here touches a device.
+KV gets what is left. Arithmetic alone: nothing here touches a device. Called where an engine is composed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RESERVE = 1 << 30  # never planned: what the allocator rounds up, libraries that
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """One engine's memory on its card, in bytes. `kv` is None before it was decided."""
+    """One engine's memory on its card, in bytes."""
 
     rows: tuple[tuple[str, int], ...]
     free: int  # what the process may take of the card
@@ -93,7 +93,7 @@ class StepNeeds:
 
 
 def plan_before_loading(
-    weights: int, state: int, needs: StepNeeds, *, free: int, block: tuple[int, int], wanted_kv: int | None
+    weights: int, state: int, *, needs: StepNeeds, free: int, block: tuple[int, int], wanted_kv: int | None
 ) -> DevicePlan:
     """`weights` and `state` in bytes; `block`: bytes and tokens of a KV block."""
     rows = (
