@@ -20,7 +20,7 @@ from .params import AttentionParams
 from .plan_kernel import plan_rows, plan_tiles
 from .prompt_kernel import attend_prompts
 from .reference import paged_attention as paged_attention
-from .split import COUNTS, Splits, group_tile
+from .split import COUNTS, MOST_ITEMS, RECORD, Splits, group_tile, most_items
 
 if TYPE_CHECKING:
     from ...device.step import StepTensors
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _LOG2_E = math.log2(math.e)
 _UNIT = 64  # tokens by which items of a row are measured
 _LEAST, _LEAST_ALONE = 256, 128  # of an item; one H200: 64 x 1,024 81 us with 128, 66 with 256; 1 x 1,024 9.6 and 8.3
+_ENOUGH = 1024  # tokens: items of it are cut no further for one round of programs
 _MOST_PIECES = 16
-_ADDED_AT_ONCE = 4096  # numbers: 32 registers of each thread
 _STORED_AT_ONCE = 32
 
 
@@ -41,14 +41,15 @@ def plan(step: StepTensors, splits: Splits) -> None:
     launch(
         plan_rows,
         (step.decode_rows, len(splits.windows), 1),
-        (step.seq_len_R, splits.windows_W, splits.rows_WX, step.decode_rows),
+        (step.seq_len_R, step.slot_R, splits.windows_W, splits.rows_WX, step.decode_rows),
         WORK=splits.rows_WX.shape[1],
         COUNTS=COUNTS,
-        ITEMS=splits.max_items,
-        ROWS=splits.max_rows,
+        RECORD=RECORD,
         SLOTS=splits.slots,
+        MOST=MOST_ITEMS,
         LEAST=_LEAST,
         LEAST_ALONE=_LEAST_ALONE,
+        ENOUGH=_ENOUGH,
         UNIT=_UNIT,
         BLOCK=block,
         STORE=_STORED_AT_ONCE,
@@ -56,12 +57,13 @@ def plan(step: StepTensors, splits: Splits) -> None:
     launch(
         plan_tiles,
         (step.prompt_rows, 1, 1),
-        (step.query_start_R, splits.tiles_X, step.decode_rows, step.prompt_rows),
+        (step.query_start_R, step.seq_len_R, step.slot_R, splits.tiles_X, step.decode_rows, step.prompt_rows),
         COUNTS=COUNTS,
-        TILES=splits.max_tiles,
+        RECORD=RECORD,
         HEADS=splits.heads,
         PROGRAMS=splits.programs,
         MOST=_MOST_PIECES,
+        LEAST=_LEAST,
         TILE=splits.prompts.block_m,
         BLOCK=block,
         STORE=_STORED_AT_ONCE,
@@ -111,11 +113,10 @@ def rows(
     group = heads // kv_heads
     held, share = group_tile(group)
     wide = max(16, 1 << (dim - 1).bit_length())
-    real = min(1 << (group - 1).bit_length(), held)
     scale, factor = _factors(params)
     launch(
         attend_rows,
-        (min(step.decode_rows + splits.slots, splits.max_items), kv_heads * share, 1),
+        (most_items(step.decode_rows, splits.slots), kv_heads * share, 1),
         (
             q_THD,
             k_NGBD,
@@ -123,8 +124,7 @@ def rows(
             out_THD,
             out_THD if params.sinks_H is None else params.sinks_H,
             step.blocks_SB,
-            step.slot_R,
-            splits.rows_WX[splits.windows.index(params.window or 0)],
+            splits.rows_of[splits.windows.index(params.window or 0)],
             splits.parts,
             splits.lse,
             splits.tickets,
@@ -142,13 +142,10 @@ def rows(
         TABLE=step.blocks_SB.stride(0),
         PAGE=step.block_tokens,
         COUNTS=COUNTS,
-        ITEMS=splits.max_items,
-        ROWS=splits.max_rows,
+        RECORD=RECORD,
         TILE=config.block_n,
         HELD=held,
         SHARE=share,
-        REAL=real,
-        CHUNK=max(1, _ADDED_AT_ONCE // (real * wide)),
         SOFTCAP=params.softcap is not None,
         SINKS=params.sinks_H is not None,
         PRECISION=_precision(q_THD),
@@ -174,7 +171,7 @@ def prompts(
     tiles = -(-(step.num_tokens - step.decode_rows) // config.block_m) + step.prompt_rows
     launch(
         attend_prompts,
-        (max(tiles, splits.programs // heads), heads, 1),
+        (max(tiles, splits.programs // splits.heads), heads, 1),
         (
             q_THD,
             k_new,
@@ -186,9 +183,6 @@ def prompts(
             out_THD,
             out_THD if params.sinks_H is None else params.sinks_H,
             step.blocks_SB,
-            step.slot_R,
-            step.query_start_R,
-            step.seq_len_R,
             splits.tiles_X,
             splits.parts,
             splits.lse,
@@ -210,10 +204,9 @@ def prompts(
         TABLE=step.blocks_SB.stride(0),
         PAGE=step.block_tokens,
         COUNTS=COUNTS,
-        TILES=splits.max_tiles,
+        RECORD=RECORD,
         BM=config.block_m,
         BN=config.block_n,
-        LEAST=-(-_LEAST // config.block_n) * config.block_n,
         NEW=qkv is not None,
         TMA=k_tiles is not None,
         WINDOWED=params.window is not None,
@@ -239,7 +232,7 @@ def _new_rows(qkv: QkvView | None, k_NGBD: Tensor, v_NGBD: Tensor, keys: int) ->
 
     shape = [tokens, (kv_heads - 1) * head + dim]
     found = [TensorDescriptor(part, shape, [row, 1], [keys, dim]) for part in (k_TGD, v_TGD)]
-    return k_TGD, v_TGD, *found
+    return k_TGD, v_TGD, found[0], found[1]
 
 
 def _factors(params: AttentionParams) -> tuple[float, float]:

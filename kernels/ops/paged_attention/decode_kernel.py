@@ -14,23 +14,20 @@ from .tile_kernel import finished, places, renewed, scored
 
 
 @triton.jit
-def _added_up(parts, lse, first, count, heads, given_heads, od, H: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
-    """The result of `heads` over a row's items, in the order of the items, CHUNK of them at once."""
-    top = tl.where(given_heads, -1e30, 0.0)
-    total = tl.where(given_heads, 0.0, 1.0)
+def _added_up(parts, lse, first, count, heads, real_heads, od, H: tl.constexpr, D: tl.constexpr):
+    """The result of `heads` over a row's items, in the order of the items."""
+    top = tl.full([heads.shape[0]], -1e20, tl.float32)
+    total = tl.zeros([heads.shape[0]], tl.float32)
     acc = tl.zeros([heads.shape[0], od.shape[0]], tl.float32)
-    for base in range(0, count, CHUNK):
-        index = base + tl.arange(0, CHUNK)
-        given = (index < count)[:, None] & given_heads[None, :]
-        at = (first + index)[:, None] * H + heads[None, :]
-        weight = tl.load(lse + at, mask=given, other=-1e30, cache_modifier=".cg")  # another processor wrote them
-        read = given[:, :, None] & (od < D)[None, None, :]
-        part = tl.load(parts + at[:, :, None] * D + od[None, None, :], mask=read, other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, tl.max(weight, 0))
-        fade = tl.exp2(top - new_top)
-        weight = tl.where(given, tl.exp2(weight - new_top[None, :]), 0.0)
-        total = total * fade + tl.sum(weight, 0)
-        acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * part, 0)
+    real = real_heads[:, None] & (od < D)[None, :]
+    for item in range(count):
+        at = (first + item) * H + heads
+        weight = tl.load(lse + at, mask=real_heads, other=0.0, cache_modifier=".cg")  # another processor wrote them
+        part = tl.load(parts + at[:, None] * D + od[None, :], mask=real, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, weight)
+        fade, weight = tl.exp2(top - new_top), tl.exp2(weight - new_top)
+        total = total * fade + weight
+        acc = acc * fade[:, None] + weight[:, None] * part
         top = new_top
     return acc / total[:, None]
 
@@ -43,7 +40,6 @@ def attend_rows(
     out,
     sinks,
     blocks,
-    slots,
     work,
     parts,
     lse,
@@ -59,24 +55,21 @@ def attend_rows(
     TABLE: tl.constexpr,  # columns of `blocks`
     PAGE: tl.constexpr,
     COUNTS: tl.constexpr,  # how `work` is laid out
-    ITEMS: tl.constexpr,
-    ROWS: tl.constexpr,
+    RECORD: tl.constexpr,
     TILE: tl.constexpr,
     HELD: tl.constexpr,  # rows of the product: query heads of the program, 16 or more
     SHARE: tl.constexpr,  # programs for one KV head
-    REAL: tl.constexpr,  # query heads of the program at most, a power of 2
-    CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Result of an item, or of its row where it is the only one or comes last."""
     item, which = tl.program_id(0), tl.program_id(1)
+    record = work + COUNTS + item * RECORD  # there is room for the whole grid: read before it is known to be meant
+    row, slot, begin, end = tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
+    index, count = tl.load(record + 4), tl.load(record + 5)
     if item < tl.load(work):
-        lists = work + COUNTS
-        row, begin, end = tl.load(lists + item), tl.load(lists + ITEMS + item), tl.load(lists + 2 * ITEMS + item)
-        first, count = tl.load(lists + 3 * ITEMS + row), tl.load(lists + 3 * ITEMS + ROWS + row)
-        table = blocks + tl.load(slots + row).to(tl.int64) * TABLE
+        table = blocks + slot.to(tl.int64) * TABLE
         g, held = which // SHARE, which % SHARE
         om, od = held * HELD + tl.arange(0, HELD), tl.arange(0, WIDE)
         heads = g * GROUP + om
@@ -86,8 +79,8 @@ def attend_rows(
         total = tl.zeros([HELD], tl.float32)
         if SINKS:
             sink = tl.load(sinks + heads, mask=om < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
-            top = tl.where(item == first, sink, top)
-            total = tl.where(item == first, total + 1.0, total)
+            top = tl.where(index == 0, sink, top)
+            total = tl.where(index == 0, total + 1.0, total)
         acc = tl.zeros([HELD, WIDE], tl.float32)
         for base in range(begin, end, TILE):
             position = base + tl.arange(0, TILE)
@@ -110,9 +103,6 @@ def attend_rows(
             tl.debug_barrier()  # every thread's part is written before one of them says so
             ticket = tickets + row * (G * SHARE) + which
             if tl.atomic_add(ticket, 1, sem="acq_rel") == count - 1:
-                oj = held * HELD + tl.arange(0, REAL)
-                summed = _added_up(parts, lse, first, count, g * GROUP + oj, oj < GROUP, od, H, D, CHUNK)
-                inside = (oj < GROUP)[:, None] & (od < D)[None, :]
-                at_out = here + (g * GROUP + oj)[:, None] * D + od[None, :]
-                tl.store(at_out, summed.to(out.dtype.element_ty), mask=inside)
+                summed = _added_up(parts, lse, item - index, count, heads, om < GROUP, od, H, D)
+                tl.store(here + heads[:, None] * D + od[None, :], summed.to(out.dtype.element_ty), mask=real)
                 tl.store(ticket, 0)

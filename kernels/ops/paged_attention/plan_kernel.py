@@ -1,4 +1,8 @@
-"""Kernels that fill a step's work list (split.py): one program a row, which counts what rows before it take."""
+"""Kernels that fill a step's work list (split.py): one program a row, which counts what rows before it take.
+
+All that a program of attention must know lies in one record of its own: it has one load to wait for before it reads
+block ids, not a chain of them.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -9,27 +13,28 @@ import triton.language as tl
 
 
 @triton.jit
-def _items(length, window, tokens, UNIT: tl.constexpr):
-    """(first position read, tokens of an item, items) of rows: about `tokens` an item, all alike within a row."""
-    span = tl.where(window > 0, tl.minimum(length, window), length)
-    wanted = tl.maximum((span + tokens - 1) // tokens, 1)
+def _cut(span, tokens, MOST: tl.constexpr, UNIT: tl.constexpr):
+    """(tokens of an item, items) of rows with `span` keys: about `tokens` an item, all alike within a row."""
+    wanted = tl.minimum(tl.maximum((span + tokens // 2) // tokens, 1), MOST)
     each = tl.maximum((span + wanted * UNIT - 1) // (wanted * UNIT), 1) * UNIT
-    return length - span, each, (span + each - 1) // each
+    return each, (span + each - 1) // each
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def plan_rows(
     seq_len,
+    slots,
     windows,
     work,
     num_rows,
     WORK: tl.constexpr,  # columns of `work`
     COUNTS: tl.constexpr,
-    ITEMS: tl.constexpr,  # room for items, and for rows
-    ROWS: tl.constexpr,
+    RECORD: tl.constexpr,
     SLOTS: tl.constexpr,  # items that fill the card
+    MOST: tl.constexpr,  # items of a row
     LEAST: tl.constexpr,  # tokens of an item: below, adding up costs more than it saves
-    LEAST_ALONE: tl.constexpr,  # the same for a step of one row
+    LEAST_ALONE: tl.constexpr,  # the same for a short row that is the step's only one
+    ENOUGH: tl.constexpr,  # tokens of an item that are worth a program, however few items there are
     UNIT: tl.constexpr,  # of an item's tokens
     BLOCK: tl.constexpr,  # num_rows or more, a power of 2
     STORE: tl.constexpr,  # items written at once
@@ -40,56 +45,78 @@ def plan_rows(
     window = tl.load(windows + which)
     length = tl.load(seq_len + rows, mask=rows < num_rows, other=0)
     span = tl.where(window > 0, tl.minimum(length, window), length)
-    tokens = tl.maximum((tl.sum(span, 0) + SLOTS - 1) // SLOTS, tl.where(num_rows == 1, LEAST_ALONE, LEAST))
-    _, _, items = _items(length, window, tokens, UNIT)
+    keys = tl.sum(span, 0)
+    once, twice = (keys + SLOTS - 1) // SLOTS, (keys + 2 * SLOTS - 1) // (2 * SLOTS)
+    alone = tl.minimum(tl.maximum(keys // 32, LEAST_ALONE), ENOUGH)
+    tokens = tl.maximum(tl.maximum(twice, tl.minimum(once, ENOUGH)), tl.where(num_rows == 1, alone, LEAST))
+    _, items = _cut(span, tokens, MOST, UNIT)
     first = tl.sum(tl.where(rows < row, items, 0), 0)
-    end = tl.load(seq_len + row)
-    low, each, own = _items(end, window, tokens, UNIT)
+    end, slot = tl.load(seq_len + row), tl.load(slots + row)
+    own_span = tl.where(window > 0, tl.minimum(end, window), end)
+    each, own = _cut(own_span, tokens, MOST, UNIT)
     here = work + which * WORK
-    lists = here + COUNTS
-    tl.store(lists + 3 * ITEMS + row, first)
-    tl.store(lists + 3 * ITEMS + ROWS + row, own)
     if row == num_rows - 1:
         tl.store(here, first + own)
     for base in range(0, own, STORE):
         item = base + tl.arange(0, STORE)
-        begin = low + item * each
-        at = lists + first + item
-        tl.store(at, tl.zeros([STORE], tl.int32) + row, mask=item < own)
-        tl.store(at + ITEMS, begin, mask=item < own)
-        tl.store(at + 2 * ITEMS, tl.minimum(begin + each, end), mask=item < own)
+        inside = item < own
+        begin = end - own_span + item * each
+        at = here + COUNTS + (first + item) * RECORD
+        tl.store(at, tl.zeros([STORE], tl.int32) + row, mask=inside)
+        tl.store(at + 1, tl.zeros([STORE], tl.int32) + slot, mask=inside)
+        tl.store(at + 2, begin, mask=inside)
+        tl.store(at + 3, tl.minimum(begin + each, end), mask=inside)
+        tl.store(at + 4, item, mask=inside)
+        tl.store(at + 5, tl.zeros([STORE], tl.int32) + own, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_row", "num_rows"])
 def plan_tiles(
     query_start,
+    seq_len,
+    slots,
     work,
     first_row,  # prompts begin here
     num_rows,  # prompts
     COUNTS: tl.constexpr,
-    TILES: tl.constexpr,  # room for tiles
+    RECORD: tl.constexpr,
     HEADS: tl.constexpr,
     PROGRAMS: tl.constexpr,  # wanted at once on the card
     MOST: tl.constexpr,  # pieces of a tile's cached prefix
+    LEAST: tl.constexpr,  # keys of a piece
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,  # num_rows or more, a power of 2
     STORE: tl.constexpr,
 ):
-    """Tiles of each prompt's new tokens, one behind another, and in how many pieces their prefix is read."""
+    """Tiles of each prompt's new tokens, one behind another, each in its pieces."""
     prompt = tl.program_id(0)
     rows = tl.arange(0, BLOCK)
     here = rows < num_rows
     begin = tl.load(query_start + first_row + rows, mask=here, other=0)
     end = tl.load(query_start + first_row + rows + 1, mask=here, other=0)
+    start = tl.load(seq_len + first_row + rows, mask=here, other=0) - (end - begin)
     tiles = (end - begin + TILE - 1) // TILE
-    first = tl.sum(tl.where(rows < prompt, tiles, 0), 0)
-    own = tl.sum(tl.where(rows == prompt, tiles, 0), 0)
-    if prompt == 0:
-        total = tl.sum(tiles, 0)
-        tl.store(work, total)
-        tl.store(work + 1, tl.minimum(tl.maximum(PROGRAMS // (tl.maximum(total, 1) * HEADS), 1), MOST))
+    most = tl.minimum(tl.maximum(PROGRAMS // (tl.maximum(tl.sum(tiles, 0), 1) * HEADS), 1), MOST)
+    pieces = tl.minimum(tl.maximum(start // LEAST, 1), most)
+    before, mine = rows < prompt, rows == prompt
+    first = tl.sum(tl.where(before, tiles * pieces, 0), 0)
+    first_tile = tl.sum(tl.where(before, tiles, 0), 0)
+    own_tiles, own_pieces = tl.sum(tl.where(mine, tiles, 0), 0), tl.sum(tl.where(mine, pieces, 0), 0)
+    token, own_start = tl.sum(tl.where(mine, begin, 0), 0), tl.sum(tl.where(mine, start, 0), 0)
+    num, slot = tl.sum(tl.where(mine, end - begin, 0), 0), tl.load(slots + first_row + prompt)
+    own = own_tiles * own_pieces
+    if prompt == num_rows - 1:
+        tl.store(work, first + own)
     for base in range(0, own, STORE):
-        tile = base + tl.arange(0, STORE)
-        at = work + COUNTS + first + tile
-        tl.store(at, tl.zeros([STORE], tl.int32) + (first_row + prompt), mask=tile < own)
-        tl.store(at + TILES, (own - 1 - tile) * TILE, mask=tile < own)  # the longest first
+        item = base + tl.arange(0, STORE)
+        inside = item < own
+        tile = item // own_pieces
+        at = work + COUNTS + (first + item) * RECORD
+        tl.store(at, tl.zeros([STORE], tl.int32) + slot, mask=inside)
+        tl.store(at + 1, tl.zeros([STORE], tl.int32) + token, mask=inside)
+        tl.store(at + 2, tl.zeros([STORE], tl.int32) + num, mask=inside)
+        tl.store(at + 3, tl.zeros([STORE], tl.int32) + own_start, mask=inside)
+        tl.store(at + 4, (own_tiles - 1 - tile) * TILE, mask=inside)  # the longest first
+        tl.store(at + 5, item % own_pieces, mask=inside)
+        tl.store(at + 6, tl.zeros([STORE], tl.int32) + own_pieces, mask=inside)
+        tl.store(at + 7, first_tile + tile, mask=inside)

@@ -83,22 +83,17 @@ def _over_rows(
 
 
 @triton.jit
-def _blocks_of(
-    piece, pieces, start, offset, window,
-    BN: tl.constexpr, LEAST: tl.constexpr, NEW: tl.constexpr, WINDOWED: tl.constexpr,
-):  # fmt: skip
-    """(lowest position that a query of the tile sees, pieces that have keys, then of this piece: the first position it
-    reads in blocks, the end of its whole tiles, the end). Tiles of keys begin at multiples of BN from position 0.
+def _blocks_of(piece, count, prefix, lowest, BN: tl.constexpr):
+    """What a piece reads in blocks of positions lowest .. prefix - 1: its begin, the end of its whole tiles, its end.
+
+    Tiles of keys begin at multiples of BN; behind a window there may be nothing left for a piece.
     """
-    lowest = tl.maximum(start + offset - window + 1, 0) if WINDOWED else start * 0
     low = lowest // BN * BN
-    prefix = start if NEW else (start + offset) // BN * BN
-    span = tl.maximum(prefix - low, 0)
-    each = tl.maximum((span + pieces * BN - 1) // (pieces * BN) * BN, LEAST)
-    count = tl.maximum((span + each - 1) // each, 1)
-    begin = low + piece * each
-    stop = tl.where(piece == count - 1, tl.maximum(prefix, begin), begin + each)
-    return lowest, count, begin, begin + (stop - begin) // BN * BN, stop
+    limit = tl.maximum(prefix, low)
+    each = (limit - low + count * BN - 1) // (count * BN) * BN
+    begin = tl.minimum(low + piece * each, limit)
+    stop = tl.minimum(begin + each, limit)
+    return begin, begin + (stop - begin) // BN * BN, stop
 
 
 @triton.jit
@@ -125,7 +120,7 @@ def _added_up(parts, lse, ticket, item, count, h, od, H: tl.constexpr, D: tl.con
 def attend_prompts(
     q, k_new, v_new,
     k_tiles, v_tiles,  # TMA descriptors of k_new and v_new; None without TMA
-    k, v, out, sinks, blocks, slots, query_start, seq_len, work, parts, lse, tickets,
+    k, v, out, sinks, blocks, work, parts, lse, tickets,
     scale, factor,  # of scores, times log2(e); of scores before tanh
     window,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
@@ -134,30 +129,26 @@ def attend_prompts(
     NEW_ROW: tl.constexpr, NEW_HEAD: tl.constexpr,  # the same of k_new and v_new
     TABLE: tl.constexpr,  # columns of `blocks`
     PAGE: tl.constexpr,
-    COUNTS: tl.constexpr, TILES: tl.constexpr,  # how `work` is laid out
+    COUNTS: tl.constexpr, RECORD: tl.constexpr,  # how `work` is laid out
     BM: tl.constexpr, BN: tl.constexpr,  # tile of queries and of keys, which divides it
-    LEAST: tl.constexpr,  # keys of a piece at least, a multiple of BN
     NEW: tl.constexpr,  # new tokens are read from k_new and v_new
     TMA: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Result of one query head of a tile; of its pieces, who comes last adds them up."""
     item, h = tl.program_id(0), tl.program_id(1)
-    pieces = tl.load(work + 1)
-    tile, piece = item // pieces, item % pieces
-    if tile >= tl.load(work):
-        return
-    row, offset = tl.load(work + COUNTS + tile), tl.load(work + COUNTS + TILES + tile)
-    first = tl.load(query_start + row)
-    num = tl.load(query_start + row + 1) - first
-    end = tl.load(seq_len + row)
-    start = end - num
-    lowest, count, begin, whole, stop = _blocks_of(piece, pieces, start, offset, window, BN, LEAST, NEW, WINDOWED)
-    if piece >= count:
+    record = work + COUNTS + item * RECORD  # there is room for the whole grid: read before it is known to be meant
+    slot, first, num, start = tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
+    offset, piece, count = tl.load(record + 4), tl.load(record + 5), tl.load(record + 6)
+    tile = tl.load(record + 7)
+    if item >= tl.load(work):
         return
     last = piece == count - 1
+    lowest = tl.maximum(start + offset - window + 1, 0) if WINDOWED else start * 0
+    prefix = start if NEW else (start + offset) // BN * BN
+    begin, whole, stop = _blocks_of(piece, count, prefix, lowest, BN)
     g = h // (H // G)
     om, od = offset + tl.arange(0, BM), tl.arange(0, WIDE)
-    table = blocks + tl.load(slots + row).to(tl.int64) * TABLE
+    table = blocks + slot.to(tl.int64) * TABLE
     real = (om < num)[:, None] & (od < D)[None, :]
     at_q = (first + om).to(tl.int64)[:, None] * Q_ROW + h * Q_HEAD + od[None, :]
     qv = tl.load(q + at_q, mask=real, other=0.0)
@@ -172,7 +163,7 @@ def attend_prompts(
         G, D, WIDE, PAGE, BN, False, WINDOWED, SOFTCAP, PRECISION,
     )  # fmt: skip
     # What is left in blocks: the prefix's last tile, or the diagonal where new tokens are read from blocks as well.
-    rest = stop if NEW else tl.where(last, tl.minimum(start + offset + BM, end), whole)
+    rest = stop if NEW else tl.where(last, start + tl.minimum(offset + BM, num), whole)
     state = _over_blocks(
         state, (k, v), qv, start + om, table, (whole, rest), g, factors,
         G, D, WIDE, PAGE, BN, True, WINDOWED, SOFTCAP, PRECISION,
@@ -200,5 +191,5 @@ def attend_prompts(
         tl.debug_barrier()  # every thread's part is written before one of them says so
         ticket = tickets + tile * H + h
         if tl.atomic_add(ticket, 1, sem="acq_rel") == count - 1:
-            result = _added_up(parts, lse, ticket, tile * pieces, count, h, od, H, D, BM)
+            result = _added_up(parts, lse, ticket, item - piece, count, h, od, H, D, BM)
             tl.store(here, result.to(out.dtype.element_ty), mask=real)

@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 # 16 cost 20 % at 64 x 1,024, where no row should be cut.
 _PROGRAMS_EACH = 4
 _MOST_QUERIES = 64  # query heads of one KV head in one program; more are shared out
-COUNTS = 4  # int32 numbers before the lists: as many as have 16 bytes, to which every list is aligned
+RECORD = 8  # int32 numbers of an item or tile: one sector of memory
+MOST_ITEMS = 64  # of a row: one program adds them up
+COUNTS = 4  # int32 numbers before the records: the count, and what aligns them to 16 bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Splits:
-    """W windows, at most I items, R rows and P tiles. Lists are int32, one behind another, filled anew each step:
+    """W windows, at most R rows. Lists are int32, filled anew each step, records of eight numbers behind a count:
 
-    rows_WX | items (4) | an item's row (I), first position (I), position after its last (I) | a row's first item (R),
-              items (R)
-    tiles_X | tiles, pieces of each (4) | a tile's row (P), first query among the row's new tokens (P)
+    rows_WX | items (4) | of each: row, slot, first position, position after the last, its number, of how many
+    tiles_X | items (4) | of each: slot, first token and tokens of the prompt, tokens before it, the tile's first query,
+              the piece, pieces of the tile, the tile
 
     One stream at a time uses it: layers follow each other, and the tickets are zero again after each launch.
     """
@@ -44,10 +46,9 @@ class Splits:
     prompts: Config  # tile of queries and of keys, for this head size and dtype
     windows_W: Tensor
     rows_WX: Tensor
+    rows_of: tuple[Tensor, ...]  # its rows, which views made anew would cost each layer
     tiles_X: Tensor
     max_rows: int  # R
-    max_items: int  # I
-    max_tiles: int  # P
     parts: Tensor  # float32: results of items, each divided by its own sum of weights
     lse: Tensor  # float32: log2 of these sums
     tickets: Tensor  # how many items of a row and KV head have arrived; 0 between launches
@@ -57,6 +58,11 @@ def group_tile(group: int) -> tuple[int, int]:
     """(query heads a program holds, programs for one KV head) when `group` query heads share a KV head."""
     held = min(max(16, 1 << (group - 1).bit_length()), _MOST_QUERIES)
     return held, -(-group // held)
+
+
+def most_items(rows: int, slots: int) -> int:
+    """Items of so many rows at most, whatever their lengths: rows are cut into twice the slots at the finest."""
+    return min(rows * MOST_ITEMS, rows + 2 * slots)
 
 
 def allocate(
@@ -84,14 +90,14 @@ def allocate(
     found = tuple(sorted({window or 0 for window in windows}))
     each_row = kv_heads * group_tile(heads // kv_heads)[1]
     slots = max(1, programs // each_row)
-    items = _aligned(max_rows + slots)
-    tiles = _aligned(-(-max_tokens // prompts.block_m) + max_rows)
-    rows = _aligned(max_rows)
+    items = most_items(max_rows, slots)
+    tiles = max(-(-max_tokens // prompts.block_m) + max_rows, programs // heads)
 
     def ints(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=device)
 
     sums = max(items * heads, programs * prompts.block_m)
+    rows_WX = ints(len(found), COUNTS + RECORD * items)
     return Splits(
         windows=found,
         heads=heads,
@@ -99,14 +105,13 @@ def allocate(
         slots=slots,
         prompts=prompts,
         windows_W=torch.tensor(found, dtype=torch.int32, device=device),
-        rows_WX=ints(len(found), COUNTS + 3 * items + 2 * rows),
-        tiles_X=ints(COUNTS + 2 * tiles),
-        max_rows=rows,
-        max_items=items,
-        max_tiles=tiles,
+        rows_WX=rows_WX,
+        rows_of=tuple(rows_WX.unbind()),
+        tiles_X=ints(COUNTS + RECORD * tiles),
+        max_rows=max_rows,
         parts=torch.empty(sums * head_dim, dtype=torch.float32, device=device),
         lse=torch.empty(sums, dtype=torch.float32, device=device),
-        tickets=ints(max(rows * each_row, programs)),
+        tickets=ints(max(max_rows * each_row, programs)),
     )
 
 
@@ -116,8 +121,3 @@ def plan_splits(step: StepTensors) -> None:
         from .cuda import plan
 
         plan(step, step.splits)
-
-
-def _aligned(count: int) -> int:
-    """So many that every row of a matrix of them begins at 16 bytes."""
-    return -(-count // COUNTS) * COUNTS

@@ -27,9 +27,9 @@ def qk_write(
     """Normalise (weights of a query's and a key's head, epsilon) and rotate the projection's queries and keys, store
     keys and values at `slot_mapping_T`; gives the queries [T, H, D] in the dtype of the blocks.
 
-    `qkv` is [T, (H + 2 G) D]: queries, keys, values. A tensor is changed in place, and the queries are a view of it,
-    its keys rotated, for attention over the step's own tokens (QkvView). Parts stay as they are: then the blocks alone
-    hold the keys. All arithmetic in float32, rounded once. With `check` rows with a key or value that is not finite get
+    `qkv` is [T, (H + 2 G) D]: queries, keys, values. A tensor is changed in place: the queries are a view of it, and
+    where the step has prompts its keys become theirs, for attention over the step's own tokens (QkvView). Parts stay as
+    they are: then the blocks alone hold the keys. All arithmetic in float32, rounded once. With `check` rows with a key or value that is not finite get
     KV_NOT_FINITE. ValueError: shapes or layouts that do not fit.
     """
     data = qkv.data[0] if isinstance(qkv, Parts) else qkv

@@ -44,7 +44,9 @@ def qk_write(
     if isinstance(qkv, Parts):
         return q_THD
     in_place = qkv.unflatten(1, (-1, dim))
-    in_place[:, :heads], in_place[:, heads : heads + kv_heads] = q_THD, k_TGD
+    in_place[:, :heads] = q_THD
+    if step.prompt_rows:
+        in_place[:, heads : heads + kv_heads] = k_TGD
     return in_place[:, :heads]
 
 

@@ -11,8 +11,8 @@ from diptych.kernels.ops.paged_attention import cuda, launch, reference
 from diptych.kernels.ops.paged_attention.params import AttentionParams
 from diptych.kernels.ops.paged_attention.testing import PagedStep, exact, paged_step
 
-SMALL = (8, Config(16, 16, 0, 0, 4, 2))  # programs wanted at once, tile of prompts
 SMALL_TILE = Config(16, 16, 0, 0, 4, 2)
+SMALL = (8, SMALL_TILE)  # programs wanted at once, tile of prompts
 
 # (tokens before, new tokens): decoding rows first. Off the edges of blocks and tiles, cut rows, cut prefixes.
 ROWS: dict[str, list[tuple[int, int]]] = {
@@ -162,7 +162,7 @@ def test_what_the_work_list_was_not_made_for_is_refused(place: torch.device) -> 
     with pytest.raises(ValueError, match="window 5"):
         compute(made, AttentionParams(0.25, window=5), new_rows=False)
     wide = paged_step([(3, 1)] * 9, heads=(4, 2), head_dim=16, block_tokens=4, like=like, limits=SMALL)
-    with pytest.raises(ValueError, match="room for 4"):
+    with pytest.raises(ValueError, match="room for 1"):
         cuda.plan(wide.step, splits)
 
 
@@ -170,7 +170,7 @@ def test_shapes_that_do_not_fit_are_refused_with_both_sides_named() -> None:
     made = paged_step([(3, 2)], heads=(4, 2), head_dim=16, block_tokens=4, like=torch.empty(0))
     params, out_THD = AttentionParams(0.25), torch.empty_like(made.q_THD)
     given = (made.k_NGBD, made.v_NGBD, made.step)
-    with pytest.raises(ValueError, match=r"\(1, 4, 16\).*\(4, 2, 4, 16\)"):
+    with pytest.raises(ValueError, match=r"\(1, 4, 16\).*\(5, 2, 4, 16\)"):
         launch.attend(made.q_THD[:1], None, *given, params, out_THD)
     with pytest.raises(ValueError, match="float16"):
         launch.attend(made.q_THD, None, *given, params, out_THD.half())
