@@ -75,7 +75,7 @@ def test_answers_are_whole_and_no_step_takes_memory(run_dir: Path, tmp_path: Pat
 def test_kv_that_does_not_fit_is_refused_before_anything_is_allocated(run_dir: Path, tmp_path: Path) -> None:
     engines = OfflineEngines(make_specs(run_dir, tmp_path, "colocated", 1 << 21))
     before = torch.cuda.memory_allocated()
-    with pytest.raises(StartupError, match="GiB are missing.*would fit"):
+    with pytest.raises(StartupError, match=r"GiB are missing.*would fit"):
         engines.start()
     assert torch.cuda.memory_allocated() == before
     engines.stop()
