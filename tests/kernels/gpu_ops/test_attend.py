@@ -26,6 +26,8 @@ ROWS: dict[str, list[tuple[int, int]]] = {
     "decode, prefill and chunk mixed": [(37, 1), (0, 1), (300, 1), (0, 9), (8, 8), (70, 20), (4, 2)],
 }
 
+QUICK = {"one long row", "a long prefix", "decode, prefill and chunk mixed"}  # a tile costs the interpreter 10 ms
+
 
 def near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
     """By the norm of each token and head: an error in one row must not hide behind the others."""
@@ -52,8 +54,15 @@ def compute(made: PagedStep, params: AttentionParams, *, new_rows: bool, tile: C
     return out_THD
 
 
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (17, 1)], ids=str)
+@pytest.mark.parametrize(
+    "rows",
+    [pytest.param(rows, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, rows in ROWS.items()],
+)
+@pytest.mark.parametrize(
+    "heads",
+    [(6, 2), pytest.param((4, 4), marks=pytest.mark.slow), pytest.param((17, 1), marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize("new_rows", [True, False], ids=["new rows", "blocks only"])
 def test_every_shape_of_a_step_equals_attention_over_the_history(
     rows: list[tuple[int, int]], heads: tuple[int, int], new_rows: bool, place: torch.device
@@ -81,7 +90,15 @@ PARAMS = {
 }
 
 
-@pytest.mark.parametrize("rows", [ROWS["decode, prefill and chunk mixed"], ROWS["one long row"], ROWS["a long prefix"]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS["decode, prefill and chunk mixed"],
+        pytest.param(ROWS["one long row"], marks=pytest.mark.slow),
+        pytest.param(ROWS["a long prefix"], marks=pytest.mark.slow),
+    ],
+    ids=["mixed", "long row", "long prefix"],
+)
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
 def test_windows_caps_and_sinks_are_honoured(
     rows: list[tuple[int, int]], params: AttentionParams, place: torch.device
@@ -102,8 +119,14 @@ def test_windows_caps_and_sinks_are_honoured(
         near(compute(made, params, new_rows=new_rows, tile=SMALL_TILE), wanted, 1e-5)
 
 
-@pytest.mark.parametrize("head_dim", [8, 24, 40, 64])
-@pytest.mark.parametrize("block_tokens", [1, 3, 16])
+@pytest.mark.parametrize(
+    ("head_dim", "block_tokens"),
+    [
+        (24, 3),
+        (40, 1),
+        *(pytest.param(dim, size, marks=pytest.mark.slow) for dim in (8, 24, 40, 64) for size in (1, 16)),
+    ],
+)
 def test_head_and_block_sizes_that_are_no_powers_of_two_are_right(
     head_dim: int, block_tokens: int, place: torch.device
 ) -> None:
