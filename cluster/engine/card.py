@@ -87,9 +87,10 @@ class Card:
         return plan.num_blocks
 
     def runner(self, arena: KvArena) -> DeviceRunner:
-        """Computing in `arena`, with its first graphs."""
+        """Computing in `arena`, with its first graphs and an idea of what steps cost."""
         self._runner.use_arena(arena.layers)
         self._runner.capture()
+        self._runner.measure()
         self.degraded.extend(self._runner.degraded)
         return self._runner
 

@@ -8,6 +8,7 @@ Nothing in `launch` asks the device: a row whose token the host has not read tak
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ..ops.paged_attention.split import Splits, plan_splits
 from ..ops.step_inputs.launch import apply_updates, build_inputs, publish
 from .buffers import StepBuffers
 from .choice import choose_by_spec, choose_greedily
+from .cost import Timed, fit
 from .graphs import PROMPT_ROWS, StepGraphs, StepShape, decode_shape, shapes_within
 from .outcome import Outcome
 from .state import DeviceState
@@ -34,6 +36,9 @@ from .step import StepTensors
 from .wire import HEADER, NUM_UPDATES, UPDATES_AT, Layout, Packer, Updates, Wire, wire_words
 
 MAX_OUTSTANDING = 2
+_SHORT_PROMPT = 128  # tokens: what it reads of itself hardly counts
+_LONG_STEP = 2048  # tokens
+_COPIED_BYTES = 512 << 20  # more than any cache holds
 _TOLD_AT_ONCE = 64  # rows of logprobs: 33 MB of float32 at 128,256 tokens
 
 
@@ -73,7 +78,7 @@ class DeviceRunner:
         self.max_step_tokens = max_step_tokens
         self.vocab_size = vocab_size
         self.depth = options.depth
-        self.cost: StepCost | None = None
+        self.cost: StepCost | None = None  # of ports.Runner; there once it was measured
         self.degraded: list[str] = []  # what cannot be captured, for people; grows while graphs are made
         self._decoder = decoder
         self._kv = kv
@@ -171,6 +176,19 @@ class DeviceRunner:
         with self._at_work():
             while self._first:
                 self._capture(self._first.pop())
+
+    def measure(self) -> None:
+        """Time steps of a few sizes, so that `cost` can tell what others take: half a second for 8 billion parameters.
+        After `capture`, before any step that is not a rehearsal.
+        """
+        state = self._state
+        longest = min(self.max_step_tokens, state.max_context_tokens)
+        with self._at_work():
+            sizes = {1 << power for power in range(0, self.max_step_tokens.bit_length(), 2)} | {self.max_step_tokens}
+            steps = [self._time(self._alike(size)) for size in sorted(sizes)]
+            parted = self._alike(longest, decoding=False)
+            whole = self._time([sum(parted)])
+            self.cost = fit(steps, whole=whole, parted=self._time(parted), kv_token_s=self._read_s())
 
     def idle(self) -> bool:
         """Make one more graph, if one is missing: tens of milliseconds. False: there was nothing to do."""
@@ -277,6 +295,37 @@ class DeviceRunner:
         """A step of rows of the dummy slot, all in the spare block; rows of one token first."""
         self._start(StepPlan(0, ()), _dummies(lengths, self._state.dummy))
         self._finish()
+
+    def _alike(self, tokens: int, *, decoding: bool = True) -> list[int]:
+        """Rows of about so many tokens: of one token as far as there are slots, else prompts as short as may be."""
+        if decoding and tokens <= self._state.max_slots:
+            return [1] * tokens
+        each = min(tokens, self._state.max_context_tokens, max(_SHORT_PROMPT, -(-tokens // self._state.max_slots)))
+        return [each] * min(tokens // each, self._state.max_slots)
+
+    def _time(self, lengths: Sequence[int]) -> Timed:
+        """Of the best of two rehearsals; a long step is timed once."""
+        seconds = float("inf")
+        for _ in range(2 if sum(lengths) <= _LONG_STEP else 1):
+            began = time.perf_counter()
+            self._rehearse(lengths)
+            seconds = min(seconds, time.perf_counter() - began)
+        return Timed(sum(lengths), lengths[0], seconds)
+
+    def _read_s(self) -> float:
+        """To read one position's keys and values of all layers, at the rate at which the arena can be copied."""
+        keys = self._kv[0][0]
+        half = min(keys.shape[0] // 2, max(1, _COPIED_BYTES // keys[:1].nbytes))
+        position = sum(tensor[:1].nbytes for pair in self._kv for tensor in pair) / self._state.block_tokens
+        if half == 0:
+            return 0.0
+        seconds = float("inf")
+        for _ in range(3):
+            began = time.perf_counter()
+            keys[:half].copy_(keys[half : 2 * half])
+            self._finish()
+            seconds = min(seconds, time.perf_counter() - began)
+        return position * seconds / (2 * keys[:half].nbytes)
 
     def _capture(self, shape: StepShape) -> None:
         if self._on_card and not self._decoder.capturable:

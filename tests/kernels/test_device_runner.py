@@ -294,6 +294,25 @@ def test_a_plan_that_breaks_the_protocol_is_refused(row: StepRow) -> None:
         runner.launch(StepPlan(0, (row,)))
 
 
+@pytest.mark.parametrize("device", ["cpu", CARD])
+@pytest.mark.parametrize(("slots", "context", "step_tokens"), [(8, 128, 64), (1, 40, 64), (40, 600, 600), (3, 5, 2)])
+def test_what_a_step_costs_is_measured_for_engines_of_any_size(
+    device: str, slots: int, context: int, step_tokens: int
+) -> None:
+    runner, _ = make_runner(torch.device(device), slots=slots, context=context, step_tokens=step_tokens)
+    assert runner.cost is None
+    runner.rehearse()
+    runner.capture()
+    runner.measure()
+    cost = runner.cost
+    assert cost is not None
+    one = cost.seconds(decode_rows=1, prompt_tokens=0, kv_tokens=1, prompt_kv=0)
+    assert one > 0
+    assert one <= cost.seconds(decode_rows=slots, prompt_tokens=step_tokens, kv_tokens=500, prompt_kv=9)
+    ids = tuple(range(min(context - 1, step_tokens)))
+    assert run(runner, row_of(0, ids, 0, blocks=list(range(150)))).tokens == (oracle(ids),)
+
+
 def test_a_third_step_is_not_taken() -> None:
     runner, _ = make_runner(CPU)
     for step in range(2):
