@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..model import LoadedModel
 from ..ops.paged_attention.split import allocate
+from ..ops.table import implementation
 from .runner import DeviceOptions, DeviceRunner, max_step_rows
 from .state import DeviceState
 
@@ -56,7 +57,7 @@ def build_runner(
             windows=model.windows,
             like=first,
         )
-    return DeviceRunner(
+    runner = DeviceRunner(
         model.decoder(max_tokens=limits.max_step_tokens),
         kv,
         state=state,
@@ -65,3 +66,7 @@ def build_runner(
         vocab_size=model.vocab_size,
         options=options,
     )
+    if first.is_cuda:
+        slow = [op for op in ("sampling", "logprobs") if implementation(op, "cuda").__name__.endswith("reference")]
+        runner.degraded.extend(f"{op} is computed by its definition on the card: slowly" for op in slow)
+    return runner
