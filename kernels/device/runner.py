@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,8 +110,9 @@ class DeviceRunner:
             self._first, self._later = shapes_within(min(state.max_slots, max_step_tokens), longest)
         if self._on_card:
             torch.cuda.synchronize(device)  # all of this was made on another stream
-            self._stream = torch.cuda.Stream(device)
-            self._events = [torch.cuda.Event() for _ in range(MAX_OUTSTANDING)]
+            cuda: Any = torch.cuda  # whose constructors are not typed
+            self._stream = cuda.Stream(device)
+            self._events = [cuda.Event() for _ in range(MAX_OUTSTANDING)]
 
     def launch(self, plan: StepPlan) -> None:
         """See ports.Runner. A plan that breaks the Protocol's rules is an AssertionError here, not a failed step."""
@@ -411,7 +413,7 @@ def _tell(logits_NV: Tensor, places: Tensor, tokens: Tensor, most: int) -> Logpr
     """Logprobs on their way to the host, into pinned memory where the device is not the host. In pieces: a prompt's
     rows in float32 are gigabytes.
     """
-    pieces = zip(places.split(_TOLD_AT_ONCE), tokens.split(_TOLD_AT_ONCE), strict=True)
+    pieces = zip(torch.split(places, _TOLD_AT_ONCE), torch.split(tokens, _TOLD_AT_ONCE), strict=True)
     found = [logprobs(logits_NV, rows, ids, most) for rows, ids in pieces]
     columns = zip(*((one.own_R, one.ranks_R, one.ids_RK, one.values_RK) for one in found), strict=True)
     return Logprobs(*(torch.cat(column).to("cpu", non_blocking=True) for column in columns))

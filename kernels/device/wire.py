@@ -239,15 +239,13 @@ class Packer:
 
     def _tell_params(self, slot: int, spec: SampleSpec, mirror: _Mirror, updates: Updates) -> None:
         kind = _kind(spec)
-        params = (spec.temperature, spec.top_p, spec.min_p, spec.top_k, spec.seed, kind)
+        params: tuple[float, ...] = (spec.temperature, spec.top_p, spec.min_p, spec.top_k, spec.seed, kind)
         if params == mirror.params:
             return
         mirror.params = params
         offsets = self._state.offsets
         floats = np.array(params[:3], dtype=np.float32).view(np.int32).tolist()
-        for name, value in zip(
-            ("temperature", "top_p", "min_p", "top_k", "kind"), (*floats, spec.top_k, kind), strict=True
-        ):
+        for name, value in zip(_PARAMS, (*floats, spec.top_k, kind), strict=True):
             updates.set(offsets[name] + slot, value)
         seed = offsets["seed"] + 2 * slot
         updates.set(seed, spec.seed & 0xFFFFFFFF)
