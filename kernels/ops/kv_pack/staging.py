@@ -18,11 +18,11 @@ class Staging:
     """Buffers of one thread for one card. Pieces are flat runs of words (int64)."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._device = device
         self._pinned: list[Tensor] = []
         self._staged: list[Tensor] = []
-        self._done = [torch.cuda.Event() for _ in range(2)]
+        self._done = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
 
     def grow(self, words: int) -> None:
         """Make room for pieces of `words` words. Waits for the stream where buffers are replaced."""

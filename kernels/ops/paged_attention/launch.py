@@ -37,7 +37,8 @@ class QkvView(NamedTuple):
         """Of rows [queries, keys, values], N = (H + 2 G) D numbers each."""
         size = kv_heads * head_dim
         k_TN, v_TN = qkv_TN[:, -2 * size : -size], qkv_TN[:, -size:]
-        return cls(k_TN.unflatten(1, (kv_heads, head_dim)), v_TN.unflatten(1, (kv_heads, head_dim)))
+        shape = (qkv_TN.shape[0], kv_heads, head_dim)
+        return cls(k_TN.view(shape), v_TN.view(shape))
 
 
 def refusal(head_dim: int, dtype: torch.dtype) -> str | None:

@@ -33,7 +33,7 @@ class PagedStep:
         """Queries, a view of the rows."""
         kv_heads, dim = self.k_NGBD.shape[1], self.k_NGBD.shape[3]
         heads = self.qkv_TN.shape[1] // dim - 2 * kv_heads
-        return self.qkv_TN[:, : heads * dim].unflatten(1, (heads, dim))
+        return self.qkv_TN[:, : heads * dim].view(len(self.qkv_TN), heads, dim)
 
     @property
     def view(self) -> QkvView:

@@ -41,7 +41,7 @@ def qk_write(
     if isinstance(qkv, Parts):
         out_THD = torch.empty((tokens, heads, dim), dtype=k_NGBD.dtype, device=k_NGBD.device)
     else:
-        out_THD = qkv[:, : heads * dim].unflatten(1, (heads, dim))
+        out_THD = qkv[:, : heads * dim].view(tokens, heads, dim)
     pairs = rope.rotated // 2
     rest = dim - rope.rotated
     each = _heads_each(tokens, dim, heads + 2 * kv_heads)

@@ -31,8 +31,9 @@ def qk_write(
 ) -> Tensor:
     """See launch.py."""
     kv_heads, dim = k_NGBD.shape[1], k_NGBD.shape[3]
-    wide = (qkv.total() if isinstance(qkv, Parts) else qkv.float()).unflatten(1, (-1, dim))
-    heads = wide.shape[1] - 2 * kv_heads
+    flat = qkv.total() if isinstance(qkv, Parts) else qkv.float()
+    tokens, heads = flat.shape[0], flat.shape[1] // dim - 2 * kv_heads
+    wide = flat.view(tokens, heads + 2 * kv_heads, dim)
     rotated = wide[:, : heads + kv_heads].clone()
     if norms is not None:
         rotated[:, :heads] = rms_norm(rotated[:, :heads], norms[0], norms[2])
@@ -43,7 +44,7 @@ def qk_write(
     kv_store(k_TGD, wide[:, heads + kv_heads :].to(v_NGBD.dtype), k_NGBD, v_NGBD, step, check=check)
     if isinstance(qkv, Parts):
         return q_THD
-    in_place = qkv.unflatten(1, (-1, dim))
+    in_place = qkv.view(wide.shape)
     in_place[:, :heads] = q_THD
     if step.prompt_rows:
         in_place[:, heads : heads + kv_heads] = k_TGD
@@ -60,5 +61,5 @@ def kv_store(k_TGD: Tensor, v_TGD: Tensor, k_NGBD: Tensor, v_NGBD: Tensor, step:
     v_NGBD[blocks_T, :, offsets_T] = v_TGD
     if check:
         sound_T = k_TGD.isfinite().flatten(1).all(1) & v_TGD.isfinite().flatten(1).all(1)
-        bad = step.row_T[: step.num_tokens][~sound_T].unique().long()
+        bad = torch.unique(step.row_T[: step.num_tokens][~sound_T]).long()
         step.flags_R[bad] |= KV_NOT_FINITE

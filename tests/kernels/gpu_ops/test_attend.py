@@ -93,11 +93,10 @@ PARAMS = {
 @pytest.mark.parametrize(
     "rows",
     [
-        ROWS["decode, prefill and chunk mixed"],
-        pytest.param(ROWS["one long row"], marks=pytest.mark.slow),
-        pytest.param(ROWS["a long prefix"], marks=pytest.mark.slow),
+        [(37, 1), (0, 1), (8, 8), (70, 20)],
+        *(pytest.param(ROWS[name], marks=pytest.mark.slow) for name in sorted(QUICK)),
     ],
-    ids=["mixed", "long row", "long prefix"],
+    ids=["short", *sorted(QUICK)],
 )
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
 def test_windows_caps_and_sinks_are_honoured(
