@@ -45,7 +45,7 @@ def ceilings(device: torch.device) -> Ceilings:
 def microseconds(calls: Sequence[Callable[[], object]], rounds: int = _ROUNDS) -> float:
     """The median time of one call, all of them in one graph. They run before it is captured: compiled, warm."""
     torch.cuda.synchronize()  # inputs were made on another stream
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for call in calls:
             call()
@@ -61,13 +61,13 @@ def microseconds(calls: Sequence[Callable[[], object]], rounds: int = _ROUNDS) -
 def _timed(calls: Sequence[Callable[[], object]]) -> float:
     """Microseconds of a call on the current stream."""
     torch.cuda.synchronize()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     for call in calls:
         call()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) * 1e3 / len(calls)
+    return float(begin.elapsed_time(end)) * 1e3 / len(calls)
 
 
 def input_sets(make: Callable[[], tuple[Any, ...]], size_bytes: int) -> list[tuple[Any, ...]]:

@@ -17,7 +17,7 @@ class Parts(NamedTuple):
     """
 
     data: Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple's own, which nobody wants of it
 
     def total(self) -> Tensor:
         """The sum in float32, [T, N], added in the order of S as every kernel does."""

@@ -111,4 +111,4 @@ def _attempt(config: Config, layer: DeviceLinear, x: Tensor) -> Tensor:
 
 def _wanted(layer: DeviceLinear, x: Tensor) -> Tensor:
     """In pieces: a head's weight in float64 is 4 GB."""
-    return torch.cat([x.double() @ piece.double().T for piece in layer.weight.split(16_384)], 1)
+    return torch.cat([x.double() @ piece.double().T for piece in torch.split(layer.weight, 16_384)], 1)

@@ -49,6 +49,8 @@ def few_rows(
             b = tl.load(at_x + k, mask=is_row & ((at_k + k)[:, None] < K), other=0.0)
         total = tl.dot(w, b, total, input_precision="ieee")
     if HAS_BIAS:
-        total += tl.load(bias + outs, mask=(outs < N) & (part == 0), other=0.0).to(tl.float32)[:, None]
+        # The first program of a tile adds it. Outputs behind the last one's are never stored.
+        addend = tl.load(bias + outs, mask=outs < N, other=0.0).to(tl.float32)
+        total += tl.where(part == 0, addend, 0.0)[:, None]
     place = out + part.to(tl.int64) * num_rows * N + rows * N + outs[:, None]
     tl.store(place, total.to(out.dtype.element_ty), mask=is_row & (outs[:, None] < N))
