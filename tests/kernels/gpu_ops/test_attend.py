@@ -60,7 +60,7 @@ def compute(made: PagedStep, params: AttentionParams, *, new_rows: bool, tile: C
 )
 @pytest.mark.parametrize(
     "heads",
-    [(6, 2), pytest.param((4, 4), marks=pytest.mark.slow), pytest.param((17, 1), marks=pytest.mark.slow)],
+    [(2, 2), *(pytest.param(heads, marks=pytest.mark.slow) for heads in ((6, 2), (4, 4), (17, 1)))],
     ids=str,
 )
 @pytest.mark.parametrize("new_rows", [True, False], ids=["new rows", "blocks only"])
