@@ -208,13 +208,18 @@ class EchoRunner:
         poisoned = frozenset(at for at, row in enumerate(plan.rows) if self.poison is not None and self.poison(row))
         kept = replace(plan, rows=tuple(replace(row, blocks=tuple(row.blocks)) for row in plan.rows))
         step = _Launched(plan, kept, poisoned, fails=fault is not None)
-        if self.depth == 1 or fault == "launch":
-            self._compute(step)
         if fault == "launch":
+            for older in (*self._outstanding, step):
+                self._compute(older)
             raise RuntimeError("injected fault in launch")
         self._outstanding.append(step)
+        if self.depth == 1:
+            self._compute(step)
 
     def _compute(self, step: _Launched) -> None:
+        if step.is_computed:
+            return
+        step.is_computed = True
         faults = set(step.poisoned)
         for at, (told, row) in enumerate(zip(step.plan.rows, step.kept.rows, strict=True)):
             assert tuple(told.blocks[: len(row.blocks)]) == row.blocks, f"blocks changed under a step: {row}"
@@ -228,7 +233,6 @@ class EchoRunner:
             ]
             self.write(row.blocks, row.start, cells)
         step.result = None if step.fails else self._result(step.kept, frozenset(faults))
-        step.is_computed = True
 
     def _result(self, plan: StepPlan, faults: frozenset[int]) -> StepResult:
         sampled: list[int | None] = [None] * len(plan.rows)
@@ -278,8 +282,7 @@ class EchoRunner:
     def collect(self) -> StepResult:
         """The oldest step's tokens."""
         step = self._outstanding.popleft()
-        if not step.is_computed:
-            self._compute(step)
+        self._compute(step)
         if step.result is None:
             raise RuntimeError("injected fault in collect")
         return step.result

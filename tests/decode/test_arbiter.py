@@ -10,19 +10,21 @@ from hypothesis import strategies as st
 
 from diptych.decode.arbiter import CHUNK, Demand, Goals, StepBudget
 from diptych.decode.testing import DecodeBench
-from diptych.protos.settings import DecodeSettings
 
 QUIET = Demand(decode_rows=20, kv_tokens=20_000, queued_tokens=500, prompt_kv=0, oldest_wait_s=0.0)
 
 
 class Linear:
-    """5 ms for any step, 25 us a prompt token and 10 us a decoding row."""
+    """5 ms for any step, 10 us a decoding row."""
+
+    def __init__(self, token_s: float) -> None:
+        self._token_s = token_s
 
     def seconds(self, *, decode_rows: int, prompt_tokens: int, kv_tokens: int, prompt_kv: int) -> float:
-        return 5e-3 + 25e-6 * prompt_tokens + 10e-6 * decode_rows
+        return 5e-3 + self._token_s * prompt_tokens + 10e-6 * decode_rows
 
 
-COST = Linear()
+COST = Linear(25e-6)
 
 
 def seconds_of(demand: Demand, num_tokens: int) -> float:
@@ -95,35 +97,40 @@ def test_prompts_that_have_waited_longer_get_no_less(demand: Demand, more: float
     assert given_to(later) >= given_to(demand)
 
 
+def bench_of_slow_tokens() -> DecodeBench:
+    """Four chunks fit into 20 ms, a full step into 55."""
+    return DecodeBench(num_blocks=400, max_context_tokens=1000, cost=Linear(50e-6))
+
+
+def widths(bench: DecodeBench) -> list[int]:
+    """Tokens of each row of the last step."""
+    return [len(row[2]) if isinstance(row[2], tuple) else 1 for row in bench.trace[-1]]
+
+
 def test_decoding_sequences_keep_their_pace_while_prompts_are_computed_beside_them() -> None:
-    bench = DecodeBench(num_blocks=400, max_context_tokens=1000, settings=DecodeSettings(step_tokens=900), cost=COST)
-    first = bench.submit(range(800), transfer=False, max_tokens=30)
+    bench = bench_of_slow_tokens()
+    first = bench.submit(range(400), transfer=False, max_tokens=30)
     bench.step()
-    assert sum(row[1] == 0 for row in bench.trace[-1]) == 1, "nobody decodes: the whole prompt at once"
-    others = [bench.submit(range(at, at + 700), transfer=False, max_tokens=5) for at in (1, 2)]
-    widths = []
+    assert widths(bench) == [400], "nobody decodes: the whole prompt at once"
+    others = [bench.submit(range(at, at + 350), transfer=False, max_tokens=5) for at in (1, 2)]
+    bench.step()
+    assert widths(bench) == [1, 4 * CHUNK]
     while any(key not in bench.ledger.tokens for key in others):
         bench.step()
-        widths.append([len(row[2]) if isinstance(row[2], tuple) else 1 for row in bench.trace[-1]])
-    assert all(sum(row) - 3 <= 9 * CHUNK for row in widths), "20 ms, as long as nobody waits"
-    assert widths[0] == [1, 9 * CHUNK]
-    assert len(bench.ledger.tokens[first]) >= 3
-    bench.clock.advance(0.34)
-    late = bench.submit(range(50, 100), transfer=False, max_tokens=5)
+        assert sum(width for width in widths(bench) if width > 1) <= 4 * CHUNK
     bench.run()
-    for key in (first, *others, late):
+    for key in (first, *others):
         bench.assert_complete(key, first_index=0)
     bench.assert_idle()
 
 
 def test_a_prompt_that_has_waited_gets_the_longer_step() -> None:
-    bench = DecodeBench(num_blocks=400, max_context_tokens=1000, settings=DecodeSettings(step_tokens=900), cost=COST)
+    bench = bench_of_slow_tokens()
     bench.submit(range(10), transfer=False, max_tokens=30)
     bench.step()
-    bench.submit(range(1, 801), transfer=False, max_tokens=5)
+    bench.submit(range(1, 401), transfer=False, max_tokens=5)
     bench.clock.advance(0.34)
     bench.step()
-    assert [row[1] for row in bench.trace[-1]] == [10, 0]
-    assert [len(row[2]) for row in bench.trace[-1] if isinstance(row[2], tuple)][-1] == 800
+    assert widths(bench) == [1, 400]
     bench.run()
     bench.assert_idle()

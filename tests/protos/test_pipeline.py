@@ -10,7 +10,7 @@ import pytest
 
 from diptych.protos.errors import EngineFault, EngineLost
 from diptych.protos.lifecycle import RowMaker
-from diptych.protos.pipeline import StepPipeline
+from diptych.protos.pipeline import Done, StepPipeline
 from diptych.protos.ports import Runner, StepCost
 from diptych.protos.step import StepPlan, StepResult
 from diptych.protos.testing import FakeClock
@@ -72,7 +72,7 @@ def test_results_reach_their_owners_in_order_and_as_late_as_asked() -> None:
     runner = Scripted(*(StepResult(at, (at,)) for at in (1, 2, 3)))
     steps, told = pipeline(runner), list[tuple[str, object]]()
 
-    def owner(name: str) -> Callable[[StepResult | EngineFault], None]:
+    def owner(name: str) -> Done:
         return lambda outcome: told.append((name, outcome))
 
     steps.launch(plan(1), owner("a"))
@@ -124,9 +124,12 @@ def test_a_lost_device_ends_whoever_drives_it() -> None:
 def test_seconds_that_two_steps_overlap_count_once() -> None:
     clock, spent = FakeClock(0.0), list[float]()
     steps = pipeline(Scripted(*(StepResult(at, (at,)) for at in (1, 2))), clock)
+
+    def owner(began: float) -> Done:
+        return lambda outcome: spent.append(steps.seconds_since(began))
+
     for at in (1, 2):
-        began = clock()
-        steps.launch(plan(at), lambda outcome, began=began: spent.append(steps.seconds_since(began)))  # type: ignore[misc]
+        steps.launch(plan(at), owner(clock()))
         clock.advance(1.0)
     steps.settle(leave=1)
     clock.advance(0.5)
