@@ -30,6 +30,7 @@ from .room import Room
 from .scaled import Scaled, told
 
 CALL_TIMEOUT_S = 5.0
+SUCCESSORS = 3  # are tried before an engine that was asked to end goes without one
 _NEWS_KEPT = 64
 
 log = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ class Pools:
                     "to serve the model no more, take it out of the configuration",
                     role.value,
                 )
-            plan, present = self._plan, self._present(model, role)
+            plan, present = self._plan, self._staying(model, role)
             more = engines - len(present)
             if more > 0:
                 self._check_more(pool, more)
@@ -390,6 +391,7 @@ class Pools:
         """Its process was asked to end, not by us."""
         if self._plan is None or life.leave.is_set():
             return
+        life.is_asked = True
         self._tell(f"engine {life.engine_id} (epoch {life.epoch}) was asked to end: another one takes its place first")
         self._go_on(self._replace_asked(life))
 
@@ -412,9 +414,13 @@ class Pools:
                 if must_end and self._lives.get(life.engine_id) is life:
                     self._send_away(life)  # of an earlier plan: its successors come with the present one
                 return Scaled()  # it goes, or is gone: what takes its place is new
+            staying = [member.engine_id for member in self._staying(*life.pool) if member.engine_id != life.engine_id]
             try:
-                self._check_more(pool, 1)
-                fresh = self._launch(pool)
+                if must_end and len(staying) >= pool.engines:  # one that `scale` asked for is there already
+                    fresh = self._lives[staying[-1]]
+                else:
+                    self._check_more(pool, 1)
+                    fresh = self._launch(pool)
             except StartupError as error:
                 if not must_end and pool.role is Role.DECODE and len(self._present(*life.pool)) == 1:
                     return Scaled(failed=(f"engine {life.engine_id} stays, it is the only one of its pool: {error}",))
@@ -429,6 +435,14 @@ class Pools:
         await fresh.settled.wait()
         if fresh.failure and not must_end:
             return told([fresh])
+        for _ in range(SUCCESSORS - 1):
+            async with self._lock:  # what was to take its place may be among those that `scale` dismissed
+                pool = self._pools.get(life.pool)
+                serve = any(member.state is EngineState.READY for member in self._staying(*life.pool))
+                if pool is None or serve or not fresh.failure:
+                    break
+                fresh = self._launch(pool)
+            await fresh.settled.wait()
         await self._known(self._manager.version)
         await _end_of([self._send_away(life)])
         return replace(told([fresh]), ended=(life.engine_id,))
@@ -544,22 +558,18 @@ class Pools:
             and not (life.leave.is_set() or life.is_stale)
         ]
 
+    def _staying(self, model: str, role: Role) -> list[Member]:
+        """The same without those whose processes were asked to end: the youngest last."""
+        present = (member for member in self._present(model, role) if not self._lives[member.engine_id].is_asked)
+        return sorted(present, key=lambda member: member.epoch)
+
     async def _least_loaded(self, members: list[Member], count: int) -> list[Member]:
         """Those whose end disturbs least: still starting, then with the fewest requests, then the youngest."""
         if count <= 0:
             return []
-        loads = await asyncio.gather(*(self._load(member) for member in members))
+        loads = await asyncio.gather(*(self._lives[member.engine_id].load() for member in members))
         order = sorted(zip(loads, members, strict=True), key=lambda pair: (pair[0], -pair[1].epoch))
         return [member for _, member in order[:count]]
-
-    async def _load(self, member: Member) -> int:
-        if member.state is EngineState.STARTING:
-            return -1
-        try:
-            status = await asyncio.wait_for(self._lives[member.engine_id].process.status(), CALL_TIMEOUT_S)
-        except (TimeoutError, EngineLost, KeyError):
-            return -1
-        return status.running + status.waiting
 
     def _check_more(self, pool: Pool, count: int) -> None:
         self._room.check(pool, count, self._planned())
