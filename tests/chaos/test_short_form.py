@@ -1,4 +1,4 @@
-"""The short form of `make chaos` on a real cluster: nothing wrong, doubled, missing or leaked, next to nothing failed."""
+"""The short form of `make chaos` on a real cluster: nothing wrong, doubled, missing or leaked."""
 
 from __future__ import annotations
 
