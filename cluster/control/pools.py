@@ -117,16 +117,17 @@ class Pools:
         if self._plan is not None:
             self._go_on(self._even_out())
 
-    async def apply(self, plan: ClusterPlan, owner: str = "") -> None:
+    async def apply(self, plan: ClusterPlan, owner: str | None = None) -> None:
         """Make the pools be `plan`'s; returns when missing engines are launched, see `settled`.
 
         The plan that was applied last changes no sizes. Engines of pools that are gone or different serve until their
         successors do, where the memory holds both; else they are replaced one after the other.
-        `owner` is who may `release` the pools.
+        `owner` is who may `release` the pools from now on; None: who might so far.
         """
         self.adopt()
+        if owner is not None:
+            self._owner = owner  # at once: a release in work must not end what comes now
         async with self._lock:
-            self._owner = owner
             if plan != self._plan:
                 old, self._plan = self._pools, plan
                 self._pools = {(pool.model, pool.role): pool for pool in plan.pools}
@@ -302,15 +303,18 @@ class Pools:
         self._fill_gaps()
 
     async def release(self, owner: str, grace_s: float) -> bool:
-        """End all engines, if the pools still belong to `owner`. False: somebody else applied a plan since."""
+        """End all engines, if the pools belong to `owner`. False: somebody else applied a plan, also meanwhile."""
         self.adopt()
-        if self._plan is not None and owner != self._owner:
-            return False
         async with self._lock:
+            if not self._belong_to(owner):
+                return False
             self._plan, self._pools = None, {}
             self._keep()
             await _end_of([life.send_away(grace_s) for life in list(self._lives.values())])
-        return True
+        return self._belong_to(owner)
+
+    def _belong_to(self, owner: str) -> bool:
+        return owner == self._owner or (self._plan is None and not self._owner)
 
     def news(self, after: int) -> list[tuple[int, str]]:
         """Numbered sentences about engines that died and came back, those with a number above `after`."""
