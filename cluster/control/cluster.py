@@ -217,7 +217,7 @@ class Cluster:
 
         from .gcs import GcsStore
 
-        with contextlib.suppress(ray.exceptions.RayError):
+        with contextlib.suppress(ray.exceptions.RayError):  # also when all goes well: see its release
             ray.get(self._manager.release.remote("", 0.0), timeout=CALL_TIMEOUT_S)
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(self._manager)

@@ -5,10 +5,10 @@ a Ray cluster that exists.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import shutil
+import time
 import uuid
 from pathlib import Path
 
@@ -24,10 +24,12 @@ from .gcs import GcsStore
 from .holder import SocketHolder, holder_path
 from .manager_actor import ensure_manager
 from .memory import plan_memory
-from .plan import plan_cluster
+from .plan import ClusterPlan, plan_cluster
 from .state import make_folder
 
 FOLDER = "deployed"
+MANAGER_TIMEOUT_S = 60.0  # the manager of an app that ends is gone, and another one there
+MANAGER_PAUSE_S = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +68,8 @@ class PoolsKeeper:
         holder = SocketHolder(holder_path(self._folder, _cluster_name()))
         holder.start()  # first: a router whose holder died looks for this one, and shows it its socket
         self._holder = holder
-        plan = plan_cluster(config, folders, self._folder)
-        manager = ensure_manager()
-        _, present = await manager.engines.remote()
-        memory = plan_memory(plan.engines(), host.memory_with([info.pid for info in present]), ray_is_ours=False)
-        log.info("memory plan (MiB)\n%s", memory.table())
         try:
-            memory.check()
-            plan = plan.with_secret(keyring.deposit(GcsStore(), config.security))
-            await manager.apply.remote(plan, self._owner)
-            done = await manager.settled.remote()
-            if done.failed:
-                raise StartupError("; ".join(done.failed))
+            await self._apply(plan_cluster(config, folders, self._folder))
         except BaseException:
             await self.stop(grace_s=0.0)
             raise
@@ -88,13 +80,43 @@ class PoolsKeeper:
         grace_s = self._config.router.drain_grace_s if grace_s is None else grace_s
         if self._holder is not None:
             self._holder.close()
-        manager = ensure_manager()
-        with contextlib.suppress(ray.exceptions.RayError):
-            if await manager.release.remote(self._owner, grace_s):
-                ray.kill(manager)
-                keyring.withdraw(GcsStore())
-                if self._folder is not None:
-                    shutil.rmtree(self._folder, ignore_errors=True)
+        if not await self._release(grace_s):
+            return
+        if self._folder is not None and not (self._holder is not None and self._holder.path.exists()):  # a later one's
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _apply(self, plan: ClusterPlan) -> None:
+        """Until the engines are ready. Raises StartupError."""
+        deadline = time.monotonic() + MANAGER_TIMEOUT_S
+        while True:
+            manager = ensure_manager()
+            try:
+                _, present = await manager.engines.remote()
+                memory = plan_memory(
+                    plan.engines(), host.memory_with([info.pid for info in present]), ray_is_ours=False
+                )
+                log.info("memory plan (MiB)\n%s", memory.table())
+                memory.check()
+                secret = keyring.deposit(GcsStore(), self._config.security)
+                await manager.apply.remote(plan.with_secret(secret), self._owner)
+                done = await manager.settled.remote()
+            except ray.exceptions.ActorDiedError:  # it was that of an app that has just ended
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(MANAGER_PAUSE_S)
+                continue
+            if done.failed:
+                raise StartupError("; ".join(done.failed))
+            return
+
+    async def _release(self, grace_s: float) -> bool:
+        """False: a later keeper has the engines now, or Ray is going."""
+        try:
+            return bool(await ensure_manager().release.remote(self._owner, grace_s))
+        except ray.exceptions.ActorDiedError:  # the manager went with its pools
+            return True
+        except ray.exceptions.RayError:
+            return False
 
 
 def _cluster_name() -> str:

@@ -76,6 +76,7 @@ class Life:
     pool: tuple[str, Role]
     process: EngineProcess
     is_replacement: bool = False  # of one that died: it is replaced in turn, even if it never served
+    is_asked: bool = False  # somebody else told its process to end: it goes when another serves
     is_stale: bool = False  # of a plan that is no more: it serves until its successors do
     leave: asyncio.Event = field(default_factory=asyncio.Event)
     grace_s: float = 0.0
@@ -85,6 +86,16 @@ class Life:
     started: EngineStarted | None = None
     failure: str = ""
     task: asyncio.Task[None] | None = None
+
+    async def load(self) -> int:
+        """Requests that it has; -1 before it serves and when it does not answer."""
+        if not self.is_serving:
+            return -1
+        try:
+            status = await asyncio.wait_for(self.process.status(), ANSWER_MARGIN_S)
+        except (TimeoutError, EngineLost):
+            return -1
+        return status.running + status.waiting
 
     async def set_roles(self, roles: frozenset[Role], grace_s: float) -> EngineInfo:
         """See EngineProcess.set_roles. Raises EngineLost, too, when the process hangs or fails: it may take orders of

@@ -16,7 +16,7 @@ from diptych.protos.faults import FaultPlan, FaultSettings, Point, plan_of
 from diptych.protos.status import EngineInfo
 from diptych.protos.types import EngineId, Role
 
-from . import host
+from . import host, keyring
 from .engines import RayEngines
 from .faults import pass_point
 from .gcs import NAMESPACE, GcsStore
@@ -36,10 +36,11 @@ class PoolManagerActor:
 
     def __init__(self) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        store = GcsStore()
+        self._store = store = GcsStore()
         self._changed = asyncio.Event()
         self._read = asyncio.Event()
         self._manager = PoolManager(store)
+        self._ends = False
         self._readers = Readers(time.monotonic, patience_s=2 * POLL_S)
         self._pools = Pools(
             self._manager,
@@ -52,7 +53,7 @@ class PoolManagerActor:
         )
         self._faults: FaultPlan | None = None
 
-    async def apply(self, plan: ClusterPlan, owner: str = "") -> None:
+    async def apply(self, plan: ClusterPlan, owner: str | None = None) -> None:
         """See Pools.apply."""
         if self._faults is not None:
             self._faults.close()
@@ -81,8 +82,16 @@ class PoolManagerActor:
         return await self._pools.set_role(engine, role)
 
     async def release(self, owner: str, grace_s: float) -> bool:
-        """See Pools.release."""
-        return await self._pools.release(owner, grace_s)
+        """See Pools.release. A manager whose pools were released ends itself, before anybody can apply another plan:
+        the caller gets ActorDiedError for True.
+        """
+        if not await self._pools.release(owner, grace_s):
+            return False
+        keyring.withdraw(self._store)
+        self._ends = True
+        self._wake()  # polls: Ray lets what runs come to its end first
+        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+        raise AssertionError
 
     async def engines(self) -> tuple[int, list[EngineInfo]]:
         """The engines that routers may know, and the version of that list."""
@@ -105,7 +114,7 @@ class PoolManagerActor:
     async def news(self, after: int) -> list[tuple[int, str]]:
         """See Pools.news: as soon as there are any, or after POLL_S."""
         deadline = time.monotonic() + POLL_S
-        while not (news := self._pools.news(after)) and (left := deadline - time.monotonic()) > 0:
+        while not (news := self._pools.news(after)) and not self._ends and (left := deadline - time.monotonic()) > 0:
             await self._wait(left)
         return news
 

@@ -30,6 +30,7 @@ from .room import Room
 from .scaled import Scaled, told
 
 CALL_TIMEOUT_S = 5.0
+SUCCESSORS = 3  # are tried before an engine that was asked to end goes without one
 _NEWS_KEPT = 64
 
 log = logging.getLogger(__name__)
@@ -116,16 +117,17 @@ class Pools:
         if self._plan is not None:
             self._go_on(self._even_out())
 
-    async def apply(self, plan: ClusterPlan, owner: str = "") -> None:
+    async def apply(self, plan: ClusterPlan, owner: str | None = None) -> None:
         """Make the pools be `plan`'s; returns when missing engines are launched, see `settled`.
 
         The plan that was applied last changes no sizes. Engines of pools that are gone or different serve until their
         successors do, where the memory holds both; else they are replaced one after the other.
-        `owner` is who may `release` the pools.
+        `owner` is who may `release` the pools from now on; None: who might so far.
         """
         self.adopt()
+        if owner is not None:
+            self._owner = owner  # at once: a release in work must not end what comes now
         async with self._lock:
-            self._owner = owner
             if plan != self._plan:
                 old, self._plan = self._pools, plan
                 self._pools = {(pool.model, pool.role): pool for pool in plan.pools}
@@ -178,7 +180,7 @@ class Pools:
                     "to serve the model no more, take it out of the configuration",
                     role.value,
                 )
-            plan, present = self._plan, self._present(model, role)
+            plan, present = self._plan, self._staying(model, role)
             more = engines - len(present)
             if more > 0:
                 self._check_more(pool, more)
@@ -301,15 +303,18 @@ class Pools:
         self._fill_gaps()
 
     async def release(self, owner: str, grace_s: float) -> bool:
-        """End all engines, if the pools still belong to `owner`. False: somebody else applied a plan since."""
+        """End all engines, if the pools belong to `owner`. False: somebody else applied a plan, also meanwhile."""
         self.adopt()
-        if self._plan is not None and owner != self._owner:
-            return False
         async with self._lock:
+            if not self._belong_to(owner):
+                return False
             self._plan, self._pools = None, {}
             self._keep()
             await _end_of([life.send_away(grace_s) for life in list(self._lives.values())])
-        return True
+        return self._belong_to(owner)
+
+    def _belong_to(self, owner: str) -> bool:
+        return owner == self._owner or (self._plan is None and not self._owner)
 
     def news(self, after: int) -> list[tuple[int, str]]:
         """Numbered sentences about engines that died and came back, those with a number above `after`."""
@@ -390,6 +395,7 @@ class Pools:
         """Its process was asked to end, not by us."""
         if self._plan is None or life.leave.is_set():
             return
+        life.is_asked = True
         self._tell(f"engine {life.engine_id} (epoch {life.epoch}) was asked to end: another one takes its place first")
         self._go_on(self._replace_asked(life))
 
@@ -412,9 +418,13 @@ class Pools:
                 if must_end and self._lives.get(life.engine_id) is life:
                     self._send_away(life)  # of an earlier plan: its successors come with the present one
                 return Scaled()  # it goes, or is gone: what takes its place is new
+            staying = [member.engine_id for member in self._staying(*life.pool) if member.engine_id != life.engine_id]
             try:
-                self._check_more(pool, 1)
-                fresh = self._launch(pool)
+                if must_end and len(staying) >= pool.engines:  # one that `scale` asked for is there already
+                    fresh = self._lives[staying[-1]]
+                else:
+                    self._check_more(pool, 1)
+                    fresh = self._launch(pool)
             except StartupError as error:
                 if not must_end and pool.role is Role.DECODE and len(self._present(*life.pool)) == 1:
                     return Scaled(failed=(f"engine {life.engine_id} stays, it is the only one of its pool: {error}",))
@@ -429,6 +439,14 @@ class Pools:
         await fresh.settled.wait()
         if fresh.failure and not must_end:
             return told([fresh])
+        for _ in range(SUCCESSORS - 1):
+            async with self._lock:  # what was to take its place may be among those that `scale` dismissed
+                pool = self._pools.get(life.pool)
+                serve = any(member.state is EngineState.READY for member in self._staying(*life.pool))
+                if pool is None or serve or not fresh.failure:
+                    break
+                fresh = self._launch(pool)
+            await fresh.settled.wait()
         await self._known(self._manager.version)
         await _end_of([self._send_away(life)])
         return replace(told([fresh]), ended=(life.engine_id,))
@@ -544,22 +562,18 @@ class Pools:
             and not (life.leave.is_set() or life.is_stale)
         ]
 
+    def _staying(self, model: str, role: Role) -> list[Member]:
+        """The same without those whose processes were asked to end: the youngest last."""
+        present = (member for member in self._present(model, role) if not self._lives[member.engine_id].is_asked)
+        return sorted(present, key=lambda member: member.epoch)
+
     async def _least_loaded(self, members: list[Member], count: int) -> list[Member]:
         """Those whose end disturbs least: still starting, then with the fewest requests, then the youngest."""
         if count <= 0:
             return []
-        loads = await asyncio.gather(*(self._load(member) for member in members))
+        loads = await asyncio.gather(*(self._lives[member.engine_id].load() for member in members))
         order = sorted(zip(loads, members, strict=True), key=lambda pair: (pair[0], -pair[1].epoch))
         return [member for _, member in order[:count]]
-
-    async def _load(self, member: Member) -> int:
-        if member.state is EngineState.STARTING:
-            return -1
-        try:
-            status = await asyncio.wait_for(self._lives[member.engine_id].process.status(), CALL_TIMEOUT_S)
-        except (TimeoutError, EngineLost, KeyError):
-            return -1
-        return status.running + status.waiting
 
     def _check_more(self, pool: Pool, count: int) -> None:
         self._room.check(pool, count, self._planned())

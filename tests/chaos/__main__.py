@@ -43,7 +43,7 @@ class Size:
 
 
 SHORT = Size(requests=20, cancels=500, soak_s=16, every_s=8, rate=10, models=("echo",), has_rounds=False)
-LONG = Size(requests=60, cancels=10_000, soak_s=600, every_s=30, rate=10, models=("echo", "smollm2"), has_rounds=True)
+LONG = Size(requests=60, cancels=10_500, soak_s=600, every_s=30, rate=10, models=("echo", "smollm2"), has_rounds=True)
 
 
 @contextmanager

@@ -95,7 +95,8 @@ DEATHS = (
         deaths=1,
         short=True,
         rounds=20,
-        each=8,
+        each=16,
+        over_s=0.2,  # or one engine takes them all
     ),
     Cell(
         "kill-prefill-finished",
@@ -106,7 +107,8 @@ DEATHS = (
         deaths=1,
         short=True,
         rounds=20,
-        each=8,
+        each=16,
+        over_s=0.2,  # or one engine takes them all
     ),
     Cell("kill-prefill-decode", ("R02", "F13"), "decode", "kill -9 prefill", signal("kill", P, 8), deaths=1),
     Cell("kill-decode-queued", ("F8",), "queued", "kill -9 decode", signal("kill", D), deaths=1, over_s=0.2),

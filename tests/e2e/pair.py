@@ -22,6 +22,7 @@ from diptych.protos.status import EngineInfo
 from diptych.protos.types import EngineId, Role, SamplingParams
 
 MODEL = "reference-model"
+PATIENCE_S = 60.0  # on a busy machine nobody shall take the other for lost: what crosses is the subject here
 
 
 @dataclass
@@ -69,7 +70,9 @@ class EnginePair:
                     kv=KvSettings(memory_mib=192, block_tokens=self.block_tokens),
                     prefill=PrefillSettings(step_tokens=self.step_tokens),
                 ),
-                transfer=TransferSettings(transport=self.transport, slot_kib=1024),
+                transfer=TransferSettings(
+                    transport=self.transport, slot_kib=1024, silence_s=PATIENCE_S, min_mib_s=0.001
+                ),
                 folder=self.folder.path,
                 facts=self.folder.facts,
                 dtype="float32",
@@ -88,7 +91,7 @@ class EnginePair:
 
     @asynccontextmanager
     async def router(self) -> AsyncIterator[Router]:
-        router = Router(directory=FixedDirectory(self.infos), settings=RouterSettings())
+        router = Router(directory=FixedDirectory(self.infos), settings=RouterSettings(silence_s=PATIENCE_S))
         await router.start()
         try:
             await both_pools_known(router)

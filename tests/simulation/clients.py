@@ -190,7 +190,9 @@ def _check_poison(world: World, client: Client) -> None:
     is_spent = deaths + odd > LIMIT  # more engines died under it, of whatever, than it may move
     is_refused = client.outcome in {Overloaded.code, NoBlocks.code}
     is_caught = client.outcome == Quarantined.code or is_refused or is_lucky or is_spent or world.is_hopeless
-    if not is_caught or world.poison.num_felled > MOST_FELLED:
+    # A silence that proves nothing costs another attempt, which may fell one more.
+    most = MOST_FELLED + world.false_losses(client.name)
+    if not is_caught or world.poison.num_felled > most:
         words = f"the poison ended with {client.outcome} and {world.poison.num_felled} engines or steps felled"
         world.violated(Violation("i7", words))
 

@@ -421,7 +421,8 @@ class SimEngine:
         assert self.sender is not None
         assert self.ring is not None
         job = self.workers[Role.PREFILL]._jobs.get(action.key)  # type: ignore[attr-defined]
-        if job is None or job.table is None or tuple(job.table.blocks[: len(action.blocks)]) != action.blocks:
+        read = -(-action.tok_to // self.pool.block_tokens)
+        if job is None or job.table is None or tuple(job.table.blocks[:read]) != action.blocks[:read]:
             raise Violation("read_after_free", f"{self.name}: {action.key} is copied out of blocks that it gave back")
         data = pack(self.runner.read(action.blocks, action.tok_to)[action.tok_from :])
         number = checksum(memoryview(data))

@@ -40,6 +40,17 @@ def test_a_pair_that_comes_back_does_not_keep_the_last_slot_from_who_would_free_
     assert run(seed).violation is None
 
 
+@pytest.mark.parametrize("seed", [3748, 7214])
+def test_a_copy_reads_no_block_behind_its_last_token(seed: int) -> None:
+    """What was reserved there and holds nothing yet may be replaced by another's block while the copy is under way."""
+    assert run(seed).violation is None
+
+
+@pytest.mark.parametrize("seed", [5754, 4823])
+def test_a_poison_costs_more_only_where_engines_fall_silent_that_live(seed: int) -> None:
+    assert run(seed).violation is None
+
+
 def test_without_faults_every_call_that_nobody_gives_up_is_answered_whole() -> None:
     outcome = run(10_000, faults=-2)
     assert outcome.violation is None

@@ -133,6 +133,12 @@ class World:
         dead = {ref for ref, is_odd in struck if ref is not None and not is_odd and self.is_dead(ref)}
         return len(dead), sum(ref is None for ref, _ in struck), sum(is_odd for _, is_odd in struck)
 
+    def false_losses(self, name: str) -> int:
+        """How often a call was struck by the loss of an engine that lived on."""
+        return sum(
+            ref is not None and not is_odd and not self.is_dead(ref) for ref, is_odd in self._struck.get(name, [])
+        )
+
     def is_dead(self, ref: EngineRef) -> bool:
         """Whether that life is over, or the manager says so."""
         engine = self.life(ref)

@@ -274,3 +274,44 @@ async def test_a_launch_that_fails_leaves_no_member_behind_and_is_tried_again() 
         await world.pools.scale("m", Role.DECODE, 2)
     assert world.states() == {"prefill-0": "ready", "decode-0": "ready"}
     assert sizes(world)["decode"] == 1
+
+
+async def test_a_pool_that_shrinks_amid_the_replacement_of_an_asked_engine_keeps_one_that_serves() -> None:
+    world = await started("models.m.decode.engines=2", "engines.silence_s=0.01")
+    world.on_launch = lambda process: process.may_start.clear()
+    world.process("decode-0").asked = True
+    await world.until(lambda: "decode-2" in world.states())
+    done = await world.pools.scale("m", Role.DECODE, 1)
+    assert done.ended == ("decode-2",), "it served nobody yet"
+    await world.until(lambda: "decode-0" not in world.states())
+    assert world.states() == {"prefill-0": "ready", "decode-1": "ready"}
+    assert world.process("decode-1").calls == ["start"]
+
+
+async def test_an_asked_engine_serves_until_a_successor_does_that_can_start() -> None:
+    world = await started("engines.silence_s=0.01")
+    failures = [StartupError("no memory"), StartupError("no memory")]
+
+    def fail(process: FakeProcess) -> None:
+        if failures:
+            process.start_error = failures.pop()
+            assert world.process("decode-0").calls == ["start"]
+
+    world.on_launch = fail
+    world.process("decode-0").asked = True
+    await world.until(lambda: "decode-0" not in world.states())
+    ready = [name for name, state in world.states().items() if state == "ready"]
+    assert len(ready) == 2
+    assert not failures
+
+
+async def test_growing_while_an_asked_engine_waits_for_its_turn_makes_none_too_many() -> None:
+    world = await started("models.m.decode.engines=2", "engines.silence_s=0.01")
+    async with world.pools._turn:
+        world.process("decode-0").asked = True
+        await world.until(lambda: len(world.pools.news(-1)) == 1)
+        done = await world.pools.scale("m", Role.DECODE, 2)
+        assert [engine.info.ref.engine_id for engine in done.started] == ["decode-2"]
+    await world.until(lambda: "decode-0" not in world.states())
+    assert sizes(world)["decode"] == 2
+    assert sum(state == "ready" for state in world.states().values()) == 3

@@ -214,6 +214,42 @@ async def test_only_the_present_owner_ends_the_pools() -> None:
     assert all(p.calls[-1] == "kill" for p in world.made)
 
 
+async def test_pools_that_another_owner_takes_over_while_the_engines_end_are_not_released() -> None:
+    world = World()
+    await world.pools.apply(plan(), "first")
+    await world.pools.settled()
+    world.process("decode-0").may_finish.clear()
+    release = asyncio.create_task(world.pools.release("first", 60.0))
+    await world.until(lambda: "drain" in world.process("decode-0").calls)
+    taking_over = asyncio.create_task(world.pools.apply(plan(), "second"))
+    await asyncio.sleep(0)
+    world.process("decode-0").may_finish.set()
+    assert not await release, "whoever asked would end the manager, and with it the successor's pools"
+    await taking_over
+    await world.pools.settled()
+    assert set(world.states().values()) == {"ready"}
+    assert len(world.states()) == 2
+
+
+async def test_a_plan_without_an_owner_leaves_the_pools_to_the_one_before() -> None:
+    world = World()
+    await world.pools.apply(plan(), "first")
+    await world.pools.apply(plan("models.m.decode.engines=2"))
+    await world.pools.settled()
+    assert not await world.pools.release("another", 0.0)
+    assert await world.pools.release("first", 0.0)
+
+
+async def test_who_applied_nothing_releases_nothing_of_an_owner_who_is_about_to() -> None:
+    world = World()
+    launching = asyncio.create_task(world.pools.apply(plan(), "first"))
+    await asyncio.sleep(0)
+    assert not await world.pools.release("another", 0.0)
+    await launching
+    await world.pools.settled()
+    assert set(world.states().values()) == {"ready"}
+
+
 async def test_another_plan_is_in_force_when_the_engines_of_the_one_before_have_ended() -> None:
     world = await started("models.m.decode.engines=2")
     world.process("decode-0").may_finish.clear()
