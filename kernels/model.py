@@ -40,6 +40,7 @@ from .rope import context_tokens
 from .weights import load_weights, weights_digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_BY_HAND_ALONE = "by hand-written decoders alone, not by transformers' forward"
 _LARGE_WEIGHTS = 64 << 20  # bytes from which it matters how large the pages of memory are
 KvLayers = Mapping[int, tuple[Tensor, Tensor]]
 
@@ -65,6 +66,7 @@ class LoadedModel:
     architecture: str
     weights_bytes: int
     degraded: tuple[str, ...]  # every slower choice that was made, for people
+    deterministic: bool = False  # no bit of a request's logits depends on what is computed beside it
 
     def forward(self, ids_T: Tensor, batch: RaggedBatch, kv: KvLayers, sampled_N: Tensor) -> Tensor:
         """Logits [N, V] after the row indices `sampled_N`; the KV of all tokens is stored on the way. N may be 0.
@@ -76,31 +78,50 @@ class LoadedModel:
     def decoder(self, *, max_tokens: int) -> DeviceDecoder:
         """What computes steps of up to `max_tokens` tokens on a device; allocates its buffers."""
         if self.by_hand is not None:
-            return self.by_hand.decoder(max_tokens=max_tokens)
+            return self.by_hand.decoder(max_tokens=max_tokens, deterministic=self.deterministic)
         assert self.module is not None
         capturable = refusal(self.head_dim, DTYPES[self.dtype]) is None
         return GenericDecoder(self.module, self.layer_ids, capturable=capturable)
 
 
 def load_model(
-    folder: Path, *, dtype: str, device: str = "cpu", random_seed: int | None = None, by_hand: bool = True
+    folder: Path,
+    *,
+    dtype: str,
+    device: str = "cpu",
+    random_seed: int | None = None,
+    by_hand: bool = True,
+    deterministic: bool = False,
 ) -> LoadedModel:
     """Build and fill the model in `folder`, in "float32" or "bfloat16". StartupError says why a model is refused.
 
     With `random_seed` the weights are random (see random_weights.py) and config.json is the only file read. On a card
     hand-written code computes the families that it knows, else transformers', which is slower: `degraded` has why.
     Without `by_hand` transformers' computes all, for comparison.
+
+    `deterministic`: the bits of a request's logits depend on its own tokens alone, whatever the batch, its chunks, what
+    was cached or computed again. It costs time. StartupError: there is no such form of this model on this device.
     """
     if dtype not in DTYPES:
         raise StartupError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}.")
     place = torch.device(device)
     raw = _read_json(folder)
+    if deterministic and place.type != "cuda":
+        raise StartupError("deterministic is served on CUDA devices, not on the CPU.")
+    if deterministic and not by_hand:
+        raise StartupError(f"deterministic is served {_BY_HAND_ALONE}.")
     if place.type != "cuda" or not by_hand:
         return _load_module(folder, dtype=dtype, place=place, random_seed=random_seed)
     try:
-        return load_hand_written(folder, raw, dtype=dtype, place=place, random_seed=random_seed)
+        loaded = load_hand_written(folder, raw, dtype=dtype, place=place, random_seed=random_seed)
     except GenericOnly as exc:
+        if deterministic:
+            raise StartupError(f"deterministic is served {_BY_HAND_ALONE}: {exc}.") from exc
         reason = f"computed by transformers' forward, not by hand-written code: {exc}"
+    else:
+        if deterministic and loaded.degraded:
+            raise StartupError(f"deterministic is served by kernels alone: {'; '.join(loaded.degraded)}.")
+        return replace(loaded, deterministic=deterministic)
     loaded = _load_module(folder, dtype=dtype, place=place, random_seed=random_seed)
     return replace(loaded, degraded=(reason, *loaded.degraded))
 

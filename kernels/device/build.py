@@ -56,6 +56,7 @@ def build_runner(
             head_dim=model.head_dim,
             windows=model.windows,
             like=first,
+            invariant=model.deterministic,
         )
     runner = DeviceRunner(
         model.decoder(max_tokens=limits.max_step_tokens),

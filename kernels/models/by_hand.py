@@ -27,9 +27,19 @@ class HandWritten:
     digest: bytes  # of the weights
     slow: tuple[str, ...]  # what is computed by its definition, which asks the device, for want of a kernel
 
-    def decoder(self, *, max_tokens: int) -> Decoder:
-        """With buffers for steps of up to `max_tokens` tokens."""
-        return Decoder(self.shape, self.tensors, self.rope, max_tokens=max_tokens, capturable=not self.slow)
+    def decoder(self, *, max_tokens: int, deterministic: bool = False) -> Decoder:
+        """With buffers for steps of up to `max_tokens` tokens. `deterministic`: for steps whose work list is invariant
+        (split.allocate); nothing may be slow then.
+        """
+        assert not (deterministic and self.slow)
+        return Decoder(
+            self.shape,
+            self.tensors,
+            self.rope,
+            max_tokens=max_tokens,
+            capturable=not self.slow,
+            deterministic=deterministic,
+        )
 
 
 def load_by_hand(

@@ -15,6 +15,7 @@ from ..compiled import launch
 from ..configs import Config, choose
 from . import reference
 from .decode_kernel import attend_rows
+from .invariant_kernel import attend_tiles
 from .launch import QkvView, refusal
 from .params import AttentionParams
 from .plan_kernel import plan_rows, plan_tiles
@@ -38,6 +39,9 @@ def plan(step: StepTensors, splits: Splits) -> None:
     if step.num_rows > splits.max_rows:
         raise ValueError(f"a step of {step.num_rows} rows, but the work list has room for {splits.max_rows}")
     block = max(16, 1 << (splits.max_rows - 1).bit_length())
+    if splits.invariant:
+        _plan_tiles(step, splits, block, first=0)
+        return
     launch(
         plan_rows,
         (step.decode_rows, len(splits.windows), 1),
@@ -54,17 +58,23 @@ def plan(step: StepTensors, splits: Splits) -> None:
         BLOCK=block,
         STORE=_STORED_AT_ONCE,
     )
+    _plan_tiles(step, splits, block, first=step.decode_rows)
+
+
+def _plan_tiles(step: StepTensors, splits: Splits, block: int, *, first: int) -> None:
+    """Tiles of the rows from `first` on."""
+    rows = step.num_rows - first
     launch(
         plan_tiles,
-        (step.prompt_rows, 1, 1),
-        (step.query_start_R, step.seq_len_R, step.slot_R, splits.tiles_X, step.decode_rows, step.prompt_rows),
+        (rows, 1, 1),
+        (step.query_start_R, step.seq_len_R, step.slot_R, splits.tiles_X, first, rows),
         COUNTS=COUNTS,
         RECORD=RECORD,
         HEADS=splits.heads,
         PROGRAMS=splits.programs,
-        MOST=_MOST_PIECES,
+        MOST=1 if splits.invariant else _MOST_PIECES,
         LEAST=_LEAST,
-        TILE=splits.prompts.block_m,
+        TILE=splits.tile_tokens,
         BLOCK=block,
         STORE=_STORED_AT_ONCE,
     )
@@ -89,6 +99,9 @@ def attend(
             f"attend: {q_THD.shape[1]} heads, window {params.window}, but the work list is for {splits.heads} "
             f"heads and windows {splits.windows}"
         )
+    if splits.invariant:
+        invariant(q_THD, k_NGBD, v_NGBD, step, splits, params, out_THD)
+        return
     if step.decode_rows:
         config = choose("attend_rows", (step.decode_rows, q_THD.shape[2], q_THD.element_size()))
         rows(q_THD, k_NGBD, v_NGBD, step, splits, params, out_THD, config=config)
@@ -209,6 +222,61 @@ def prompts(
         BN=config.block_n,
         NEW=qkv is not None,
         TMA=k_tiles is not None,
+        WINDOWED=params.window is not None,
+        SOFTCAP=params.softcap is not None,
+        SINKS=params.sinks_H is not None,
+        PRECISION=_precision(q_THD),
+    )
+
+
+def invariant(
+    q_THD: Tensor,
+    k_NGBD: Tensor,
+    v_NGBD: Tensor,
+    step: StepTensors,
+    splits: Splits,
+    params: AttentionParams,
+    out_THD: Tensor,
+) -> None:
+    """All rows, by the one kernel whose bits depend on a row's own tokens alone."""
+    _, heads, dim = q_THD.shape
+    kv_heads = k_NGBD.shape[1]
+    group = heads // kv_heads
+    config = splits.prompts
+    held = config.block_m // splits.tile_tokens
+    share = -(-group // held)
+    scale, factor = _factors(params)
+    launch(
+        attend_tiles,
+        (-(-step.num_tokens // splits.tile_tokens) + step.num_rows, kv_heads * share, 1),
+        (
+            q_THD,
+            k_NGBD,
+            v_NGBD,
+            out_THD,
+            out_THD if params.sinks_H is None else params.sinks_H,
+            step.blocks_SB,
+            splits.tiles_X,
+            scale,
+            factor,
+            params.window or 0,
+        ),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        GROUP=group,
+        G=kv_heads,
+        D=dim,
+        WIDE=max(16, 1 << (dim - 1).bit_length()),
+        Q_ROW=q_THD.stride(0),
+        Q_HEAD=q_THD.stride(1),
+        TABLE=step.blocks_SB.stride(0),
+        PAGE=step.block_tokens,
+        COUNTS=COUNTS,
+        RECORD=RECORD,
+        BM=config.block_m,
+        BN=config.block_n,
+        HELD=held,
+        SHARE=share,
         WINDOWED=params.window is not None,
         SOFTCAP=params.softcap is not None,
         SINKS=params.sinks_H is not None,

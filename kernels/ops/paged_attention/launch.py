@@ -61,9 +61,8 @@ def attend(
 ) -> None:
     """Attend each token to positions 0 .. its own of its sequence, whose KV lies in blocks, the step's own included.
 
-    Prompts read the step's own keys and values from `qkv` where given, else from the blocks, in tiles that begin at
-    multiples of the tile from position 0: then, with a work list made for one program, the bits of a prompt's row
-    depend on its own tokens alone. `out_THD` is contiguous.
+    Prompts read the step's own keys and values from `qkv` where given, else from the blocks. With an invariant work
+    list all is read from the blocks, and the bits of a row depend on its own tokens alone. `out_THD` is contiguous.
     What the blocks hold behind a sequence's end is never read. ValueError: shapes or layouts that do not fit.
     """
     num_tokens, heads, dim = q_THD.shape

@@ -17,7 +17,7 @@ from .tile_kernel import finished, places, renewed, scored
 
 
 @triton.jit
-def _over_blocks(
+def over_blocks(
     state, pages, q, query, table, bounds, g, factors,
     G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -158,13 +158,13 @@ def attend_prompts(
         total = tl.where(last, 1.0, total)
     state = (top, total, tl.zeros([BM, WIDE], tl.float32))
     factors = (scale, factor, window)
-    state = _over_blocks(
+    state = over_blocks(
         state, (k, v), qv, start + om, table, (begin, whole), g, factors,
         G, D, WIDE, PAGE, BN, False, WINDOWED, SOFTCAP, PRECISION,
     )  # fmt: skip
     # What is left in blocks: the prefix's last tile, or the diagonal where new tokens are read from blocks as well.
     rest = stop if NEW else tl.where(last, start + tl.minimum(offset + BM, num), whole)
-    state = _over_blocks(
+    state = over_blocks(
         state, (k, v), qv, start + om, table, (whole, rest), g, factors,
         G, D, WIDE, PAGE, BN, True, WINDOWED, SOFTCAP, PRECISION,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..configs import Config, choose
+from ..configs import MEASURED, Config, choose, nearest
 
 if TYPE_CHECKING:
     from ...device.step import StepTensors
@@ -44,6 +44,8 @@ class Splits:
     programs: int  # wanted at once on the whole card
     slots: int  # items that fill it, beside one for each row
     prompts: Config  # tile of queries and of keys, for this head size and dtype
+    tile_tokens: int  # of a tile of queries
+    invariant: bool  # every row is cut into tiles alike, whatever its tokens, company and cached part
     windows_W: Tensor
     rows_WX: Tensor
     rows_of: tuple[Tensor, ...]  # its rows, which views made anew would cost each layer
@@ -76,27 +78,37 @@ def allocate(
     like: Tensor,
     programs: int | None = None,
     prompts: Config | None = None,
+    invariant: bool = False,
 ) -> Splits:
     """The memory for steps of up to `max_rows` rows and `max_tokens` tokens, for a model whose layers have at most
     `heads` query heads and these windows (None: whole context).
 
-    `like`: any tensor with the device and dtype of the keys. The last two are chosen for the card if not given.
+    `like`: any tensor with the device and dtype of the keys. The number of programs and the tile of prompts are chosen
+    for the card if not given. `invariant`: no bit of a row may depend on what a step has beside it, for which all rows
+    go through one kernel (invariant_kernel.py), none split.
     """
     device = like.device
     if programs is None:
         on_card = device.type == "cuda"
         programs = _PROGRAMS_EACH * (torch.cuda.get_device_properties(device).multi_processor_count if on_card else 1)
-    prompts = prompts or choose("attend_prompts", (head_dim, like.element_size()))
+    if prompts is None:
+        shape = (head_dim, like.element_size())
+        # What was tuned may change between two starts: bits shall not.
+        prompts = nearest(MEASURED["attend_prompts"], shape) if invariant else choose("attend_prompts", shape)
     found = tuple(sorted({window or 0 for window in windows}))
     each_row = kv_heads * group_tile(heads // kv_heads)[1]
     slots = max(1, programs // each_row)
     items = most_items(max_rows, slots)
-    tiles = max(-(-max_tokens // prompts.block_m) + max_rows, programs // heads)
+    tile_tokens = prompts.block_m
+    if invariant:
+        tile_tokens //= min(1 << (heads // kv_heads - 1).bit_length(), prompts.block_m)
+        items = 0
+    tiles = max(-(-max_tokens // tile_tokens) + max_rows, programs // heads)
 
     def ints(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=device)
 
-    sums = max(items * heads, programs * prompts.block_m)
+    sums = 0 if invariant else max(items * heads, programs * prompts.block_m)
     rows_WX = ints(len(found), COUNTS + RECORD * items)
     return Splits(
         windows=found,
@@ -104,6 +116,8 @@ def allocate(
         programs=programs,
         slots=slots,
         prompts=prompts,
+        tile_tokens=tile_tokens,
+        invariant=invariant,
         windows_W=torch.tensor(found, dtype=torch.int32, device=device),
         rows_WX=rows_WX,
         rows_of=tuple(rows_WX.unbind()),
@@ -115,9 +129,14 @@ def allocate(
     )
 
 
+def is_invariant(step: StepTensors) -> bool:
+    """Whether no bit of a row may depend on the step's other rows."""
+    return step.splits is not None and step.splits.invariant
+
+
 def plan_splits(step: StepTensors) -> None:
     """Fill the step's work list from its lengths, on the current stream: after these are there, before any layer."""
-    if step.splits is not None and step.seq_len_R.is_cuda:
+    if step.splits is not None:
         from .cuda import plan
 
         plan(step, step.splits)

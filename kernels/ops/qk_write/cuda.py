@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...device.step import KV_NOT_FINITE
 from ..compiled import launch
+from ..paged_attention.split import is_invariant
 from ..parts import Parts
 from .kernel import kv_store_heads, qk_write_heads
 from .rope import RopeTable
@@ -44,7 +45,9 @@ def qk_write(
         out_THD = qkv[:, : heads * dim].view(tokens, heads, dim)
     pairs = rope.rotated // 2
     rest = dim - rope.rotated
-    each = _heads_each(tokens, dim, heads + 2 * kv_heads)
+    # Sums of squares are added up in an order that follows from the layout: then one for any number of tokens.
+    fixed = is_invariant(step)
+    each = _heads_each(0 if fixed else tokens, dim, heads + 2 * kv_heads)
     unit = _UNIT if data.stride(0) % _UNIT == 0 else 1
     q_weight, k_weight, eps = norms or (k_NGBD, k_NGBD, 0.0)
     launch(
@@ -80,7 +83,7 @@ def qk_write(
         COUNT=qkv.count if isinstance(qkv, Parts) else 1,
         UNIT=unit,
         NORM=norms is not None,
-        KEEP=not summed and step.prompt_rows > 0,
+        KEEP=not summed and step.prompt_rows > 0 and not fixed,
         CHECK=check,
         FLAG=KV_NOT_FINITE,
     )

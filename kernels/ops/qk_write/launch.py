@@ -30,7 +30,8 @@ def qk_write(
     `qkv` is [T, (H + 2 G) D]: queries, keys, values. A tensor is changed in place: the queries are a view of it, and
     where the step has prompts its keys become theirs, for attention over the step's own tokens (QkvView). Parts stay as
     they are: then the blocks alone hold the keys. All arithmetic in float32, rounded once. With `check` rows with a key
-    or value that is not finite get KV_NOT_FINITE. ValueError: shapes or layouts that do not fit.
+    or value that is not finite get KV_NOT_FINITE. Where the step's work list is invariant, the blocks alone hold the
+    keys, and no bit depends on the number of tokens. ValueError: shapes or layouts that do not fit.
     """
     data = qkv.data[0] if isinstance(qkv, Parts) else qkv
     _, kv_heads, block_tokens, dim = k_NGBD.shape
