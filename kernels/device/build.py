@@ -47,7 +47,7 @@ def build_runner(
         device=first.device,
     )
     splits = None
-    if first.is_cuda:
+    if first.is_cuda or model.deterministic:
         splits = allocate(
             max_rows=max_step_rows(limits.max_slots),
             max_tokens=limits.max_step_tokens,

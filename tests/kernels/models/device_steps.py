@@ -10,6 +10,7 @@ from torch import Tensor
 from diptych.kernels.device.step import StepTensors
 from diptych.kernels.model import LoadedModel
 from diptych.kernels.models import DeviceDecoder
+from diptych.kernels.ops.configs import Config
 from diptych.kernels.ops.paged_attention import split
 from diptych.kernels.ops.ragged import Segment
 
@@ -25,9 +26,16 @@ def new_kv(model: LoadedModel, place: torch.device) -> list[tuple[Tensor, Tensor
 
 
 def step_of(
-    model: LoadedModel, segments: Sequence[Segment], ids: Tensor, kept: Tensor, place: torch.device
+    model: LoadedModel,
+    segments: Sequence[Segment],
+    ids: Tensor,
+    kept: Tensor,
+    place: torch.device,
+    *,
+    by_kernels: bool = False,
 ) -> StepTensors:
-    """Segments of one token come first. Slots are not the rows' numbers."""
+    """Segments of one token come first. Slots are not the rows' numbers. `by_kernels`: with a work list, although the
+    device be a CPU."""
     rows = len(segments)
     singles = sum(segment.num_tokens == 1 for segment in segments)
     assert all(segment.num_tokens == 1 for segment in segments[:singles])
@@ -40,15 +48,17 @@ def step_of(
     for row, segment in enumerate(segments):
         blocks_SB[rows - row, : len(segment.blocks)] = ints(list(segment.blocks))
     splits = None
-    if place.type == "cuda":
+    if place.type == "cuda" or by_kernels:
         splits = split.allocate(
-            max_rows=8,
-            max_tokens=64,
+            max_rows=max(8, rows),
+            max_tokens=max(64, len(tokens)),
             heads=model.heads,
             kv_heads=model.kv_heads,
             head_dim=model.head_dim,
             windows=model.windows,
             like=torch.empty(0, dtype=getattr(torch, model.dtype), device=place),
+            prompts=Config(16, 16, 0, 0, 4, 2) if by_kernels else None,  # several tiles for few tokens
+            invariant=model.deterministic,
         )
     step = StepTensors(
         ids_T=ids.int().to(place),
