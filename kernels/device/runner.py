@@ -201,6 +201,11 @@ class DeviceRunner:
         return True
 
     @property
+    def stream(self) -> Any:
+        """The torch.cuda.Stream on which steps run, for whoever times them; None on a CPU."""
+        return self._stream if self._on_card else None
+
+    @property
     def graph_shapes(self) -> Collection[StepShape]:
         """Shapes of the steps that run as a graph."""
         return self._graphs.shapes
