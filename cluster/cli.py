@@ -215,6 +215,14 @@ def offline(
     prompts: Annotated[Path | None, typer.Option(help='Lines of {"prompt": ...}.')] = None,
     output: Annotated[int | None, typer.Option(min=1, help="Tokens for each of the prompts.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each workload; the median counts.")] = 1,
+    through: Annotated[
+        list[str] | None,
+        typer.Option(help="engine (default) or session, the engine's gRPC; give both for their ratio."),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Trace some steps of each workload too: their kernels as JSON.", callback=_writable),
+    ] = None,
     json_out: ResultFile = None,
 ) -> None:
     """Engines in this process: all requests at once, timed to the last token."""
@@ -232,6 +240,8 @@ def offline(
         prompts=prompts,
         output=output,
         repeats=repeats,
+        through=through or (),
+        profile=profile,
         json_out=json_out,
     )
     try:

@@ -1,17 +1,18 @@
 """`diptych bench offline`: engines in this process, every request submitted at once, timed to the last token.
 
 No HTTP, no Ray, no router: the figure that the rest of the cluster is measured against. Greedy, end tokens ignored.
+This file reads the command line and tells what was measured on; batches.py measures.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,17 +23,25 @@ from diptych.cluster.control import host
 from diptych.cluster.engine.spec import EngineSpec
 from diptych.cluster.models import ModelFolder, resolve
 from diptych.protos.echo import ECHO
-from diptych.protos.errors import EngineFault, StartupError
+from diptych.protos.errors import StartupError
+from diptych.protos.status import EngineInfo
 from diptych.protos.types import EngineId, Role
 
-from .figures import PeakMemory, quantile, regime, system, write_result
+from .batches import ENGINE, SESSION, Run, measure, measure_session, trace
+from .figures import PeakMemory, regime, system, write_result
+from .provenance import CardWatch, provenance
 from .shapes import SHAPES, shape_of, write_shape
-from .workload import Workload, parse_workload, random_prompts, read_prompts
+from .workload import Workload, parse_workload, read_prompts
 
 if TYPE_CHECKING:
     from diptych.cluster.engine.offline import OfflineEngines
 
 _ONE_BATCH = 1 << 20  # requests that may wait: all of them
+_SHAPE_KEYS = (
+    *("architectures", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "sliding_window"),
+    *("tie_word_embeddings", "max_position_embeddings"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,22 +57,9 @@ class OfflineOptions:
     prompts: Path | None = None
     output: int | None = None
     repeats: int = 1
+    through: Sequence[str] = ()  # of "engine", "session"; empty: the engine
+    profile: Path | None = None
     json_out: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """One workload with its prompts; `repeat` gets other prompts where they are random."""
-
-    workload: Workload
-    given: tuple[tuple[int, ...], ...] | None
-    vocab_size: int
-
-    def prompts(self, repeat: int) -> Sequence[Sequence[int]]:
-        if self.given is not None:
-            return self.given
-        work = self.workload
-        return random_prompts(work.requests, work.input_tokens, vocab_size=self.vocab_size, seed=1 + repeat)
 
 
 def run_offline(options: OfflineOptions, began: float) -> None:
@@ -71,68 +67,103 @@ def run_offline(options: OfflineOptions, began: float) -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="diptych-bench-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        memory = stack.enter_context(PeakMemory())
         name, settings, config = _settings(options)
         model = _model(name, settings, config, folder)
         runs = _runs(options, model)
         specs = _specs(name, settings, config, model, folder)
+        through = _through(options, settings)
+        memory = stack.enter_context(PeakMemory())
+        card = stack.enter_context(CardWatch())
         # torch and transformers, after everything that may be wrong with the command line
         from diptych.cluster.engine.offline import OfflineEngines
 
-        engines = OfflineEngines(specs)
+        engines = OfflineEngines(specs, has_sessions=SESSION in through)
         stack.callback(engines.stop)
         infos = engines.start()
         startup_s = time.monotonic() - began
         room = min(info.max_context_tokens for info in infos)
         for run in runs:
             _check_room(run, room, name)
-        print(f"{name}, {settings.weights} weights, {infos[-1].dtype}, {settings.layout}; {regime()}")
-        print("all requests at once, greedy, end tokens ignored; no warm-up but the engine's own")
-        for line in sorted({choice for info in infos for choice in info.degraded}):
-            print(f"degraded: {line}")
+        _head(name, settings, infos)
         result: dict[str, Any] = {"system": system(), "model": name, "startup_s": round(startup_s, 2)}
         for run in runs:
-            result[run.workload.name] = _measure(engines, run, options.repeats)
+            key = run.workload.name
+            if ENGINE in through:
+                result[key] = measure(engines, run, options.repeats, card)
+            if SESSION in through:
+                told = measure_session(engines, run, options.repeats, card, bare=result.get(key))
+                result[key if ENGINE not in through else f"{key} through session"] = told
+            if options.profile is not None:
+                result.setdefault("profiles", {})[key] = trace(engines, run, options.repeats, result[key])
+        report = engines.report()
+        result |= _circumstances(settings, model, infos) | report | {"through": list(through)}
+        result["timeline_s"] = {stage: round(seconds, 2) for stage, seconds in _stages(engines, startup_s)}
     result["peak_memory_mib"] = memory.peak_bytes >> 20
-    print(f"ready after {startup_s:.1f} s, peak memory {memory.peak_bytes >> 20:,} MiB (proportional set size)")
+    if options.profile is not None:
+        _write_profiles(result.pop("profiles"), options.profile)
+    stages = ", ".join(f"{stage} {seconds:g}" for stage, seconds in result["timeline_s"].items())
+    print(f"ready after {startup_s:.1f} s: {stages}")
+    print(_memory_line(result))
     write_result(result, options.json_out)
 
 
-def _measure(engines: OfflineEngines, run: _Run, repeats: int) -> dict[str, Any]:
-    seconds, first_tokens = [], []
-    prompts: Sequence[Sequence[int]] = ()
-    cached = 0
-    for repeat in range(repeats):
-        prompts = run.prompts(repeat)
-        salt = f"{run.workload.name}/{repeat}".encode()  # no KV of an earlier repeat or workload
-        answers = engines.generate(prompts, run.workload.output_tokens, salt=salt)
-        short = [answer.num_tokens for answer in answers if answer.num_tokens != run.workload.output_tokens]
-        if short:
-            raise EngineFault(
-                f"{run.workload.name}: an answer has {short[0]} tokens; there are {len(short)} such answers"
-            )
-        seconds.append(max(answer.last_token_s for answer in answers))
-        cached = sum(answer.cached_tokens for answer in answers)
-        first_tokens += [answer.first_token_s for answer in answers]
-    median = statistics.median(seconds)
-    tokens_out = len(prompts) * run.workload.output_tokens
-    tokens_in = sum(len(prompt) for prompt in prompts)
-    figures = {
-        "s": round(median, 4),
-        "spread_s": [round(min(seconds), 4), round(max(seconds), 4)],
-        "output_tok_s": round(tokens_out / median, 2),
-        "total_tok_s": round((tokens_in + tokens_out) / median, 2),
-        "ttft_p50_s": round(quantile(first_tokens, 0.5), 4),
+def _stages(engines: OfflineEngines, startup_s: float) -> list[tuple[str, float]]:
+    """Where the time until ready went; "process" is what came before the engines: interpreter, imports."""
+    known = sum(seconds for _, seconds in engines.timeline)
+    return [("process", startup_s - known), *engines.timeline]
+
+
+def _head(name: str, settings: ModelSettings, infos: Sequence[EngineInfo]) -> None:
+    print(f"{name}, {settings.weights} weights, {infos[-1].dtype}, {settings.layout}; {regime()}")
+    print("all requests at once, greedy, end tokens ignored; no warm-up but the engine's own")
+    for line in sorted({choice for info in infos for choice in info.degraded}):
+        print(f"degraded: {line}")
+
+
+def _circumstances(settings: ModelSettings, model: ModelFolder, infos: Sequence[EngineInfo]) -> dict[str, Any]:
+    """What a reader needs to judge the figures, or to get them again."""
+    return provenance() | {
+        "weights": settings.weights,
+        "layout": settings.layout,
+        "shape": _shape(model),
+        "config": settings.model_dump(mode="json", exclude={"source"}),
+        "degraded": sorted({choice for info in infos for choice in info.degraded}),
     }
-    print(
-        f"{run.workload.name:<16}{len(prompts)} requests, "
-        f"{tokens_in:,} tokens in ({cached:,} cached), {tokens_out:,} out: "
-        f"{figures['s']} s ({min(seconds):.2f} to {max(seconds):.2f}, {repeats} repeats), "
-        f"{figures['output_tok_s']:,} output tok/s, {figures['total_tok_s']:,} in all, "
-        f"first token p50 {figures['ttft_p50_s']} s",
-        flush=True,
-    )
-    return figures
+
+
+def _shape(model: ModelFolder) -> dict[str, Any]:
+    """What decides the model's speed, of its config.json; of the echo model, which has none, that of its KV."""
+    facts = model.facts
+    found = {"layers": facts.layers, "kv_heads": facts.kv_heads, "head_dim": facts.head_dim}
+    file = model.path / "config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config |= config.get("text_config") or {}
+    return found | {"vocab_size": facts.vocab_size} | {key: config[key] for key in _SHAPE_KEYS if key in config}
+
+
+def _memory_line(result: Mapping[str, Any]) -> str:
+    sizes = {"host peak": result["peak_memory_mib"], **result["memory_mib"]}
+    told = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in sizes.items())
+    return f"memory, MiB: {told}; KV of {result['kv_tokens']:,} tokens; {result['device']}"
+
+
+def _write_profiles(profiles: Mapping[str, Any], out: Path) -> None:
+    try:
+        out.write_text(json.dumps(profiles, indent=1) + "\n", encoding="utf-8")
+    except OSError as exc:
+        raise StartupError(f"cannot write --profile {out}: {exc.strerror}") from exc
+
+
+def _through(options: OfflineOptions, settings: ModelSettings) -> tuple[str, ...]:
+    through = tuple(dict.fromkeys(options.through)) or (ENGINE,)
+    for way in through:
+        if way not in (ENGINE, SESSION):
+            raise StartupError(f"--through {way}: there is {ENGINE} and {SESSION}; both for their ratio")
+    if SESSION in through and settings.layout != "colocated":
+        raise StartupError(f"--through {SESSION} measures one engine: --layout colocated")
+    if options.profile is not None and ENGINE not in through:
+        raise StartupError(f"--profile traces steps of the bare engine: add --through {ENGINE}")
+    return through
 
 
 def _settings(options: OfflineOptions) -> tuple[str, ModelSettings, DiptychConfig]:
@@ -172,9 +203,9 @@ def _model(name: str, settings: ModelSettings, config: DiptychConfig, folder: Pa
     return resolve(source, config.cache_dir, print, echo=settings.echo, has_weights=settings.has_weights)
 
 
-def _runs(options: OfflineOptions, model: ModelFolder) -> list[_Run]:
+def _runs(options: OfflineOptions, model: ModelFolder) -> list[Run]:
     vocab_size = model.facts.vocab_size
-    runs = [_Run(parse_workload(text), None, vocab_size) for text in options.workloads]
+    runs = [Run(parse_workload(text), None, vocab_size) for text in options.workloads]
     if (options.prompts is None) != (options.output is None):
         raise StartupError("--prompts FILE and --output N (tokens to generate) belong together")
     if options.prompts is not None and options.output is not None:
@@ -182,7 +213,7 @@ def _runs(options: OfflineOptions, model: ModelFolder) -> list[_Run]:
         if wrong := [token for prompt in given for token in prompt if token >= vocab_size]:
             raise StartupError(f"{options.prompts} holds the token id {wrong[0]}; the model's end at {vocab_size - 1}")
         longest = max(map(len, given))
-        runs.append(_Run(Workload(options.prompts.name, len(given), longest, options.output), given, vocab_size))
+        runs.append(Run(Workload(options.prompts.name, len(given), longest, options.output), given, vocab_size))
     if not runs:
         raise StartupError("nothing to measure: give --workload, or --prompts and --output")
     names = [run.workload.name for run in runs]
@@ -233,7 +264,7 @@ def _specs(
     ]
 
 
-def _check_room(run: _Run, room: int, name: str) -> None:
+def _check_room(run: Run, room: int, name: str) -> None:
     work = run.workload
     if work.input_tokens + work.output_tokens > room:
         raise StartupError(

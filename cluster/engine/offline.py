@@ -1,25 +1,33 @@
 """Engines in this process without router, HTTP or Ray: a batch of prompts in, the times of their tokens out.
 
 For `diptych bench offline`: what the step loop can do when nothing else costs anything. One decode engine that computes
-its prompts too, or a prefill and a decode engine with the hinge between them.
+its prompts too, or a prefill and a decode engine with the hinge between them. A lone engine can be reached through its
+gRPC sessions as well, with the same model in the same memory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from typing import Any
 
 import grpc
+import torch
 
+from diptych.cluster.security import engine_name
+from diptych.kvtransfer.layout import KvLayout
 from diptych.protos.channels import listen, make_server
 from diptych.protos.errors import EngineFault, Overloaded, error_from_code
 from diptych.protos.status import EngineInfo
+from diptych.protos.trust import Trust
 from diptych.protos.types import (
     DecodeOrder,
     FinishReason,
@@ -31,11 +39,14 @@ from diptych.protos.types import (
     TransferKey,
 )
 
-from .compose import EngineParts, brain_of
+from .compose import Brain, BrainFactory, EngineParts, brain_of
 from .engine import STOP_TIMEOUT_S, build
 from .inbox import CancelRequest
 from .loop import StepLoop
+from .session import EngineSessions
 from .spec import EngineSpec
+from .step_profile import Piece, StepProfile
+from .step_times import StepTotals, TimedRunner
 from .thread import AsyncioThread, StepThread
 
 log = logging.getLogger(__name__)
@@ -117,11 +128,16 @@ class _Batch:
 class OfflineEngines:
     """`start` once, `generate` any number of times, `stop` once. One thread may call."""
 
-    def __init__(self, specs: Sequence[EngineSpec]) -> None:
-        """`specs`: a decode engine, or a prefill and a decode engine."""
+    def __init__(self, specs: Sequence[EngineSpec], *, has_sessions: bool = False) -> None:
+        """`specs`: a decode engine, or a prefill and a decode engine. `has_sessions`: `sessions` will be called, so
+        that the engine keeps the names of its blocks for routers all the time.
+        """
         assert sorted(role for spec in specs for role in spec.roles) in ([Role.DECODE], [Role.DECODE, Role.PREFILL])
+        assert len(specs) == 1 or not has_sessions
         self._specs = specs
+        self._has_sessions = has_sessions
         self._parts: dict[Role, EngineParts] = {}
+        self._runners: list[TimedRunner] = []
         self._loops: list[StepLoop] = []
         self._step_threads: list[StepThread] = []
         self._asyncio_thread = AsyncioThread()
@@ -129,14 +145,23 @@ class OfflineEngines:
         self._batch: _Batch | None = None
         self._lost: BaseException | None = None  # what ended the step thread of an engine; of the asyncio thread
         self._keys = count(1)
+        self.timeline: list[tuple[str, float]] = []  # stage of the start, seconds
 
     def start(self) -> list[EngineInfo]:
         """Load, warm up, step. Raises StartupError and what loading raises."""
+        last = time.monotonic()
+
+        def mark(stage: str) -> None:
+            nonlocal last
+            now = time.monotonic()
+            self.timeline.append((stage, now - last))
+            last = now
+
         for spec in self._specs:
             thread = StepThread()
             self._step_threads.append(thread)
             (role,) = spec.roles
-            self._parts[role] = thread.call(partial(build, spec, brain_of(spec), lambda stage: None))
+            self._parts[role] = thread.call(partial(build, spec, self._timed(brain_of(spec)), mark))
         for thread, parts in zip(self._step_threads, self._parts.values(), strict=True):
             self._asyncio_thread.call(self._listen(parts), STOP_TIMEOUT_S)
             if parts.sender is not None:
@@ -147,9 +172,11 @@ class OfflineEngines:
                 counts=parts.pool.counts,
                 clock=time.monotonic,
                 pipeline=parts.pipeline,
+                names=(parts.pool.watch_names(), parts.outbox) if self._has_sessions else None,
             )
             self._loops.append(loop)
             thread.begin(partial(self._step, loop, parts))
+        self.take_steps()
         return [parts.info for parts in self._parts.values()]
 
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, salt: bytes) -> list[Answered]:
@@ -169,6 +196,90 @@ class OfflineEngines:
             for prompt in prompts
         ]
         return self._asyncio_thread.call(self._answer(requests))
+
+    @contextlib.contextmanager
+    def sessions(self, secret: bytes) -> Iterator[EngineInfo]:
+        """Meanwhile the lone engine serves routers that prove `secret` at the target of the info, as any engine does,
+        and `generate` must not be called.
+        """
+        assert self._has_sessions
+        (parts,) = self._parts.values()
+        (loop,) = self._loops
+        sessions = EngineSessions(
+            info=parts.info,
+            inbox=parts.inbox,
+            outbox=parts.outbox,
+            reading=loop.reading,
+            prefix_root=parts.pool.prefix_root,
+        )
+        trust = Trust(secret, engine_name(parts.info.roles))
+        server = self._asyncio_thread.call(self._serve(parts, sessions, trust), STOP_TIMEOUT_S)
+        try:
+            yield parts.info
+        finally:
+            self._asyncio_thread.call(self._end_sessions(parts, sessions, server), STOP_TIMEOUT_S)
+
+    @property
+    def lost(self) -> BaseException | None:
+        """What ended the step thread of an engine."""
+        return self._lost
+
+    def take_steps(self) -> list[dict[str, StepTotals]]:
+        """Of each engine, in the order of the specs, its steps since the last call, by kind. Between batches."""
+        return [runner.take() for runner in self._runners]
+
+    def profile(self, first: int, count: int, batch: Callable[[], None]) -> tuple[int, list[Piece]]:
+        """Run `batch`, which generates, and trace its steps number `first` .. first + count - 1 of the last engine, the
+        one that decodes. Gives the number of steps that were traced and what ran in them.
+        """
+        runner, loop = self._runners[-1], self._loops[-1]
+        profile = StepProfile(first=first, count=count, on_card=runner.stream is not None)
+        profile.warm_up()
+        runner.profile = profile
+        ended = threading.Event()
+
+        def end() -> None:
+            runner.profile = None
+            profile.close()
+            ended.set()
+
+        try:
+            batch()
+        finally:
+            loop.call(end)
+            ended.wait(STOP_TIMEOUT_S)
+        return profile.num_steps, profile.pieces()
+
+    def report(self) -> dict[str, Any]:
+        """Device, sizes in force and memory of the last engine, as JSON has them."""
+        parts, runner, spec = list(self._parts.values())[-1], self._runners[-1], self._specs[-1]
+        info, facts = parts.info, spec.facts
+        layout = KvLayout(
+            layers=facts.layers,
+            kv_heads=facts.kv_heads,
+            head_dim=facts.head_dim,
+            dtype=info.dtype,
+            block_tokens=info.block_tokens,
+        )
+        on_card = runner.stream is not None
+        return {
+            "device": torch.cuda.get_device_name() if on_card else "cpu",
+            "dtype": info.dtype,
+            "engine": {
+                "max_running": runner.max_slots,
+                "step_tokens": runner.max_step_tokens,
+                "depth": runner.depth,
+                "threads": spec.threads,
+                "block_tokens": info.block_tokens,
+                "num_blocks": info.num_blocks,
+                "max_context_tokens": info.max_context_tokens,
+            },
+            "memory_mib": {
+                "kv": info.num_blocks * layout.bytes_per_block >> 20,
+                **(_card_memory() if on_card else {}),
+            },
+            "kv_tokens": info.num_blocks * info.block_tokens,
+        }
 
     def stop(self) -> None:
         """End threads, drivers and servers."""
@@ -216,6 +327,7 @@ class OfflineEngines:
 
     def _drain(self, parts: EngineParts) -> None:
         outputs, _ = parts.outbox.drain()
+        parts.outbox.take_names()  # or the step thread would sum up all changes
         now = time.perf_counter()
         for role, output in outputs:
             if self._batch is not None:
@@ -238,6 +350,30 @@ class OfflineEngines:
         for server in self._servers:
             await server.stop(0.2)
 
+    async def _serve(self, parts: EngineParts, sessions: EngineSessions, trust: Trust) -> grpc.aio.Server:
+        server = make_server(trust, parts.info.ref, parts.refused)
+        sessions.attach(server)
+        listen(server, trust, parts.info.ref.target)
+        await server.start()
+        return server
+
+    async def _end_sessions(self, parts: EngineParts, sessions: EngineSessions, server: grpc.aio.Server) -> None:
+        await sessions.close()
+        await server.stop(0.2)
+        parts.outbox.attach(asyncio.get_running_loop(), partial(self._drain, parts))
+
+    def _timed(self, brain: BrainFactory) -> BrainFactory:
+        def timed(spec: EngineSpec) -> Brain:
+            made = brain(spec)
+
+            def runner(*arguments: Any) -> TimedRunner:
+                self._runners.append(TimedRunner(made.runner(*arguments)))
+                return self._runners[-1]
+
+            return dataclasses.replace(made, runner=runner)
+
+        return timed
+
     def _step(self, loop: StepLoop, parts: EngineParts) -> None:
         try:
             loop.run()
@@ -250,3 +386,13 @@ class OfflineEngines:
         self._lost = self._lost or failure
         if self._batch is not None:
             self._batch.lose(role, failure)
+
+
+def _card_memory() -> dict[str, int]:
+    free, total = torch.cuda.mem_get_info()
+    taken = {
+        "card_used": total - free,
+        "card_reserved": torch.cuda.memory_reserved(),
+        "card_allocated_peak": torch.cuda.max_memory_allocated(),
+    }
+    return {name: size >> 20 for name, size in taken.items()}

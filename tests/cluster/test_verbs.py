@@ -104,7 +104,7 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
     }  # type: ignore[attr-defined]
     both = where | {"--model", "--prompts", "--output", "--json"}
     assert measures == {
-        "offline": both | {"--random-weights", "--layout", "--workload", "--repeats"},
+        "offline": both | {"--random-weights", "--layout", "--workload", "--repeats", "--through", "--profile"},
         "serve": both | {"--url", "--requests", "--rate", "--input", "--seed", "--vocab", "--concurrency", "--timeout"},
         "kernels": {"--op", "--tune", "--json"},
     }

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.testing
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from diptych.cluster.bench.batches import Run
+from diptych.cluster.bench.workload import parse_workload
 from diptych.cluster.cli import app
 from diptych.kernels.testing import make_tiny_checkpoint
 
-FIGURES = {"s", "spread_s", "output_tok_s", "total_tok_s", "ttft_p50_s"}
+FIGURES = {
+    *("s", "spread_s", "output_tok_s", "total_tok_s", "ttft_p50_s", "requests", "tokens_in", "tokens_out"),
+    *("cached_tokens", "repeats_s", "seeds", "steps", "card_state"),
+}
+ABOUT = {
+    *("system", "model", "startup_s", "peak_memory_mib", "date", "commit", "dirty", "versions", "machine", "card"),
+    *("weights", "layout", "shape", "config", "degraded", "device", "dtype", "engine", "memory_mib", "kv_tokens"),
+    *("through", "timeline_s"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +53,15 @@ def result_of(*arguments: object) -> dict[str, object]:
 
 def check_figures(figures: object, tokens_in: int, tokens_out: int) -> None:
     assert isinstance(figures, dict)
-    assert set(figures) == FIGURES
+    assert set(figures) - {"of_engine"} == FIGURES
     low, high = figures["spread_s"]
     assert 0 < low <= figures["s"] <= high
     assert 0 < figures["ttft_p50_s"] <= high
     assert figures["output_tok_s"] * figures["s"] == pytest.approx(tokens_out, rel=0.05)
     assert figures["total_tok_s"] * figures["s"] == pytest.approx(tokens_in + tokens_out, rel=0.05)
+    assert (figures["tokens_in"], figures["tokens_out"]) == (tokens_in, tokens_out)
+    for mean in figures["steps"].values():
+        assert 0 < mean["host_us"] + mean["device_us"] <= mean["step_us"] * 1.01
 
 
 def test_every_workload_is_run_whole_and_told_on_the_last_line(tiny: Path, tmp_path: Path) -> None:
@@ -57,7 +72,7 @@ def test_every_workload_is_run_whole_and_told_on_the_last_line(tiny: Path, tmp_p
         *("--model", tiny, "--workload", "5x17x3", "--workload", "2x1x1", "--repeats", 2, "--json", out),
         *("--prompts", prompts, "--output", 4),
     )
-    assert set(result) == {"system", "model", "startup_s", "5x17x3", "2x1x1", "work.jsonl", "peak_memory_mib"}
+    assert set(result) == ABOUT | {"5x17x3", "2x1x1", "work.jsonl"}
     assert str(result["system"]).startswith("diptych ")
     assert result["model"] == "tiny"
     assert result["peak_memory_mib"]
@@ -65,6 +80,84 @@ def test_every_workload_is_run_whole_and_told_on_the_last_line(tiny: Path, tmp_p
     check_figures(result["2x1x1"], 2, 2)
     check_figures(result["work.jsonl"], 5, 8)
     assert json.loads(out.read_text()) == result
+    assert result["5x17x3"]["seeds"] == [100, 101]  # type: ignore[index]
+    assert result["5x17x3"]["cached_tokens"] == 0  # type: ignore[index]
+    assert result["work.jsonl"]["seeds"] is None  # type: ignore[index]
+
+
+def test_the_result_tells_what_it_was_measured_on_and_with(tiny: Path) -> None:
+    result: dict[str, Any] = result_of(
+        "--model", tiny, "--workload", "3x40x4", "--set", "models.tiny.decode.max_running=2"
+    )
+    assert (result["device"], result["dtype"], result["weights"], result["through"]) == (
+        *("cpu", "float32", "checkpoint"),
+        ["engine"],
+    )
+    engine = result["engine"]
+    assert (engine["max_running"], engine["block_tokens"], engine["max_context_tokens"]) == (2, 16, 1024)
+    assert result["kv_tokens"] == 16 * engine["num_blocks"] > 0
+    assert result["memory_mib"]["kv"] == 8
+    assert result["shape"]["architectures"] == ["LlamaForCausalLM"]
+    assert result["config"]["decode"]["max_running"] == 2
+    assert result["versions"]["torch"]
+    assert result["timeline_s"]["weights"] >= 0
+    assert sum(result["timeline_s"].values()) == pytest.approx(result["startup_s"], abs=0.1)
+    # Two seats for three requests: steps with a prompt, and 2 x 3 tokens from steps of one token a row.
+    steps = result["3x40x4"]["steps"]
+    assert steps["prompts"]["tokens"] * steps["prompts"]["steps"] >= 3 * 40
+    assert steps["decode"]["rows"] <= 2
+
+
+def test_prompts_are_those_that_the_peers_got(tiny: Path) -> None:
+    """bench/peers/: random.Random(seed), ids from 1,000 to 99,999."""
+    rng = random.Random(101)
+    theirs = [[rng.randrange(1000, 100_000) for _ in range(7)] for _ in range(3)]
+    assert Run(parse_workload("3x7x1"), None, 128_256).prompts(1) == theirs
+
+
+def test_through_a_session_every_token_arrives_and_the_ratio_is_told(tiny: Path) -> None:
+    done = bench(
+        "--model", tiny, "--workload", "9x20x6", "--workload", "2x3x1", "--through", "engine", "--through", "session"
+    )
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) == ABOUT | {"9x20x6", "9x20x6 through session", "2x3x1", "2x3x1 through session"}
+    for key in ("9x20x6", "9x20x6 through session"):
+        check_figures(result[key], 180, 54)
+        assert result[key]["cached_tokens"] == 0
+    told = result["9x20x6 through session"]
+    assert told["of_engine"] == pytest.approx(result["9x20x6"]["s"] / told["s"], rel=0.01)
+    assert "through a session: " in done.stdout
+    assert "of the engine alone" in done.stdout
+
+
+def test_a_session_alone_has_the_names_that_the_engine_alone_has(tiny: Path) -> None:
+    result = result_of("--model", tiny, "--workload", "4x5x3", "--through", "session")
+    check_figures(result["4x5x3"], 20, 12)
+    assert result["through"] == ["session"]
+
+
+def test_a_request_that_the_engine_refuses_is_a_sentence_through_a_session_too(tiny: Path) -> None:
+    done = bench("--model", tiny, "--workload", "1x1100x1", "--through", "session")
+    assert done.exit_code == 1
+    assert "needs a context of 1101 tokens" in done.stderr
+
+
+def test_a_profile_has_the_ops_of_a_steps_in_the_middle(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "profile.json"
+    done = bench("--model", tiny, "--workload", "4x16x30", "--workload", "1x9x1", "--profile", out)
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    found = json.loads(out.read_text())
+    assert set(found) == {"4x16x30", "1x9x1"}
+    middle = found["4x16x30"]
+    assert middle["first_step"] in range(8, 12)
+    assert middle["steps"] == 20
+    assert 0 <= middle["idle_share"] < 1
+    assert sum(kernel["share"] for kernel in middle["kernels"]) <= 1.01
+    assert all(kernel["us"] >= 0 and kernel["count"] > 0 for kernel in middle["kernels"])
+    assert found["1x9x1"]["steps"] == 1, "a batch of one step is traced whole"
+    assert "profile of 4x16x30: 20 steps" in done.stdout
+    assert "profiles" not in json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("layout", ["colocated", "disaggregated"])
@@ -113,6 +206,9 @@ def test_requests_share_prefixes_with_each_other_and_never_with_an_earlier_repea
         (["--workload", "1x1x1", "--workload", "1x1x1"], "given twice"),
         (["--workload", "1x1x1", "--layout", "both"], "colocated and disaggregated"),
         (["--workload", "1x1x1", "--output", "3"], "belong together"),
+        (["--workload", "1x1x1", "--through", "http"], "engine and session"),
+        (["--workload", "1x1x1", "--through", "session", "--layout", "disaggregated"], "--layout colocated"),
+        (["--workload", "1x1x1", "--through", "session", "--profile", "/tmp/none.json"], "add --through engine"),
         (["--workload", "1x1x1", "--random-weights", "--set", "models.tiny.source=echo"], "has no weights"),
         (["--workload", "1x1x1", "--set", "models.tiny.decode.engines=2"], "decode.engines"),
         (["--workload", "1x1x1", "--set", "models.tiny.decode.engine=2"], "did you mean engines"),
