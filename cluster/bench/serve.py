@@ -5,7 +5,6 @@ Open loop: a request is sent when its time has come, whatever became of those be
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import random
@@ -19,17 +18,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import uvloop
-
 from diptych.cluster.client.wire import headers
 from diptych.cluster.config import api_key
 from diptych.protos.errors import StartupError
 
 from .figures import regime, spread, system, write_result
-from .stream import Streamed, Target, stream
+from .fleet import Load, send
+from .provenance import CardWatch, provenance
+from .stream import Streamed, Target
 from .workload import random_prompts, read_prompts
 
 _MODELS_TIMEOUT_S = 10.0
+_BUSY = 0.7  # of a core: from here on the client's own queue shows in the gaps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,7 @@ class ServeOptions:
     seed: int = 0
     vocab: int = 30_000
     concurrency: int | None = None
+    clients: int = 1  # processes
     prompts: Path | None = None
     timeout_s: float = 600.0
     json_out: Path | None = None
@@ -58,10 +59,19 @@ def run_serve_bench(options: ServeOptions) -> int:
     prompts = _prompts(options)
     model = options.model or _first_model(options.url)
     bodies = [_body(model, prompt, options.output) for prompt in prompts]
-    offsets = arrivals(len(bodies), options.rate, options.seed)
+    load = Load(
+        target=target,
+        bodies=bodies,
+        offsets=arrivals(len(bodies), options.rate, options.seed),
+        concurrency=options.concurrency,
+        timeout_s=options.timeout_s,
+    )
     print(f"{options.url}, {model}; client: {regime()}")
     print(f"{len(bodies)} requests, {_load(options)}, {options.output} tokens out each, greedy, end tokens ignored")
-    outcomes, late_s = uvloop.run(_send_all(target, bodies, offsets, options))
+    with CardWatch() as card:  # of this machine: the server's, where both are one
+        began = time.monotonic()
+        sent = send(load, options.clients)
+        state = card.between(began, time.monotonic())
     result: dict[str, Any] = {
         "client": system(),
         "url": options.url,
@@ -73,9 +83,11 @@ def run_serve_bench(options: ServeOptions) -> int:
         "output": options.output,
         "seed": options.seed,
     }
-    result |= summary(outcomes, options.output)
-    result["send_late_ms"] = spread([1e3 * late for late in late_s])
+    result |= summary(sent.outcomes, options.output)
+    result["send_late_ms"] = spread([1e3 * late for late in sent.late_s])
+    result["client_cpu"] = sent.cpu
     _print(result)
+    result |= provenance() | {"card_state": state}
     write_result(result, options.json_out)
     return 0 if result["completed"] else 1
 
@@ -125,31 +137,11 @@ def summary(outcomes: Sequence[Streamed], output: int) -> dict[str, Any]:
         "failed": len(outcomes) - len(whole),
         "failures": dict(failures),
         **rates,
+        "events": sum(len(outcome.texts) for outcome in whole),  # that brought text; gaps are between these
         "ttft_ms": spread([1e3 * (outcome.texts[0] - outcome.sent) for outcome in whole]),
         "itl_ms": spread(gaps),
         "tpot_ms": spread(per_token),
     }
-
-
-async def _send_all(
-    target: Target, bodies: Sequence[bytes], offsets: Sequence[float], options: ServeOptions
-) -> tuple[list[Streamed], list[float]]:
-    """Outcomes, and how late each request was begun against its schedule."""
-    gate = asyncio.Semaphore(options.concurrency or len(bodies))
-
-    async def one(body: bytes) -> Streamed:
-        async with gate:
-            return await stream(target, body, options.timeout_s)
-
-    tasks, late_s = [], []
-    began = time.perf_counter()
-    async with asyncio.TaskGroup() as group:
-        for body, offset in zip(bodies, offsets, strict=True):
-            if (wait_s := began + offset - time.perf_counter()) > 0:
-                await asyncio.sleep(wait_s)
-            late_s.append(max(time.perf_counter() - began - offset, 0.0))
-            tasks.append(group.create_task(one(body)))
-    return [task.result() for task in tasks], late_s
 
 
 def _prompts(options: ServeOptions) -> Sequence[list[int] | str]:
@@ -198,10 +190,14 @@ def _print(result: dict[str, Any]) -> None:
     if result["duration_s"] is not None:
         print(
             f"{result['duration_s']} s, {result['requests_s']} requests/s, {result['output_tok_s']:,} output tok/s, "
-            f"{result['total_tok_s']:,} in all"
+            f"{result['total_tok_s']:,} in all; text came in {result['events']:,} events"
         )
     print(f"{'ms':<22}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}")
     rows = {"ttft_ms": "first token", "itl_ms": "between events", "tpot_ms": "per output token"}
     for key, name in (rows | {"send_late_ms": "sent late by"}).items():
         if result[key] is not None:
             print(f"{name:<22}" + "".join(f"{value:>10,.2f}" for value in result[key].values()))
+    busiest = max(result["client_cpu"])
+    print(f"client: {len(result['client_cpu'])} processes, the busiest used {busiest:.0%} of a core")
+    if busiest > _BUSY:
+        print("the client may be what is measured: give it more processes with --clients")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from diptych.cluster.api.testing import front_door
+from diptych.cluster.bench.fleet import Load
 from diptych.cluster.bench.serve import ServeOptions, arrivals, run_serve_bench, summary
 from diptych.cluster.bench.stream import Streamed, Target, stream
 from diptych.cluster.config import LimitSettings
@@ -21,7 +22,7 @@ from diptych.protos.errors import EngineError, StartupError
 FIELDS = {
     *("client", "url", "model", "requests", "rate", "concurrency", "input", "output", "seed", "completed", "failed"),
     *("failures", "duration_s", "requests_s", "output_tok_s", "total_tok_s", "ttft_ms", "itl_ms", "tpot_ms"),
-    "send_late_ms",
+    *("send_late_ms", "events", "client_cpu", "date", "commit", "dirty", "versions", "machine", "card", "card_state"),
 }
 
 
@@ -61,6 +62,50 @@ async def test_every_request_is_answered_and_counted(tmp_path: Path, rate: float
     assert isinstance(duration, float)
     assert isinstance(rate_out, float)
     assert duration * rate_out == pytest.approx(40 * 12, rel=0.05)
+
+
+@pytest.mark.parametrize("concurrency", [None, 5])
+async def test_several_processes_share_the_requests_and_each_is_counted_once(
+    tmp_path: Path, concurrency: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with front_door() as door:
+        result = await bench(
+            tmp_path,
+            url=door.listener.url,
+            requests=11,
+            rate=500.0,
+            concurrency=concurrency,
+            clients=3,
+            input=20,
+            output=5,
+            vocab=200,
+        )
+    assert (result["completed"], result["failures"]) == (11, {})
+    assert len(result["client_cpu"]) == 3  # type: ignore[arg-type]
+    assert 11 <= result["events"] <= 11 * 5  # type: ignore[operator]
+    assert "client: 3 processes" in capsys.readouterr().out
+
+
+async def test_more_processes_than_requests_may_be_in_work_are_refused(tmp_path: Path) -> None:
+    async with front_door() as door:
+        with pytest.raises(StartupError, match="--clients 4"):
+            await bench(tmp_path, url=door.listener.url, requests=9, concurrency=3, clients=4)
+
+
+def test_shares_of_a_load_are_in_turn_and_add_up() -> None:
+    bodies = [b"%d" % at for at in range(10)]
+    load = Load(
+        target=Target.parse("http://h"),
+        bodies=bodies,
+        offsets=[0.1 * at for at in range(10)],
+        concurrency=5,
+        timeout_s=1,
+    )
+    shares = [load.share(at, 3) for at in range(3)]
+    assert shares[1].bodies == [b"1", b"4", b"7"]
+    assert shares[1].offsets == load.offsets[1::3]
+    assert sorted(body for share in shares for body in share.bodies) == bodies
+    assert [share.concurrency for share in shares] == [2, 2, 1]
 
 
 async def test_prompts_come_from_a_file_as_texts_and_ids(tmp_path: Path) -> None:
