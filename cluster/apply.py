@@ -17,7 +17,7 @@ from diptych.protos.errors import DiptychError, StartupError
 
 CALL_TIMEOUT_S = 3600.0  # the manager has time limits of its own for engines that start and that drain
 # What engines alone know. Routers, and pairs of engines and routers that find each other, know the rest.
-_OF_A_MODEL = frozenset({"dtype", "echo", "kv", "prefill", "decode"})
+_OF_A_MODEL = frozenset({"device", "gpu_share", "deterministic", "dtype", "echo", "kv", "prefill", "decode"})
 _OF_THE_CLUSTER = frozenset({"transfer"})
 
 

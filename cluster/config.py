@@ -22,10 +22,10 @@ from diptych.protos.errors import StartupError
 from diptych.protos.faults import FaultSettings
 from diptych.protos.settings import (
     Bytes,
-    DecodeSettings,
+    DecodePoolSettings,
     EchoSettings,
     KvSettings,
-    PrefillSettings,
+    PrefillPoolSettings,
     Seconds,
     Settings,
     TransferSettings,
@@ -176,7 +176,24 @@ class ModelSettings(Settings):
         "config.json and tokenizer.json alone",
     )
     echo: EchoSettings = EchoSettings()
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has it")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="what engines compute on; auto: cuda, an NVIDIA card, where there is one that torch can use"
+    )
+    gpu_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="part of a card, and of its memory, that an engine gets; null: a whole one, or where there are "
+        "fewer cards than engines, equal parts",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on a card and where the CPU has it"
+    )
+    deterministic: bool = Field(
+        False,
+        description="on a card: the bits of an answer depend on its request alone, not on what is computed beside it; "
+        "slower",
+    )
     max_context_tokens: int | None = Field(None, ge=2, description="prompt and output; null: what the model allows")
     seed: int | None = Field(None, ge=0, description="of requests that name none; null: a fresh one each time")
     layout: Literal["disaggregated", "colocated"] = Field(
@@ -184,8 +201,8 @@ class ModelSettings(Settings):
         description="colocated: decode engines alone, which compute the prompts too, in the same steps",
     )
     kv: KvSettings = Field(KvSettings(), description="of each engine, unless its pool says otherwise")
-    prefill: PrefillSettings = PrefillSettings()
-    decode: DecodeSettings = DecodeSettings()
+    prefill: PrefillPoolSettings = PrefillPoolSettings()
+    decode: DecodePoolSettings = DecodePoolSettings()
 
     @field_validator("weights")
     @classmethod
@@ -201,9 +218,28 @@ class ModelSettings(Settings):
             raise ValueError(f"these keys are for the model {ECHO}; remove them, or write source: {ECHO}")
         return echo
 
+    @field_validator("device")
+    @classmethod
+    def _computes(cls, device: str, info: ValidationInfo) -> str:
+        if device == "cuda" and info.data.get("source") == ECHO:
+            raise ValueError(f"the model {ECHO} computes nothing that a card could; remove this key")
+        return device
+
+    @field_validator("gpu_share", "deterministic")
+    @classmethod
+    def _has_a_card(cls, value: float | bool | None, info: ValidationInfo) -> float | bool | None:
+        if value and info.data.get("device") == "cpu":
+            why = (
+                "an engine on the CPU has no card"
+                if info.field_name == "gpu_share"
+                else "a CPU's products of matrices depend on how many rows are computed at once"
+            )
+            raise ValueError(f"{why}; remove this key, or write device: cuda")
+        return value
+
     @field_validator("prefill")
     @classmethod
-    def _has_a_pool(cls, prefill: PrefillSettings, info: ValidationInfo) -> PrefillSettings:
+    def _has_a_pool(cls, prefill: PrefillPoolSettings, info: ValidationInfo) -> PrefillPoolSettings:
         # Called for a `prefill` that somebody wrote, not for the default.
         if info.data.get("layout") == "colocated":
             raise ValueError(

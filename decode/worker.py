@@ -33,6 +33,7 @@ from diptych.protos.ports import (
     ReceivePort,
     Released,
     SendEvent,
+    StepCost,
     WantBlocks,
     WorkerLoad,
 )
@@ -48,7 +49,7 @@ from diptych.protos.types import (
     TransferKey,
 )
 
-from .arbiter import StepBudget
+from .arbiter import Goals, StepBudget
 from .decision import Decision, Share
 from .scheduler import DecodeScheduler
 from .sequence import IN_TRANSFER, Sequence, State
@@ -83,14 +84,14 @@ class DecodeWorker:
         self._clock = clock
         self._max_context_tokens = max_context_tokens
         self._max_sequences = settings.max_running + settings.max_waiting
-        step_tokens, cost = min(settings.step_tokens, pipeline.runner.max_step_tokens), pipeline.runner.cost
+        step_tokens = min(settings.step_tokens, pipeline.runner.max_step_tokens)
         self._scheduler = DecodeScheduler(
             pool=pool,
             slots=slots,
             max_running=settings.max_running,
             step_tokens=step_tokens,
             watermark=settings.watermark,
-            budget=None if cost is None else StepBudget(step_tokens=step_tokens, cost=cost),
+            budget=_budget(settings, step_tokens, pipeline.runner.cost),
         )
         self._sequences: dict[TransferKey, Sequence] = {}  # every state but DONE
         totals = ("steps", "step_faults", "row_faults", "tokens", "generated_tokens", "preemptions", "local_prefills")
@@ -355,3 +356,11 @@ class DecodeWorker:
             sequence.timer,
             error,
         )
+
+
+def _budget(settings: DecodeSettings, step_tokens: int, cost: StepCost | None) -> StepBudget | None:
+    """None: prompts get all that decoding leaves, for a pace of throughput and where nobody knows what steps cost."""
+    if cost is None or settings.pace == "throughput":
+        return None
+    goals = Goals(itl_target_s=settings.itl_target_s, itl_limit_s=settings.itl_limit_s)
+    return StepBudget(step_tokens=step_tokens, cost=cost, goals=goals)

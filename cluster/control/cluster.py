@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from diptych.cluster.config import DiptychConfig
+from diptych.cluster.engine.card_plan import card_plans
 from diptych.cluster.engine.spec import EngineStarted
 from diptych.cluster.models import ModelFolder, resolve
 from diptych.cluster.security import check_security, names_of
 from diptych.protos.errors import StartupError
 
-from . import host, keyring
+from . import cards, host, keyring
 from .holder import SocketHolder, holder_path
 from .launch import RayHead, start_ray
 from .memory import plan_memory
-from .plan import ClusterPlan, plan_cluster
+from .plan import ClusterPlan, num_gpus, plan_cluster
 from .state import ClusterState, make_folder, write_config, write_state
 from .timeline import Timeline
 
@@ -78,13 +79,18 @@ class Cluster:
             }
         self._folder = folder = make_folder(config.run_dir)
         self._ending.callback(self.remove_folder)
-        plan = plan_cluster(config, folders, folder)
+        present = cards.find()
+        plan = plan_cluster(config, folders, folder, present=present)
         memory = plan_memory(plan.engines(), host.available_memory(), ray_is_ours=config.ray.address is None)
         self._say("\nmemory plan (MiB)")
         self._say(memory.table() + "\n")
         memory.check()
+        for table in card_plans(plan.engines(), present.cards):
+            self._say(table + "\n")
         with stage("ray"):
-            address = self._start_ray(folder)
+            address = self._start_ray(folder, present.count if num_gpus(plan.engines()) else 0)
+        if num_gpus(plan.engines()):
+            self._check_gpus(plan)
         with stage("manager"):
             self._start_manager(plan)
         with stage("serve"):
@@ -97,6 +103,9 @@ class Cluster:
             wait_s = config.router.connect_timeout_s * 2
             self._router.ready.remote(refs, wait_s).result(timeout_s=wait_s + CALL_TIMEOUT_S)
             url = self._router.url.remote().result(timeout_s=CALL_TIMEOUT_S)
+        for engine in started:
+            if engine.memory_plan:
+                self._say(f"\n{engine.memory_plan}")
         self.degraded = sorted({choice for engine in started for choice in engine.info.degraded})
         state = ClusterState(
             pid=os.getpid(),
@@ -164,10 +173,10 @@ class Cluster:
                     f"port with {flag}--set router.{option}=N"
                 )
 
-    def _start_ray(self, folder: Path) -> str:
+    def _start_ray(self, folder: Path, num_gpus: int) -> str:
         address = self._config.ray.address
         if address is None:
-            self._head = start_ray(folder, self._config.ray)
+            self._head = start_ray(folder, self._config.ray, num_gpus)
             self._ending.callback(self._head.stop)
             address = self._head.address
         elif not host.is_reachable(address):
@@ -190,6 +199,13 @@ class Cluster:
         self._on_joined()
         self._ending.callback(ray.shutdown)
         return str(address)
+
+    def _check_gpus(self, plan: ClusterPlan) -> None:
+        import ray
+
+        from .engines import check_gpus
+
+        check_gpus(plan.engines(), ray.available_resources())
 
     def _start_manager(self, plan: ClusterPlan) -> None:
         import ray

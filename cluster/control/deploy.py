@@ -20,6 +20,7 @@ from diptych.cluster.security import check_security, names_of
 from diptych.protos.errors import StartupError
 
 from . import host, keyring
+from .cards import Card, Cards
 from .gcs import GcsStore
 from .holder import SocketHolder, holder_path
 from .manager_actor import ensure_manager
@@ -69,7 +70,10 @@ class PoolsKeeper:
         holder.start()  # first: a router whose holder died looks for this one, and shows it its socket
         self._holder = holder
         try:
-            await self._apply(plan_cluster(config, folders, self._folder))
+            gpus = ray.cluster_resources().get("GPU", 0.0)  # what the node shows is not what Ray has
+            why = "Ray has no GPU: start its nodes with `ray start --num-gpus N`"
+            present = Cards((Card("one of Ray's"),) * int(gpus), why_none="" if gpus else why)
+            await self._apply(plan_cluster(config, folders, self._folder, present=present))
         except BaseException:
             await self.stop(grace_s=0.0)
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import psutil
@@ -18,11 +18,13 @@ from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.types import EngineId, Role
 
 from .gcs import NAMESPACE
+from .plan import num_gpus
 
 _RETRY_S = 1.0
 _CALL_TIMEOUT_S = 15.0
 # A held call ends by itself, so that a manager that is no more holds no thread of the engine for ever.
 _HOLD_S = 20.0
+_ROUNDING = 1e-6  # of parts of a card that add up to a whole
 # Threads of their own in the engine: calls that take long there must not keep these waiting.
 _GROUPS = {"hold": 4, "ping": 2}
 
@@ -152,6 +154,7 @@ class RayEngines:
                 namespace=NAMESPACE,
                 lifetime="detached",
                 num_cpus=0,
+                num_gpus=num_gpus([spec]),
                 max_restarts=0,
                 max_task_retries=0,
                 max_concurrency=8,
@@ -167,6 +170,28 @@ class RayEngines:
         except ValueError:
             return None
         return RayEngine(actor, None if pid is None else _engine_process(pid))
+
+    def num_gpus(self) -> float:
+        """See EngineProcesses."""
+        return ray_gpus()
+
+
+def ray_gpus() -> float:
+    """Cards of the Ray cluster that this process is connected to, whoever has them."""
+    return float(ray.cluster_resources().get("GPU", 0.0))
+
+
+def check_gpus(specs: Sequence[EngineSpec], free: Mapping[str, float]) -> None:
+    """StartupError where engines want more cards than `free`, a Ray cluster's resources: Ray would let them wait."""
+    wanted, have = num_gpus(specs), free.get("GPU", 0.0)
+    if wanted <= have + _ROUNDING:
+        return
+    there = ", ".join(f"{name} {free[name]:g}" for name in ("CPU", "GPU") if name in free) or "nothing"
+    raise StartupError(
+        f"the engines take {wanted:g} GPU{'s' if wanted != 1 else ''} of Ray, and it has {have:g} free (it says: "
+        f"{there}). Start its nodes with `ray start --num-gpus N`, end what holds its cards, or set "
+        "models.NAME.device: cpu"
+    )
 
 
 def _engine_process(pid: int) -> psutil.Process | None:

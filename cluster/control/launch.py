@@ -61,8 +61,10 @@ def ray_environment(token_path: Path) -> dict[str, str]:
     }
 
 
-def start_ray(folder: Path, settings: RaySettings) -> RayHead:
-    """Start a head below `folder` and wait until it can be joined. Raises StartupError with Ray's own last words."""
+def start_ray(folder: Path, settings: RaySettings, num_gpus: int) -> RayHead:
+    """Start a head below `folder` that has so many of the machine's cards, and wait until it can be joined. Raises
+    StartupError with Ray's own last words.
+    """
     token_path = folder / "token"
     token_path.touch(mode=0o600)
     token_path.write_text(secrets.token_hex(32), encoding="ascii")
@@ -71,7 +73,8 @@ def start_ray(folder: Path, settings: RaySettings) -> RayHead:
     os.environ |= environment
     log = folder / "ray.log"
     client, dashboard, agent = free_ports(3)
-    process = spawn(_command(folder, settings, client, dashboard, agent), log, environment)
+    ports = {"dashboard-port": dashboard, "dashboard-agent-listen-port": agent, "ray-client-server-port": client}
+    process = spawn(_command(folder, settings, num_gpus, ports), log, environment)
     address_file = folder / "ray" / "ray_current_cluster"
     deadline = time.monotonic() + settings.start_timeout_s
     try:
@@ -108,19 +111,17 @@ def end_tree(process: subprocess.Popen[bytes], grace_s: float = _TERM_GRACE_S) -
     psutil.wait_procs(alive, timeout=_KILL_GRACE_S)
 
 
-def _command(folder: Path, settings: RaySettings, client: int, dashboard: int, agent: int) -> list[str]:
+def _command(folder: Path, settings: RaySettings, num_gpus: int, ports: Mapping[str, int]) -> list[str]:
     options = {
         "port": 0,
         "temp-dir": folder / "ray",
         "include-dashboard": "false",
         "include-log-monitor": "false",
-        "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": agent,
-        "ray-client-server-port": client,
+        **ports,
         "min-worker-port": 0,
         "max-worker-port": 0,
         "object-store-memory": settings.object_store_mib << 20,
-        "num-gpus": 0,
+        "num-gpus": num_gpus,
     }
     flags = ["--head", "--block", "--disable-usage-stats", "--no-monitor"]
     start = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start"]

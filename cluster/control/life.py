@@ -66,6 +66,9 @@ class EngineProcesses(Protocol):
     def find(self, engine_id: EngineId, epoch: int, pid: int | None = None) -> EngineProcess | None:
         """The process of a life that another manager launched, `pid` if it said so, or None when it is gone."""
 
+    def num_gpus(self) -> float:
+        """Cards there, whoever has them."""
+
 
 @dataclass(eq=False, slots=True)
 class Life:

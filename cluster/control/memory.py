@@ -14,6 +14,7 @@ from diptych.protos.types import Role
 
 MIB = 1 << 20
 ENGINE_PROCESS = 540 * MIB  # interpreter, torch, transformers, Ray's worker, activations of one step
+CARD_PROCESS = 3072 * MIB  # with torch's CUDA libraries, the driver's mappings and pinned memory; not measured yet
 ROUTER_PROCESS = 150 * MIB
 RAY_PROCESSES = 640 * MIB  # head, raylet, agents, Serve's controller and proxy, pool manager
 MARGIN = 1.05
@@ -58,7 +59,9 @@ class MemoryPlan:
         if needed <= self.available:
             return
         largest = max(self.rows, key=lambda row: row.total)
-        advice = f"lower {largest.kv_key}.memory_mib" if largest.arena >= largest.weights else "serve a smaller model"
+        advice = "serve a smaller model"
+        if largest.arena >= largest.weights and largest.kv_key:
+            advice = f"lower {largest.kv_key}.memory_mib"
         raise StartupError(
             f"not enough memory: the plan needs {needed // MIB} MiB and {self.bound} is {self.available // MIB} MiB; "
             f"the largest part is {largest.name} with {largest.total // MIB} MiB. To change that {advice}, "
@@ -103,11 +106,12 @@ def check_more(template: EngineSpec, count: int, planned: int, pids: Sequence[in
     new = _engine_row(template).total
     have, bound = available(pids)
     needed = int((planned + count * new) * MARGIN)
+    lower = f"Lower {template.kv_key}.memory_mib, " if template.device == "cpu" else "To change that "
     if needed > have:
         raise StartupError(
             f"not enough memory for {count} more engine{'s' if count > 1 else ''} of {new // MIB} MiB: together with "
             f"the {planned // MIB} MiB of the present ones the plan needs {needed // MIB} MiB, and {bound} with what "
-            f"they hold is {have // MIB} MiB. Lower {template.kv_key}.memory_mib, use fewer engines, or free memory"
+            f"they hold is {have // MIB} MiB. {lower}use fewer engines, or free memory"
         )
 
 
@@ -128,7 +132,10 @@ def check_ring(template: EngineSpec, planned: int, pids: Sequence[int], availabl
 
 
 def _engine_row(spec: EngineSpec) -> MemoryRow:
-    facts = spec.facts
+    """Of the machine's memory: weights and KV of an engine on a card are there, see engine/card_plan.py."""
+    facts, ring = spec.facts, ring_bytes(spec) if Role.PREFILL in spec.roles else 0
+    if spec.device != "cpu":
+        return MemoryRow(spec.engine_id, ring=ring, process=CARD_PROCESS)
     layout = KvLayout(
         layers=facts.layers,
         kv_heads=facts.kv_heads,
@@ -140,7 +147,7 @@ def _engine_row(spec: EngineSpec) -> MemoryRow:
         spec.engine_id,
         weights=facts.num_parameters * ITEM_BYTES[spec.dtype],
         arena=spec.num_blocks(layout) * layout.bytes_per_block,
-        ring=ring_bytes(spec) if Role.PREFILL in spec.roles else 0,
+        ring=ring,
         process=ENGINE_PROCESS,
         kv_key=spec.kv_key,
     )

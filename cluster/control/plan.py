@@ -5,18 +5,20 @@ Used by `diptych serve` and by Serve deployments alike, before anything is start
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diptych.cluster.config import DiptychConfig
-from diptych.cluster.engine.spec import EngineSpec
+from diptych.cluster.config import DiptychConfig, ModelSettings
+from diptych.cluster.engine.spec import EngineSpec, check_cpu
 from diptych.cluster.models import ModelFolder
+from diptych.protos.echo import ECHO
 from diptych.protos.errors import StartupError
 from diptych.protos.types import EngineId, Role
 
-from . import host
+from . import cards, host
 from .restarts import RestartTerms
 
 NO_BFLOAT16 = "float32 instead of bfloat16: this CPU has no native bfloat16"
@@ -24,6 +26,8 @@ NO_SHM_OFF_UNIX = "KV crosses over gRPC instead of shared memory: engines.host i
 PLAINTEXT = "prompts and KV leave this machine unencrypted: security.allow_plaintext is on"
 FAULTS = "faults are injected: faults has rules or names a file"
 NO_SHM = "KV crosses over gRPC instead of shared memory: transfer.transport is grpc"
+NO_CARD = "computed on the CPU although this machine has a card: "
+_SHARES = 10_000  # Ray's smallest part of a card
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +81,13 @@ def engine_name(role: Role, number: int) -> EngineId:
     return EngineId(f"{role}-{number}")
 
 
-def plan_cluster(config: DiptychConfig, folders: Mapping[str, ModelFolder], run_dir: Path) -> ClusterPlan:
-    """`folders` by model name; sockets go to `run_dir`. Raises StartupError when a model cannot be what is asked."""
+def plan_cluster(
+    config: DiptychConfig, folders: Mapping[str, ModelFolder], run_dir: Path, *, present: cards.Cards | None = None
+) -> ClusterPlan:
+    """`folders` by model name; sockets go to `run_dir`. Raises StartupError when a model cannot be what is asked.
+
+    `present`: cards of the machine that the engines will be on; None: this one's.
+    """
     for name, settings in config.models.items():
         wanted, room = settings.max_context_tokens, folders[name].facts.max_context_tokens
         if wanted is not None and wanted > room:
@@ -86,11 +95,21 @@ def plan_cluster(config: DiptychConfig, folders: Mapping[str, ModelFolder], run_
                 f"models.{name}.max_context_tokens is {wanted}, and this model has {room} positions; "
                 "lower it, or leave it out for all of them"
             )
+    present = cards.find() if present is None else present
+    models = _on_devices(config.models, present)
     pools = tuple(
-        Pool(template=_template(config, name, folders[name], run_dir, role), engines=engines)
-        for name, settings in config.models.items()
+        Pool(template=_template(config, name, settings, folders[name], run_dir, role), engines=engines)
+        for name, settings in models.items()
         for role, engines in settings.pools().items()
     )
+    for pool in pools:
+        if pool.template.device == "cpu":
+            check_cpu(pool.template)
+    if present.is_hidden:
+        reason = NO_CARD + present.why_none
+        pools = tuple(
+            _with_reason(pool, reason) if config.models[pool.model].device == "auto" else pool for pool in pools
+        )
     engines = config.engines
     return ClusterPlan(
         pools=pools,
@@ -101,6 +120,60 @@ def plan_cluster(config: DiptychConfig, folders: Mapping[str, ModelFolder], run_
     )
 
 
+def _with_reason(pool: Pool, reason: str) -> Pool:
+    """An echo computes nothing that a card could."""
+    if pool.template.settings.source == ECHO:
+        return pool
+    return replace(pool, template=replace(pool.template, degraded=(reason, *pool.template.degraded)))
+
+
+def num_gpus(specs: Sequence[EngineSpec]) -> float:
+    """Cards that these engines take together."""
+    return sum(spec.gpu_share for spec in specs if spec.device == "cuda")
+
+
+def _on_devices(models: Mapping[str, ModelSettings], present: cards.Cards) -> dict[str, ModelSettings]:
+    """With the device and the part of a card decided. Raises StartupError where there are too few cards."""
+    decided = {}
+    for name, settings in models.items():
+        device = settings.device
+        if device == "auto":
+            device = "cuda" if present.count and settings.source != ECHO else "cpu"
+        elif device == "cuda" and not present.count:
+            raise StartupError(
+                f"models.{name}.device is cuda, and there is no card to compute on: {present.why_none}. "
+                "`diptych doctor` tells more; device: cpu computes without"
+            )
+        decided[name] = settings.model_copy(update={"device": device})
+    on_cards = {name: settings for name, settings in decided.items() if settings.device == "cuda"}
+    share = _equal_share(on_cards, present.count)
+    for name, settings in on_cards.items():
+        decided[name] = settings.model_copy(update={"gpu_share": settings.gpu_share or share})
+    return decided
+
+
+def _equal_share(models: Mapping[str, ModelSettings], count: int) -> float:
+    """Of engines whose configuration names none: a whole card, or parts of which as many fit on each as must."""
+    named = sum(settings.gpu_share * _num_engines(settings) for settings in models.values() if settings.gpu_share)
+    others = sum(_num_engines(settings) for settings in models.values() if not settings.gpu_share)
+    left = count - named
+    if left < -0.5 / _SHARES or (others and left * _SHARES < others):
+        raise StartupError(
+            f"the engines of {', '.join(models)} share {count} card{'s' if count != 1 else ''}, and those with a "
+            f"gpu_share take {named:g} of that{f', which leaves nothing for {others} more' if left >= 0 else ''}; "
+            "lower models.NAME.gpu_share, or use fewer engines"
+        )
+    if not others:
+        return 1.0
+    if left >= 1:
+        return math.floor(_SHARES / -(-others // math.floor(left))) / _SHARES
+    return math.floor(_SHARES * left / others) / _SHARES
+
+
+def _num_engines(settings: ModelSettings) -> int:
+    return sum(settings.pools().values())
+
+
 def cores_per_engine(num_engines: int) -> int:
     """A fair share of the cores that this process may use.
 
@@ -109,13 +182,25 @@ def cores_per_engine(num_engines: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(num_engines, 1))
 
 
-def _template(config: DiptychConfig, name: str, folder: ModelFolder, run_dir: Path, role: Role) -> EngineSpec:
-    settings = config.models[name]
-    degraded = []
-    dtype: str = settings.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if host.has_native_bfloat16() else "float32"
-        degraded += [NO_BFLOAT16] if dtype == "float32" else []
+def choose_dtype(settings: ModelSettings, device: str) -> tuple[str, tuple[str, ...]]:
+    """What auto means on that device, and what it costs."""
+    if settings.dtype != "auto":
+        return settings.dtype, ()
+    if device == "cuda" or host.has_native_bfloat16():
+        return "bfloat16", ()
+    return "float32", (NO_BFLOAT16,)
+
+
+def _template(
+    config: DiptychConfig,
+    name: str,
+    settings: ModelSettings,
+    folder: ModelFolder,
+    run_dir: Path,
+    role: Role,
+) -> EngineSpec:
+    dtype, costs = choose_dtype(settings, settings.device)
+    degraded = list(costs)
     if settings.layout == "disaggregated":
         degraded += [NO_SHM] if config.transfer.transport == "grpc" else []
         degraded += [NO_SHM_OFF_UNIX] if config.engines.host and config.transfer.transport == "auto" else []

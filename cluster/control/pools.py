@@ -26,7 +26,7 @@ from .manager import EngineState, KeyValue, Member, PoolManager
 from .memory import Available
 from .plan import ClusterPlan, Pool, cores_per_engine
 from .restarts import Restarts
-from .room import Room
+from .room import Room, Taken
 from .scaled import Scaled, told
 
 CALL_TIMEOUT_S = 5.0
@@ -66,7 +66,7 @@ class Pools:
         self._manager = manager
         self._store = store
         self._processes = processes
-        self._room = Room(manager, available)
+        self._room = Room(manager, available, processes)
         self._changed = changed
         self._known = known
         self._course = Course(
@@ -578,7 +578,7 @@ class Pools:
     def _check_more(self, pool: Pool, count: int) -> None:
         self._room.check(pool, count, self._planned())
 
-    def _planned(self) -> int:
+    def _planned(self) -> Taken:
         return self._room.planned(self._lives.values(), self._pools)
 
     def _missing(self) -> list[tuple[Pool, int]]:

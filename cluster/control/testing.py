@@ -14,6 +14,7 @@ from diptych.protos.errors import DiptychError
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.types import EngineId, Role
 
+from .cards import Card, Cards
 from .manager import PoolManager
 from .memory import MIB
 from .plan import ClusterPlan, plan_cluster
@@ -135,6 +136,7 @@ class World:
         self.made: list[FakeProcess] = []
         self.on_launch: Callable[[FakeProcess], None] = lambda process: None
         self.memory = 100_000 * MIB
+        self.gpus = 0.0
         self.changes = 0
         self.begin()
 
@@ -167,6 +169,10 @@ class World:
                 return process
         return None
 
+    def num_gpus(self) -> float:
+        """As EngineProcesses."""
+        return self.gpus
+
     def process(self, engine_id: str) -> FakeProcess:
         """The one of that name that lives."""
         [found] = [p for p in self.made if p.spec.engine_id == engine_id and "kill" not in p.calls]
@@ -183,13 +189,13 @@ class World:
                 await asyncio.sleep(0)
 
 
-def plan(*overrides: str, names: tuple[str, ...] = ("m",)) -> ClusterPlan:
-    """Of echo-sized models by `names`; `overrides` are those of a configuration."""
+def plan(*overrides: str, names: tuple[str, ...] = ("m",), num_cards: int = 0) -> ClusterPlan:
+    """Of echo-sized models by `names`; `overrides` are those of a configuration. On a machine with so many cards."""
     sources = [f"models.{name}.source=/{name}" for name in names]
     config = load_config(None, [*sources, *overrides])
     only = config.model_copy(update={"models": {name: config.models[name] for name in names}})
     folders = {name: ModelFolder(Path(f"/{name}"), dataclasses.replace(FACTS, name=name)) for name in names}
-    return plan_cluster(only, folders, Path("/r"))
+    return plan_cluster(only, folders, Path("/r"), present=Cards((Card("fake"),) * num_cards, why_none="it is a test"))
 
 
 async def started(*overrides: str, names: tuple[str, ...] = ("m",)) -> World:

@@ -57,7 +57,7 @@ class EngineActor:
         self._engine = Engine(self._spec, on_failure=self._fail, trust=trust)
         imports = ("imports", time.monotonic() - began)
         started = self._engine.start()
-        return EngineStarted(started.info, (imports, *started.timeline))
+        return replace(started, timeline=(imports, *started.timeline))
 
     def pid(self) -> int:
         """Of its process."""

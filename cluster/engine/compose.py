@@ -33,7 +33,7 @@ from diptych.protos.types import Role
 from .faults import FaultyRunner, faulty_delivery
 from .inbox import Inbox, TransferNews
 from .outbox import Outbox
-from .spec import EngineSpec
+from .spec import EngineSpec, check_cpu
 
 RANDOM_SEED = 0  # of weights that are made up: all engines of a model must have the same
 _RANDOM = "weights are random: the answers are noise"
@@ -47,11 +47,13 @@ class Brain:
     layout: KvLayout
     weights_digest: bytes
     attention: bytes  # the identity of what else shapes KV, see compat_digest
-    degraded: Sequence[str]  # complete once the runner is there
+    degraded: Sequence[str]  # complete once the runner is prepared
     runner: Callable[[KvArena, int, int], Runner]  # (arena, max_slots, max_step_tokens)
     device: str = "cpu"
     num_blocks: Callable[[], int] | None = None  # None: what kv.memory_mib pays for
     spare_blocks: int = 0  # that the runner needs beside
+    prepare: tuple[tuple[str, Callable[[], None]], ...] = ()  # stages of the runner, before its first step
+    memory_plan: Callable[[], str] = str  # for people; once there is an arena
 
 
 BrainFactory = Callable[[EngineSpec], Brain]
@@ -72,36 +74,39 @@ class EngineParts:
     trust: Trust
     refused: dict[str, Refusals]  # calls, by gRPC service
     faults: FaultPlan | None = None
+    memory_plan: str = ""  # of its card, for people
     workers: dict[Role, Worker] = field(default_factory=dict)
     sender: SendDriver | None = None
     receiver: ReceiveDriver | None = None
 
 
 def model_brain(spec: EngineSpec) -> Brain:
-    """The real thing: on a card, where torch sees one, else transformers' model code with our attention."""
-    from .card import find_card
+    """The real thing, on the device that the spec names. StartupError: it cannot compute there."""
+    if spec.device == "cpu":
+        check_cpu(spec)
+        return _cpu_brain(spec)
+    return _card_brain(spec)
 
-    device = find_card()
-    return _cpu_brain(spec) if device is None else _card_brain(spec, device)
 
-
-def _card_brain(spec: EngineSpec, device: str) -> Brain:
+def _card_brain(spec: EngineSpec) -> Brain:
     from .card import Card
 
     is_random = not spec.settings.has_weights
-    card = Card(spec, device, max_slots=_max_slots(spec), max_step_tokens=_step_tokens(spec))
+    card = Card(spec)
     if is_random:
         card.degraded.append(_RANDOM)
     model = card.load(RANDOM_SEED if is_random else None)
     return Brain(
         card.layout,
         model.weights_digest,
-        model.architecture.encode(),
+        model.architecture.encode() + (b" deterministic" if spec.settings.deterministic else b""),
         card.degraded,
         lambda arena, max_slots, max_step_tokens: card.runner(arena),
-        device=device,
+        device=card.device,
         num_blocks=card.num_blocks,
         spare_blocks=1,
+        prepare=(("graphs", card.capture), ("cost", card.measure)),
+        memory_plan=card.memory_plan,
     )
 
 
@@ -175,15 +180,19 @@ def compose(
 
     Without `trust` the engine talks to this process alone.
     """
-    settings = spec.settings
-    slots = SlotPool(_max_slots(spec))
+    slots = SlotPool(spec.max_slots)
     loaded = brain(spec)
     mark("weights")
     num_blocks = spec.num_blocks(loaded.layout) if loaded.num_blocks is None else loaded.num_blocks()
+    if loaded.num_blocks is not None:
+        mark("rehearsal")
     arena = KvArena(loaded.layout, num_blocks, loaded.device, spare_blocks=loaded.spare_blocks)
     mark("arena")
-    runner = loaded.runner(arena, slots.max_slots, _step_tokens(spec))
+    runner = loaded.runner(arena, slots.max_slots, spec.step_tokens)
     mark("runner")
+    for stage, prepare in loaded.prepare:
+        prepare()
+        mark(stage)
     info = _info(spec, loaded, num_blocks)
     compat = compat_digest(loaded.layout, weights_digest=loaded.weights_digest, attention=loaded.attention)
     pool = BlockPool(
@@ -198,12 +207,13 @@ def compose(
         pipeline=StepPipeline(runner if faults is None else FaultyRunner(runner, faults), clock),
         pool=pool,
         slots=slots,
-        inbox=Inbox(settings.prefill.max_waiting + settings.decode.max_waiting + slots.max_slots),
+        inbox=Inbox(spec.prefill.max_waiting + spec.decode.max_waiting + slots.max_slots),
         outbox=Outbox(MAX_OUTPUTS_BEHIND),
         clock=clock,
         trust=trust or Trust.alone(engine_name(spec.possible_roles)),
         refused={name: Refusals(f"engine {spec.engine_id} ({name})") for name in (ENGINE_SERVICE, KV_SERVICE)},
         faults=faults,
+        memory_plan=loaded.memory_plan(),
     )
     if Role.PREFILL in spec.possible_roles:
         _add_prefill(parts, spec, arena, compat)
@@ -234,7 +244,7 @@ def _add_prefill(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: b
         faults=parts.faults,
     )
     parts.workers[Role.PREFILL] = PrefillWorker(
-        settings=spec.settings.prefill,
+        settings=spec.prefill,
         pipeline=parts.pipeline,
         pool=parts.pool,
         slots=parts.slots,
@@ -259,7 +269,7 @@ def _add_decode(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: by
         faults=parts.faults,
     )
     parts.workers[Role.DECODE] = DecodeWorker(
-        settings=spec.settings.decode,
+        settings=spec.decode,
         pipeline=parts.pipeline,
         pool=parts.pool,
         slots=parts.slots,
@@ -270,29 +280,14 @@ def _add_decode(parts: EngineParts, spec: EngineSpec, arena: KvArena, compat: by
     )
 
 
-def _max_slots(spec: EngineSpec) -> int:
-    return sum(_max_running(spec, role) for role in spec.possible_roles)
-
-
-def _step_tokens(spec: EngineSpec) -> int:
-    pools = spec.settings
-    return max(
-        pools.prefill.step_tokens if role is Role.PREFILL else pools.decode.step_tokens for role in spec.possible_roles
-    )
-
-
-def _max_running(spec: EngineSpec, role: Role) -> int:
-    return spec.settings.prefill.max_running if role is Role.PREFILL else spec.settings.decode.max_running
-
-
 def _info(spec: EngineSpec, loaded: Brain, num_blocks: int) -> EngineInfo:
     max_context_tokens = spec.max_context_tokens(num_blocks)
     degraded = [*spec.degraded, *loaded.degraded]
     if max_context_tokens < spec.wanted_context_tokens:
         what = "context" if Role.DECODE in spec.roles else "prompts on the prefill engines"
+        bound = "what the card has left for KV" if spec.kv_bytes is None else f"{spec.kv_key}.memory_mib"
         degraded.append(
-            f"{what} of {max_context_tokens} tokens instead of {spec.wanted_context_tokens}: "
-            f"{spec.kv_key}.memory_mib is the bound"
+            f"{what} of {max_context_tokens} tokens instead of {spec.wanted_context_tokens}: {bound} is the bound"
         )
     if not spec.kv.prefix_cache:
         degraded.append(f"no prefix cache: {spec.kv_key}.prefix_cache is off")

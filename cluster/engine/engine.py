@@ -117,7 +117,7 @@ class Engine:
         )
         self._stall_watch.start()
         mark("listen")
-        return EngineStarted(parts.info, tuple(timeline))
+        return EngineStarted(parts.info, tuple(timeline), parts.memory_plan)
 
     def status(self) -> EngineStatus:
         """A reading of the loop, with the drivers' counters; from any thread."""

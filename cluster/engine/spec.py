@@ -7,18 +7,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diptych.cluster.config import ModelSettings, SecuritySettings
+from diptych.cluster.control import cards
 from diptych.cluster.models import ModelFacts
 from diptych.kvtransfer.layout import KvLayout
+from diptych.protos.echo import ECHO
 from diptych.protos.errors import StartupError
 from diptych.protos.faults import FaultSettings
-from diptych.protos.settings import KvSettings, TransferSettings
+from diptych.protos.settings import (
+    CPU_KV_MIB,
+    DecodeSettings,
+    Device,
+    KvSettings,
+    PrefillSettings,
+    TransferSettings,
+)
 from diptych.protos.status import EngineInfo
 from diptych.protos.types import EngineId, EngineRef, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """Everything that `compose` needs. `dtype` is decided (never auto); paths are absolute.
+    """Everything that `compose` needs. `dtype` is decided (never auto); paths are absolute. What a setting leaves to
+    the device is decided here, for all who ask.
 
     The arena's size and all else that a pool sets are those of the roles at birth, whatever roles come later.
     """
@@ -69,12 +79,56 @@ class EngineSpec:
             target = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
         return EngineRef(self.engine_id, self.epoch, target)
 
+    @property
+    def device(self) -> Device:
+        """What it computes on. A plan has decided; elsewhere auto is a card where this process could use one."""
+        wanted = self.settings.device
+        if wanted == "auto":
+            return "cuda" if self.settings.source != ECHO and cards.is_there() else "cpu"
+        return wanted
+
+    @property
+    def gpu_share(self) -> float:
+        """Part of its card, where it has one. A plan has decided; elsewhere the engines of a layout share a card."""
+        return self.settings.gpu_share or 1 / len(self.settings.pools())
+
+    @property
+    def decode(self) -> DecodeSettings:
+        """Of its worker."""
+        return self.settings.decode.on(self.device)
+
+    @property
+    def prefill(self) -> PrefillSettings:
+        """Of its worker."""
+        return self.settings.prefill.on(self.device)
+
+    @property
+    def max_slots(self) -> int:
+        """Sequences in the runner at once, over all roles that it can take."""
+        of = {Role.PREFILL: self.prefill.max_running, Role.DECODE: self.decode.max_running}
+        return sum(of[role] for role in self.possible_roles)
+
+    @property
+    def step_tokens(self) -> int:
+        """Of the largest step of any role that it can take."""
+        of = {Role.PREFILL: self.prefill.step_tokens, Role.DECODE: self.decode.step_tokens}
+        return max(of[role] for role in self.possible_roles)
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Of the arena; None: what the card's other uses leave."""
+        wanted = self.kv.memory_mib
+        if wanted is None and self.device == "cpu":
+            wanted = CPU_KV_MIB
+        return None if wanted is None else wanted << 20
+
     def num_blocks(self, layout: KvLayout) -> int:
-        """Blocks that `kv.memory_mib` pays for. Raises StartupError when it is less than one."""
-        blocks = (self.kv.memory_mib << 20) // layout.bytes_per_block
+        """Blocks that `kv_bytes` pays for, which is no question of a card's rest. StartupError: less than one."""
+        assert self.kv_bytes is not None
+        blocks = self.kv_bytes // layout.bytes_per_block
         if blocks < 1:
             raise StartupError(
-                f"{self.kv_key}.memory_mib: {self.kv.memory_mib} MiB hold no single block of "
+                f"{self.kv_key}.memory_mib: {self.kv_bytes >> 20} MiB hold no single block of "
                 f"{layout.bytes_per_block / 2**20:.1f} MiB; raise it"
             )
         return blocks
@@ -104,3 +158,14 @@ class EngineStarted:
 
     info: EngineInfo
     timeline: tuple[tuple[str, float], ...]
+    memory_plan: str = ""  # of its card, for people; empty on a CPU
+
+
+def check_cpu(spec: EngineSpec) -> None:
+    """StartupError where an engine on the CPU is asked for what only a card's engine has."""
+    if spec.settings.deterministic:
+        raise StartupError(
+            f"models.{spec.model}.deterministic: answers that do not depend on what is computed beside them need a "
+            "card; a CPU's products of matrices depend on how many rows they have. Remove this key, or write "
+            "device: cuda"
+        )

@@ -1,10 +1,11 @@
 """How a card's memory is divided: told before anything is allocated, and again once the largest step has run.
 
-KV gets what is left. Arithmetic alone: nothing here touches a device. Called where an engine is composed.
+KV gets what is left. Arithmetic alone, and no torch: `diptych serve` asks before it starts a process.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diptych.protos.errors import StartupError
@@ -32,43 +33,46 @@ class DevicePlan:
         return sum(size for _, size in self.rows)
 
     @property
+    def room(self) -> int:
+        """KV blocks that there is memory for, the spare one not counted. Negative: not even for the rest."""
+        return (self.free - self.used) // self.bytes_per_block - 1
+
+    @property
     def num_blocks(self) -> int:
-        """KV blocks of the plan, the spare one not counted; at most what is wanted. May be negative: see `check`."""
-        room = (self.free - self.used) // self.bytes_per_block - 1
-        return room if self.wanted_kv is None else min(room, self.wanted_kv // self.bytes_per_block)
+        """KV blocks of the plan: `room`, at most what is wanted."""
+        return self.room if self.wanted_kv is None else min(self.room, self.wanted_kv // self.bytes_per_block)
 
-    def check(self, *, least_tokens: int) -> None:
-        """StartupError, with what is missing and what would fit, where KV of `least_tokens` or of the configured size
-        does not.
-        """
-        wanted = least_tokens * self.bytes_per_block // self.block_tokens + self.bytes_per_block
-        if self.wanted_kv is not None:
-            wanted = max(wanted, self.wanted_kv // self.bytes_per_block * self.bytes_per_block)
-        missing = self.used + wanted + self.bytes_per_block - self.free
-        if missing <= 0:
-            return
-        room = max(
-            0, self.num_blocks if self.wanted_kv is None else (self.free - self.used) // self.bytes_per_block - 1
-        )
-        if room > 0:
-            advice = f"KV of {room * self.block_tokens:,} tokens ({_gib(room * self.bytes_per_block)}) would fit"
-        else:
-            advice = "no KV at all would fit: choose a smaller model, or lower step_tokens and max_running"
-        raise StartupError(
-            f"The model does not fit on the card: {_gib(missing)} are missing. {_gib(self.used)} are needed beside KV, "
-            f"{_gib(wanted)} for KV of {wanted // self.bytes_per_block * self.block_tokens:,} tokens, and "
-            f"{_gib(self.free)} are free; {advice}.\n{self.table()}"
+    def missing(self, least_tokens: int) -> int:
+        """Bytes; 0 or less: KV of `least_tokens`, or of the configured size where that is more, fits."""
+        return self.used + self._least_kv(least_tokens) + self.bytes_per_block - self.free
+
+    def refusal(self, least_tokens: int, would_fit: Sequence[str]) -> StartupError:
+        """What is missing for KV of `least_tokens`, or of the configured size, and what would fit."""
+        wanted = self._least_kv(least_tokens)
+        advice = f"would fit: {', or '.join(would_fit)}" if would_fit else "choose a smaller model"
+        return StartupError(
+            f"The model does not fit on the card: {_gib(self.missing(least_tokens))} are missing. {_gib(self.used)} "
+            f"are needed beside KV, {_gib(wanted)} for KV of {wanted // self.bytes_per_block * self.block_tokens:,} "
+            f"tokens, and {_gib(self.free)} are free; {advice}.\n{self.table()}"
         )
 
-    def table(self) -> str:
+    def told(self, blocks: int) -> str:
+        """So much KV, for people."""
+        return f"KV of {blocks * self.block_tokens:,} tokens, {_gib(blocks * self.bytes_per_block)}"
+
+    def table(self, whose: str = "the card") -> str:
         """For people; GiB."""
         kv = max(0, self.num_blocks)
         lines = [*self.rows, (f"KV of {kv * self.block_tokens:,} tokens", (kv + 1) * self.bytes_per_block)]
         body = [f"{name:<36}{size / GIB:>10.2f}" for name, size in lines]
         total = sum(size for _, size in lines)
         return "\n".join(
-            ["memory plan of the card (GiB)", *body, f"{'all':<36}{total / GIB:>10.2f}   of {self.free / GIB:.2f}"]
+            [f"memory plan of {whose} (GiB)", *body, f"{'all':<36}{total / GIB:>10.2f}   of {self.free / GIB:.2f}"]
         )
+
+    def _least_kv(self, least_tokens: int) -> int:
+        least = least_tokens * self.bytes_per_block // self.block_tokens + self.bytes_per_block
+        return max(least, (self.wanted_kv or 0) // self.bytes_per_block * self.bytes_per_block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

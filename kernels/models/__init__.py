@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # shape.py is read where no torch is loaded
+    from torch import Tensor
 
-from ..device.step import StepTensors
+    from ..device.step import StepTensors
 
 
 class DeviceDecoder(Protocol):

@@ -215,20 +215,20 @@ async def test_a_decode_engine_that_is_to_prefill_needs_memory_for_its_ring() ->
     world = await started(*TWO)
     template = world.process("decode-1").spec
     ring = template.transfer.slots * template.transfer.slot_kib * 1024
-    planned = world.pools._planned()
+    planned = world.pools._planned().memory
     world.memory = int((planned + ring / 2) * 1.05)
     with pytest.raises(StartupError, match="not enough memory"):
         await world.pools.set_role("decode-1", Role.PREFILL)
     assert world.states()["decode-1"] == "ready"
     world.memory = int((planned + 2 * ring) * 1.05)
     await world.pools.set_role("decode-1", Role.PREFILL)
-    counted = world.pools._planned()
+    counted = world.pools._planned().memory
     assert counted == planned + ring
     await world.pools.set_role("decode-1", Role.DECODE)
-    counted = world.pools._planned()
+    counted = world.pools._planned().memory
     assert counted == planned + ring, "memory that was used once is not given back"
     await next_manager(world)
-    assert counted == world.pools._planned()
+    assert counted == world.pools._planned().memory
 
 
 async def test_an_engine_with_less_room_than_the_decode_pool_promises_does_not_join_it() -> None:
