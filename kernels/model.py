@@ -22,6 +22,7 @@ from diptych.protos.errors import StartupError
 
 from . import attention
 from .attention import AttentionStep, Compute, LayerShape, run_module
+from .layers.for_device import Swaps, reserve, swap_modules
 from .layers.fused_decoder import fuse, is_known
 from .layers.merged import MERGED_NAMES, merge_linears
 from .layers.packed import pack_linears, packed_memory
@@ -80,6 +81,7 @@ class LoadedModel:
         if self.by_hand is not None:
             return self.by_hand.decoder(max_tokens=max_tokens, deterministic=self.deterministic)
         assert self.module is not None
+        reserve(self.module, max_tokens)
         capturable = refusal(self.head_dim, DTYPES[self.dtype]) is None
         return GenericDecoder(self.module, self.layer_ids, capturable=capturable)
 
@@ -179,8 +181,8 @@ def _load_module(folder: Path, *, dtype: str, place: torch.device, random_seed: 
         kv_heads, head_dim = _one_geometry(shapes)
         probe = Probe(DTYPES[dtype], place)
         expected = compute_alone(partial(run_module, module), text.vocab_size, shapes, probe)
-        degraded = _swap_modules(module, probe.dtype, place, head_dim)
-        compute = _choose_forward(module, text.vocab_size, shapes, probe, expected, degraded)
+        degraded, swaps = _swap_modules(module, probe.dtype, place, head_dim)
+        compute = _choose_forward(module, text.vocab_size, shapes, probe, expected, degraded, swaps)
     max_context_tokens, shortened = context_tokens(module, text)
     if shortened is not None:
         degraded.append(shortened)
@@ -212,8 +214,11 @@ def _choose_forward(
     probe: Probe,
     expected: Tensor,
     degraded: list[str],
+    swaps: Swaps,
 ) -> Compute:
-    """The fused form where the model has one that computes what transformers does, else transformers' forward."""
+    """The fused form where the model has one that computes what transformers does, else transformers' forward, with
+    our modules in it as long as that computes the same.
+    """
     name = type(module).__name__
     fused = fuse(module, shapes) if probe.device.type == "cpu" else None
     if fused is not None:
@@ -222,6 +227,9 @@ def _choose_forward(
             return fused
         degraded.append(f"{name} runs through transformers' forward: the fused one computes something else")
     generic = partial(run_module, module)
+    if swaps.done and differs(compute_alone(generic, vocab_size, shapes, probe), expected, probe.dtype):
+        swaps.undo()
+        degraded.append(f"{name} keeps its own norms, MLPs and rotation: with ours it computes something else")
     if differs(compute_alone(generic, vocab_size, shapes, probe), expected, probe.dtype):
         raise StartupError(f"{name} is refused: merging its linears changes what it computes.")
     if differs(compute_ragged(generic, vocab_size, shapes, probe), expected, probe.dtype):
@@ -229,7 +237,9 @@ def _choose_forward(
     return generic
 
 
-def _swap_modules(module: nn.Module, dtype: torch.dtype, device: torch.device, head_dim: int) -> list[str]:
+def _swap_modules(
+    module: nn.Module, dtype: torch.dtype, device: torch.device, head_dim: int
+) -> tuple[list[str], Swaps]:
     """Put faster modules in place of the model's own; gives what had to stay."""
     degraded = []
     fusable = is_known(module) and device.type == "cpu"
@@ -242,6 +252,8 @@ def _swap_modules(module: nn.Module, dtype: torch.dtype, device: torch.device, h
         degraded.append(f"decoding is slower, without native code: {reason}")
     if device.type == "cuda" and (reason := refusal(head_dim, dtype)) is not None:
         degraded.append(reason)
+    swaps = swap_modules(module) if device.type == "cuda" else Swaps()
+    degraded += swaps.left
     copied = pack_linears(module)
     if device.type == "cpu":
         if copied:
@@ -253,7 +265,7 @@ def _swap_modules(module: nn.Module, dtype: torch.dtype, device: torch.device, h
                 f"of {size >> 20} MiB of weights, {moved >> 20} lie in large pages "
                 "(Linux moves memory there from 6.1 on, mapped files not)"
             )
-    return degraded
+    return degraded, swaps
 
 
 def _leave_files(module: nn.Module) -> None:

@@ -7,6 +7,7 @@ Elsewhere than on a CUDA device the shapes pad all the same and the step runs as
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -71,6 +72,10 @@ def shapes_within(max_rows: int, max_tokens: int) -> tuple[list[StepShape], list
     return first + at_first, [shape for shape in later if shape not in at_first]
 
 
+class NotCapturable(RuntimeError):
+    """What a graph would be made of cannot be in one; the text says why. Steps can run without."""
+
+
 class StepGraphs:
     """Graphs over `run(shape)`, which computes a step of that shape in static memory. The step thread's.
 
@@ -94,7 +99,9 @@ class StepGraphs:
         return min(fitting, key=lambda shape: (shape.tokens, shape.singles), default=None)
 
     def capture(self, shape: StepShape) -> None:
-        """Make the graph of one shape, after a run without: what is made at first use must not be made in a graph."""
+        """Make the graph of one shape, after a run without: what is made at first use must not be made in a graph.
+        NotCapturable: that run was fine, but the device was asked, or something that a graph cannot hold was done.
+        """
         self._run(shape)
         graph = None
         if self._on_card:
@@ -104,8 +111,12 @@ class StepGraphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 self._run(shape)
-            finally:
-                graph.capture_end()
+            except Exception as exc:
+                with contextlib.suppress(RuntimeError):  # that the capture is broken is known
+                    graph.capture_end()
+                torch.cuda.current_stream().synchronize()
+                raise NotCapturable(f"{type(exc).__name__}: {exc}") from exc
+            graph.capture_end()
         self._graphs[shape] = graph
 
     def replay(self, shape: StepShape) -> None:
