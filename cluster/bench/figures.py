@@ -57,13 +57,17 @@ def why_unwritable(out: Path) -> str:
 
 def write_result(result: Mapping[str, Any], out: Path | None) -> None:
     """The last line of the output, and the same into the file `out`. Raises StartupError."""
-    line = json.dumps(result)
+    save_result(result, out)
+    print(json.dumps(result), flush=True)
+
+
+def save_result(result: Mapping[str, Any], out: Path | None) -> None:
+    """Into the file alone. Raises StartupError."""
     if out is not None:
         try:
-            out.write_text(line + "\n", encoding="utf-8")
+            out.write_text(json.dumps(result) + "\n", encoding="utf-8")
         except OSError as exc:
             raise StartupError(f"cannot write --json {out}: {exc.strerror}") from exc
-    print(line, flush=True)
 
 
 class PeakMemory:

@@ -13,13 +13,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.cluster.config import DiptychConfig, ModelSettings, load_config
-from diptych.cluster.control import host
+from diptych.cluster.control.plan import choose_dtype
 from diptych.cluster.engine.spec import EngineSpec
 from diptych.cluster.models import ModelFolder, resolve
 from diptych.protos.echo import ECHO
@@ -57,6 +57,7 @@ class OfflineOptions:
     prompts: Path | None = None
     output: int | None = None
     repeats: int = 1
+    kv_gib: float | None = None
     through: Sequence[str] = ()  # of "engine", "session"; empty: the engine
     profile: Path | None = None
     json_out: Path | None = None
@@ -167,7 +168,7 @@ def _through(options: OfflineOptions, settings: ModelSettings) -> tuple[str, ...
 
 
 def _settings(options: OfflineOptions) -> tuple[str, ModelSettings, DiptychConfig]:
-    config = load_config(options.config, options.overrides, options.model)
+    config = load_config(options.config, options.overrides, options.model, kv_gib=options.kv_gib)
     if len(config.models) > 1:
         raise StartupError(f"the configuration has several models: choose with --model {' or '.join(config.models)}")
     ((name, settings),) = config.models.items()
@@ -188,6 +189,8 @@ def _settings(options: OfflineOptions) -> tuple[str, ModelSettings, DiptychConfi
         update["weights"] = "random"
     for pool in Role:
         update[pool.value] = getattr(settings, pool).model_copy(update={"max_waiting": _ONE_BATCH})
+    if "pace" not in settings.decode.model_fields_set:  # nobody waits for a single answer here
+        update["decode"] = update["decode"].model_copy(update={"pace": "throughput"})
     return name, settings.model_copy(update=update), config
 
 
@@ -242,11 +245,8 @@ def _specs(
     name: str, settings: ModelSettings, config: DiptychConfig, model: ModelFolder, folder: Path
 ) -> list[EngineSpec]:
     """The decode engine is the last one."""
-    dtype: str = settings.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if host.has_native_bfloat16() else "float32"
     roles = [Role.DECODE] if settings.layout == "colocated" else [Role.PREFILL, Role.DECODE]
-    return [
+    specs = [
         EngineSpec(
             engine_id=EngineId(f"{role}-0"),
             epoch=1,
@@ -256,12 +256,13 @@ def _specs(
             transfer=config.transfer,
             folder=model.path,
             facts=model.facts,
-            dtype=dtype,
+            dtype=settings.dtype,
             run_dir=folder,
             cores=max(1, len(os.sched_getaffinity(0)) // len(roles)),
         )
         for role in roles
     ]
+    return [replace(spec, dtype=choose_dtype(settings, spec.device)[0]) for spec in specs]
 
 
 def _check_room(run: Run, room: int, name: str) -> None:

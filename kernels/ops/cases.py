@@ -13,6 +13,14 @@ from .configs import Config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """One that wants its inputs in a form of its own, or plans before it runs: `prepare(*inputs)` is not timed."""
+
+    prepare: Callable[..., tuple[Any, ...]]
+    run: Callable[..., object]  # run(*prepared)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One call to time. `make()` gives fresh random inputs; it is called until they outgrow the card's cache."""
 
@@ -21,7 +29,7 @@ class Case:
     run: Callable[..., object]  # run(*inputs); must be capturable in a graph
     size_bytes: int  # read and written by one call at least
     flop: int = 0  # 0: its bandwidth is what counts
-    peers: Mapping[str, Callable[..., object]] = field(default_factory=dict)  # name -> the same work by somebody else
+    peers: Mapping[str, Callable[..., object] | Peer] = field(default_factory=dict)  # the same work by somebody else
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from .cases import Case
+from .cases import Case, Peer
 
 _CALLS = 20  # in a graph, at least: a replay costs the host 4 us once
+_GRAPH_US = 40_000  # of a graph, about: longer calls are fewer
 _ROUNDS = 7
 _CACHES = 4  # inputs of a graph, in sizes of the card's cache
 _MOST_SETS = 64
@@ -76,10 +77,16 @@ def input_sets(make: Callable[[], tuple[Any, ...]], size_bytes: int) -> list[tup
     return [make() for _ in range(max(2, min(_MOST_SETS, -(-_CACHES * cache // size_bytes))))]
 
 
-def calls_over(run: Callable[..., object], sets: Sequence[tuple[Any, ...]]) -> list[Callable[[], object]]:
-    """Calls for one graph: every set of inputs in turn."""
-    count = max(len(sets), _CALLS)
-    return [partial(run, *sets[at % len(sets)]) for at in range(count)]
+def calls_over(
+    run: Callable[..., object], sets: Sequence[tuple[Any, ...]], count: int = _CALLS
+) -> list[Callable[[], object]]:
+    """Calls for one graph, at least `count`: every set of inputs in turn."""
+    return [partial(run, *sets[at % len(sets)]) for at in range(max(len(sets), count))]
+
+
+def calls_within(us: float) -> int:
+    """Calls of a graph where one takes so many microseconds."""
+    return max(1, min(_CALLS, int(_GRAPH_US / max(us, 1.0))))
 
 
 def too_little_memory(case: Case) -> dict[str, str] | None:
@@ -94,16 +101,28 @@ def too_little_memory(case: Case) -> dict[str, str] | None:
 
 
 def measure(case: Case, limits: Ceilings) -> dict[str, Any]:
-    """us, gb_s or tflop_s, of_ceiling (1 is the ceiling); the same of each peer, or what kept it from running."""
+    """us, gb_s or tflop_s, of_ceiling (1 is the ceiling); the same of each peer, or what kept it from running, and
+    `of_best_peer`: the fastest one's time over ours.
+    """
     sets = input_sets(case.make, case.size_bytes)
-    found = _figures(case, microseconds(calls_over(case.run, sets)), limits)
+    found = _figures(case, _time(case.run, sets), limits)
     peers: dict[str, Any] = {}
-    for name, run in case.peers.items():
+    for name, peer in case.peers.items():
         try:
-            peers[name] = _figures(case, microseconds(calls_over(run, sets)), limits)
-        except (RuntimeError, ValueError, TypeError) as exc:  # another project's: told, not fatal
-            peers[name] = {"error": str(exc).splitlines()[0][:200]}
+            run, theirs = (peer.run, [peer.prepare(*one) for one in sets]) if isinstance(peer, Peer) else (peer, sets)
+            peers[name] = _figures(case, _time(run, theirs), limits)
+        except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as exc:  # another project's: told
+            peers[name] = {"error": (str(exc) or type(exc).__name__).splitlines()[0][:200]}
+    times = [peer["us"] for peer in peers.values() if "us" in peer]
+    if times:
+        found["of_best_peer"] = round(min(times) / found["us"], 3)
     return found | ({"peers": peers} if peers else {})
+
+
+def _time(run: Callable[..., object], sets: Sequence[tuple[Any, ...]]) -> float:
+    first = partial(run, *sets[0])
+    first()  # compiles
+    return microseconds(calls_over(run, sets, calls_within(_timed([first]))))
 
 
 def _figures(case: Case, us: float, limits: Ceilings) -> dict[str, Any]:

@@ -23,8 +23,17 @@ SHAPES = {f"llama-8b {name}": shape for name, shape in _LAYER.items()} | {
     "qwen3-30b-a3b o": (2048, 4096),
     "qwen3-30b-a3b head": (151936, 2048),
 }
+_ODD = {  # no launch table has them: vocabularies that no tile divides, a small and a wide hidden size
+    "vocabulary 50257 head": (50257, 4096),
+    "vocabulary 151669 head": (151669, 1024),
+    "smollm2-135m qkv": (960, 576),
+    "smollm2-135m head": (49152, 576),
+    "llama-70b gate_up": (57344, 8192),
+    "qwen2-7b qkv": (4608, 3584),
+}
 _WHOLE = ("head",)
 _ROWS = (1, 16, 64, 512, 8192)
+_ODD_ROWS = (1, 3, 61)
 _COMPUTED = 256  # rows from which FLOP count, not bytes
 
 
@@ -46,7 +55,7 @@ def _cublas(layer: DeviceLinear, x: Tensor) -> Tensor:
 
 def cases(device: torch.device) -> Iterator[Case]:
     """Each shape at each number of rows, then all linears of a decode step of llama-8b in one graph."""
-    for (name, shape), rows in product(SHAPES.items(), _ROWS):
+    for (name, shape), rows in [*product(SHAPES.items(), _ROWS), *product(_ODD.items(), _ODD_ROWS)]:
         outs, ins = shape
         if rows > 512 and name.endswith(_WHOLE):
             continue  # a head computes sampled rows alone

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from ..cases import Case
 from .launch import attend, plan_splits
 from .params import AttentionParams
+from .peers import decode_peers, prompt_peers
 from .testing import PagedStep, paged_step
 
 _Rows = Sequence[tuple[int, int]]
@@ -32,11 +32,14 @@ _DECODE: dict[str, tuple[_Rows, tuple[tuple[int, int], int, int]]] = {
     "1 x 8192": ([(8191, 1)], _LLAMA),
     "8 x 32768": ([(32_767, 1)] * 8, _LLAMA),
     "1 x 131072": ([(131_071, 1)], _LLAMA),
+    "4 x 131072": ([(131_071, 1)] * 4, _LLAMA),
     "63 x 100 and 1 x 32768": ([(99, 1)] * 63 + [(32_767, 1)], _LLAMA),
     "100 .. 4000": ([(100 + 61 * at, 1) for at in range(64)], _LLAMA),
     "64 x 4096, head 64": ([(4095, 1)] * 64, ((32, 8), 64, 16)),
     "64 x 4096, head 80": ([(4095, 1)] * 64, ((32, 8), 80, 16)),
+    "64 x 4096, head 96": ([(4095, 1)] * 64, ((32, 32), 96, 16)),
     "64 x 4096, head 256": ([(4095, 1)] * 64, ((16, 4), 256, 16)),
+    "64 x 4096, 7 to one": ([(4095, 1)] * 64, ((28, 4), 128, 16)),
     "64 x 4096, no groups": ([(4095, 1)] * 64, ((16, 16), 128, 16)),
     "64 x 8192, 32 to one": ([(8191, 1)] * 64, ((32, 1), 128, 16)),
     "64 x 4096, blocks of 5": ([(4095, 1)] * 64, ((32, 8), 128, 5)),
@@ -51,6 +54,11 @@ _PROMPTS: dict[str, tuple[_Rows, tuple[tuple[int, int], int, int]]] = {
     "1024 behind 31744": ([(31_744, 1024)], _LLAMA),
     "50 behind 8192": ([(8192, 50)], _LLAMA),
     "50 behind 100000": ([(100_000, 50)], _LLAMA),
+    "4096 behind 126976": ([(126_976, 4096)], _LLAMA),
+    "16 .. 1024": ([(0, 16 + 16 * at) for at in range(64)], _LLAMA),
+    "1 x 4096, 7 to one": ([(0, 4096)], ((28, 4), 128, 16)),
+    "1 x 8192, 32 to one": ([(0, 8192)], ((32, 1), 128, 16)),
+    "1 x 4095, blocks of 5": ([(0, 4095)], ((32, 8), 128, 5)),
     "1 x 8192, head 64": ([(0, 8192)], ((32, 8), 64, 16)),
     "1 x 8192, head 80": ([(0, 8192)], ((32, 8), 80, 16)),
     "1 x 8192, head 256": ([(0, 8192)], ((16, 8), 256, 16)),
@@ -71,12 +79,6 @@ def _ours(scaling: float, blocks_only: bool, made: PagedStep, out_THD: Tensor) -
     attend(made.q_THD, view, made.k_NGBD, made.v_NGBD, made.step, AttentionParams(scaling), out_THD)
 
 
-def _library(kv_heads: int, made: PagedStep, out_THD: Tensor) -> Any:
-    """torch's own fused attention over one prompt without a prefix: cuDNN or FlashAttention 2."""
-    q, k, v = (part.transpose(0, 1)[None] for part in (made.q_THD, *made.view))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
 def _flop(rows: _Rows, heads: int, head_dim: int) -> int:
     """Products of each query with the keys it sees and with their values."""
     return sum(4 * heads * head_dim * (num * start + num * (num + 1) // 2) for start, num in rows)
@@ -91,11 +93,12 @@ def cases(device: torch.device) -> Iterator[Case]:
             kv_bytes = 4 * sum(start + num for start, num in rows) * heads[1] * head_dim
             run: Callable[..., object] = partial(_ours, head_dim**-0.5, False)
             alone = counts_flop and len(rows) == 1 and rows[0][0] == 0
+            others = prompt_peers() if alone else decode_peers() if table is _DECODE else {}
             yield Case(
                 name=f"{'prompts' if counts_flop else 'decode' if table is _DECODE else 'mixed'} {name}",
                 make=partial(_inputs, rows, shape, device),
                 run=run,
                 size_bytes=kv_bytes + 4 * tokens * heads[0] * head_dim,
                 flop=_flop(rows, heads[0], head_dim) if counts_flop else 0,
-                peers={"torch": partial(_library, heads[1])} if alone else {},
+                peers=others,
             )

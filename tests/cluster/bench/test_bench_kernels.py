@@ -46,6 +46,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(op_times, "too_little_memory", lambda case: None)
     monkeypatch.setattr(op_times, "measure", measure)
     monkeypatch.setattr(op_times, "card", lambda: {"device": "none"})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     return measured
 
 
@@ -84,6 +85,32 @@ def test_a_case_that_is_too_large_for_the_card_is_told_and_the_rest_goes_on(
     assert not any("8192" in name for name in card)
 
 
+def test_a_case_that_fails_is_told_and_what_was_measured_before_stays(
+    card: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "kernels.json"
+    whole = op_times.measure
+
+    def measure(case: Case, limits: Ceilings) -> dict[str, Any]:
+        if "512" in case.name:
+            raise RuntimeError("out of registers\nand more")
+        if case.name.startswith("1x"):
+            kept.append(json.loads(out.read_text()) if out.exists() and out.read_text() else {})
+        return whole(case, limits)
+
+    kept: list[dict[str, Any]] = []
+    monkeypatch.setattr(op_times, "measure", measure)
+    done = run("--op", "add_norm", "--op", "silu_mul", "--json", str(out))
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    failed = {
+        key: told for key, told in json.loads(out.read_text()).items() if isinstance(told, dict) and "error" in told
+    }
+    assert failed
+    assert all("512" in key and told["error"] == "out of registers" for key, told in failed.items())
+    assert not any(key.startswith("add_norm") for key in kept[0])
+    assert any(key.startswith("add_norm") for key in kept[-1]), "kept while silu_mul had not been measured yet"
+
+
 def test_tuning_takes_the_trials_of_the_chosen_ops_alone(card: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     tuned: list[str] = []
 
@@ -98,7 +125,7 @@ def test_tuning_takes_the_trials_of_the_chosen_ops_alone(card: list[str], monkey
     assert set(tuned) == {"linear", "linear_whole"}
 
 
-@pytest.mark.parametrize("op", ["add_norm", "linear", "silu_mul"])
+@pytest.mark.parametrize("op", ["add_norm", "linear", "silu_mul", "paged_attention", "moe", "qk_write"])
 def test_every_case_has_a_name_of_its_own_and_counts_something(op: str) -> None:
     names = []
     for case in benches()[op].cases(torch.device("meta")):
