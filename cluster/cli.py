@@ -18,6 +18,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a key: a.b=value. May be repeated.", metavar="KEY=VALUE"),
 ]
+KvGib = Annotated[
+    float | None,
+    typer.Option("--kv-gib", min=0.001, help="Memory for KV of each engine; by default its card's rest, or 0.5."),
+]
 Url = Annotated[str | None, typer.Option(help="A running cluster; by default the one started last here.")]
 
 
@@ -51,6 +55,7 @@ def serve(
     model: Annotated[str | None, typer.Option(help="Model to serve: a name, folder or GGUF file.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the API.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join (host:port).")] = None,
+    kv_gib: KvGib = None,
 ) -> None:
     """Start a cluster and serve until Ctrl-C."""
     began = _process_start()
@@ -60,7 +65,7 @@ def serve(
     short = [f"router.port={port}"] if port is not None else []
     short += [f"ray.address={address}"] if address is not None else []
     try:
-        loaded = load_config(config, [*(overrides or []), *short], model)
+        loaded = load_config(config, [*(overrides or []), *short], model, kv_gib=kv_gib)
     except StartupError as exc:
         print(f"diptych: {exc}", file=sys.stderr)
         raise typer.Exit(1) from exc
@@ -215,6 +220,7 @@ def offline(
     prompts: Annotated[Path | None, typer.Option(help='Lines of {"prompt": ...}.')] = None,
     output: Annotated[int | None, typer.Option(min=1, help="Tokens for each of the prompts.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each workload; the median counts.")] = 1,
+    kv_gib: KvGib = None,
     through: Annotated[
         list[str] | None,
         typer.Option(help="engine (default) or session, the engine's gRPC; give both for their ratio."),
@@ -240,6 +246,7 @@ def offline(
         prompts=prompts,
         output=output,
         repeats=repeats,
+        kv_gib=kv_gib,
         through=through or (),
         profile=profile,
         json_out=json_out,

@@ -412,9 +412,12 @@ class DiptychConfig(Settings):
         return folder
 
 
-def load_config(file: Path | None = None, overrides: Sequence[str] = (), model: str | None = None) -> DiptychConfig:
+def load_config(
+    file: Path | None = None, overrides: Sequence[str] = (), model: str | None = None, *, kv_gib: float | None = None
+) -> DiptychConfig:
     """The configuration from a YAML file, then `a.b=c` overrides, then `model` (a configured name, a built-in
-    name, a folder or a GGUF file), which becomes the only one served. Raises StartupError with a sentence per mistake.
+    name, a folder or a GGUF file), which becomes the only one served; `kv_gib` is the size of each engine's arena,
+    whatever they say. Raises StartupError with a sentence per mistake.
     """
     tree: dict[str, Any] = {} if file is None else _read_file(file)
     if not tree.get("models"):
@@ -423,6 +426,8 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), model: 
         tree["models"] = _only(tree["models"], model)
     for override in overrides:
         _apply(tree, override)
+    if kv_gib is not None:
+        _give_kv(tree["models"], max(1, round(kv_gib * 1024)))
     return check_config(tree, str(file) if file is not None else "configuration")
 
 
@@ -432,6 +437,17 @@ def check_config(tree: Mapping[str, Any], origin: str) -> DiptychConfig:
         return DiptychConfig.model_validate(tree)
     except ValidationError as exc:
         raise StartupError(f"{origin}: " + "; ".join(_sentence(error) for error in exc.errors())) from exc
+
+
+def _give_kv(models: Any, memory_mib: int) -> None:
+    """To every model, and every pool that has an arena of its own. What is no group of keys is told by the check."""
+    for name, model in models.items() if isinstance(models, dict) else ():
+        if model is None:
+            model = models[name] = {}
+        for group in (model, *(model.get(role) for role in Role)) if isinstance(model, dict) else ():
+            if isinstance(group, dict) and (group is model or group.get("kv")):
+                kv = group.get("kv") or {}
+                group["kv"] = {**kv, "memory_mib": memory_mib} if isinstance(kv, dict) else kv
 
 
 class _UniqueKeysLoader(yaml.SafeLoader):

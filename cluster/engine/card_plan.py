@@ -29,11 +29,12 @@ def card_bytes(spec: EngineSpec, *, free: int, total: int) -> int:
 def plan_card(spec: EngineSpec, free: int) -> DevicePlan:
     """`free`: bytes that the engine may take."""
     facts, item = spec.facts, ITEM_BYTES[spec.dtype]
+    weights, widest = _numbers(spec)
     needs = StepNeeds(
         step_tokens=spec.step_tokens,
         max_rows=spec.max_slots,
         vocab_size=facts.vocab_size,
-        widest=_widest(spec),
+        widest=widest,
         item_bytes=item,
     )
     # Ids and a table of blocks for each slot, and one more; see device/state.py.
@@ -48,8 +49,9 @@ def plan_card(spec: EngineSpec, free: int) -> DevicePlan:
         block_tokens=spec.kv.block_tokens,
     )
     block = (layout.bytes_per_block, layout.block_tokens)
-    weights = facts.num_parameters * item
-    return plan_before_loading(weights, state + rotary, needs=needs, free=free, block=block, wanted_kv=spec.kv_bytes)
+    return plan_before_loading(
+        weights * item, state + rotary, needs=needs, free=free, block=block, wanted_kv=spec.kv_bytes
+    )
 
 
 def check_card(spec: EngineSpec, plan: DevicePlan) -> None:
@@ -146,14 +148,30 @@ def _halves(size: int, least: int) -> Iterator[int]:
         yield size
 
 
-def _widest(spec: EngineSpec) -> int:
-    """Numbers of one token that live at once: the buffers of a hand-written decoder, a guess of transformers' code."""
+def _numbers(spec: EngineSpec) -> tuple[int, int]:
+    """Numbers of the weights; those of one token that live at once. Of transformers' code the latter are a guess."""
     config: dict[str, Any] = json.loads((spec.folder / "config.json").read_text(encoding="utf-8"))
     try:
-        return _buffers(read_shape(config))
+        shape = read_shape(config)
     except GenericOnly:
         hidden = next((config[key] for key in ("hidden_size", "n_embd", "d_model") if key in config), 8192)
-        return _WIDEST * int(hidden)
+        return spec.facts.num_parameters, _WIDEST * int(hidden)
+    return num_weights(shape), _buffers(shape)
+
+
+def num_weights(shape: DecoderShape) -> int:
+    """Of a hand-written decoder: as models/tensors.py allocates them."""
+    hidden, heads, narrow = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    qkv = heads + 2 * narrow
+    total = (1 if shape.tied else 2) * shape.vocab_size * hidden + hidden
+    for is_sparse in shape.sparse:
+        experts = shape.experts if is_sparse else None
+        num, inner = (1, shape.intermediate) if experts is None else (experts.num, experts.intermediate)
+        total += 2 * hidden + qkv * hidden + heads * hidden + num * 3 * inner * hidden
+        total += (0 if experts is None else num * hidden) + (2 * shape.head_dim if shape.head_norms else 0)
+        total += (qkv if shape.qkv_bias else 0) + (hidden if shape.out_bias else 0)
+        total += 2 * inner + hidden if shape.mlp_bias else 0
+    return total
 
 
 def _buffers(shape: DecoderShape) -> int:

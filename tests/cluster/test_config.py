@@ -40,6 +40,27 @@ def refusal(*overrides: str) -> str:
             "models.x={layout: colocated, prefill: {engines: 1}}",
             "models.x.prefill: the layout colocated has no prefill pool",
         ),
+        ("models.x.device=gpu", "models.x.device: should be 'auto', 'cpu' or 'cuda', not 'gpu'"),
+        ("models.x={source: echo, device: cuda}", "models.x.device: the model echo computes nothing that a card could"),
+        (
+            "models.x={device: cpu, gpu_share: 0.5}",
+            "models.x.gpu_share: an engine on the CPU has no card; remove this key",
+        ),
+        (
+            "models.x={device: cpu, deterministic: true}",
+            "models.x.deterministic: a CPU's products of matrices depend on how many rows are computed at once",
+        ),
+        ("models.x.gpu_share=1.5", "models.x.gpu_share: should be less than or equal to 1, not 1.5"),
+        ("models.x.gpu_share=0", "models.x.gpu_share: should be greater than 0, not 0"),
+        ("models.x.deterministic=2", "models.x.deterministic: should be true or false, not 2"),
+        ("models.x.attention=fa3", "models.x.attention is not a known key"),
+        ("models.x.decode.pace=fast", "models.x.decode.pace: should be 'latency' or 'throughput', not 'fast'"),
+        (
+            "models.x.decode.itl_target_s=0.1",
+            "models.x.decode.itl_limit_s: 0.055 is less than itl_target_s, which is 0.1; raise the one or",
+        ),
+        ("models.x.decode.itl_target_s=0", "models.x.decode.itl_target_s: should be greater than 0, not 0"),
+        ("models.x.decode.step_tokens=0", "models.x.decode.step_tokens: should be greater than or equal to 1, not 0"),
         ("models.x={layout: both}", "models.x.layout: should be 'disaggregated' or 'colocated', not 'both'"),
         ("router.tenants={'': {}}", "router.tenants: the name '' must have 1 to 128 printable ASCII characters"),
         ("router.tenants={' a': {}}", "router.tenants: the name ' a' must have 1 to 128 printable ASCII characters"),
@@ -204,3 +225,34 @@ def test_the_model_without_weights_has_none_that_could_be_random() -> None:
     assert not load_config(None, ["models.smollm2-135m-instruct.weights=random"]).models[DEFAULT_MODEL].has_weights
     with pytest.raises(StartupError, match="weights"):
         load_config(None, ["models.smollm2-135m-instruct.weights=made-up"])
+
+
+def test_what_is_null_suits_the_device_and_what_is_given_stays() -> None:
+    model = load_config(None, ["models.x={}", "models.y.decode={step_tokens: 7}", "models.y.prefill={step_tokens: 9}"])
+    plain, given = model.models["x"], model.models["y"]
+    sizes = {
+        device: (
+            plain.decode.on(device).max_running,
+            plain.decode.on(device).step_tokens,
+            plain.prefill.on(device).step_tokens,
+        )
+        for device in ("cpu", "cuda")
+    }
+    assert sizes == {"cpu": (64, 512, 512), "cuda": (512, 8192, 8192)}
+    assert (given.decode.on("cuda").step_tokens, given.decode.on("cuda").max_running) == (7, 512)
+    assert given.prefill.on("cuda").step_tokens == 9
+    assert given.decode.on("cpu").watermark == given.decode.watermark
+
+
+def test_kv_gib_is_the_arena_of_every_engine_whatever_the_file_says(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("models: {a: , b: {kv: {memory_mib: 3, block_tokens: 8}, decode: {kv: {memory_mib: 4}}}}\n")
+    models = load_config(file, kv_gib=1.5).models
+    assert {model.pool_kv(role).memory_mib for model in models.values() for role in Role} == {1536}
+    assert models["b"].kv.block_tokens == 8
+    assert models["b"].prefill.kv is None
+    assert load_config(file, ["models.b.kv.memory_mib=5"], kv_gib=2).models["b"].kv.memory_mib == 2048
+    with pytest.raises(StartupError, match=r"models\.b\.kv: should be a group of keys, not 3"):
+        load_config(file, ["models.b.kv=3"], kv_gib=2)
+    with pytest.raises(StartupError, match="models: should be a group of keys, not 3"):
+        load_config(None, ["models=3"], kv_gib=2)

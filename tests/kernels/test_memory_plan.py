@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from diptych.kernels.device.memory_plan import GIB, DevicePlan, StepNeeds, plan_after_loading, plan_before_loading
-from diptych.protos.errors import StartupError
 
 BLOCK = (2 << 20, 16)  # llama-8b's
 NEEDS = StepNeeds(step_tokens=8192, max_rows=512, vocab_size=128256, widest=57344, item_bytes=2)
@@ -21,13 +20,13 @@ def test_kv_gets_all_that_is_left_but_the_spare_block_and_the_reserve() -> None:
     left = 139 * GIB - found.used
     assert 0 <= left - (found.num_blocks + 1) * BLOCK[0] < BLOCK[0]
     assert found.used > 15 * GIB + GIB + NEEDS.activations + NEEDS.logits
-    found.check(least_tokens=131_072)
+    assert found.missing(131_072) < 0
     assert f"KV of {found.num_blocks * 16:,} tokens" in found.table()
 
 
 def test_a_configured_size_is_kept_where_it_fits() -> None:
     assert plan(139, 2).num_blocks == 1024
-    plan(139, 2).check(least_tokens=8192)
+    assert plan(139, 2).missing(8192) < 0
 
 
 def test_the_parts_of_the_table_add_up_to_what_is_free() -> None:
@@ -42,14 +41,17 @@ def test_what_does_not_fit_is_refused_with_what_is_missing_and_what_would_fit(
     free: float, wanted: float | None
 ) -> None:
     found = plan(free, wanted)
-    with pytest.raises(StartupError) as refusal:
-        found.check(least_tokens=8192)
-    message = str(refusal.value)
-    assert "GiB are missing" in message
-    assert f"{free:.2f} GiB are free" in message
-    room = max(0, (found.free - found.used) // BLOCK[0] - 1)
-    assert (f"KV of {room * 16:,} tokens" in message) == (room > 0)
-    assert ("choose a smaller model" in message) == (room == 0)
+    assert found.missing(8192) > 0
+    message = str(found.refusal(8192, ["this (so much)", "that"]))
+    assert f"{found.missing(8192) / GIB:.2f} GiB are missing" in message
+    assert f"{free:.2f} GiB are free; would fit: this (so much), or that." in message
+    assert found.table() in message
+    assert "choose a smaller model" in str(found.refusal(8192, []))
+
+
+def test_room_is_what_could_be_had_whatever_is_wanted() -> None:
+    assert plan(139, 2).room == plan(139).room == plan(139).num_blocks
+    assert plan(10).room < 0
 
 
 def test_just_enough_is_enough_and_a_byte_less_is_not() -> None:
@@ -59,10 +61,9 @@ def test_just_enough_is_enough_and_a_byte_less_is_not() -> None:
     def with_free(free: int) -> DevicePlan:
         return plan_before_loading(15 * GIB, GIB // 4, needs=NEEDS, free=free, block=BLOCK, wanted_kv=None)
 
-    with_free(needed).check(least_tokens=8192)
+    assert with_free(needed).missing(8192) == 0
     assert with_free(needed).num_blocks * 16 >= 8192
-    with pytest.raises(StartupError):
-        with_free(needed - 1).check(least_tokens=8192)
+    assert with_free(needed - 1).missing(8192) == 1
 
 
 def test_the_plan_after_loading_knows_what_the_largest_step_took() -> None:
