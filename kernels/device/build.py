@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..model import LoadedModel
 from ..ops.paged_attention.split import allocate
-from ..ops.table import implementation
 from .runner import DeviceOptions, DeviceRunner, max_step_rows
 from .state import DeviceState
 
@@ -45,6 +44,7 @@ def build_runner(
         block_tokens=limits.block_tokens,
         spare_block=first.shape[0] - 1,
         device=first.device,
+        vocab_size=model.vocab_size,
     )
     splits = None
     if first.is_cuda or model.deterministic:
@@ -58,7 +58,7 @@ def build_runner(
             like=first,
             invariant=model.deterministic,
         )
-    runner = DeviceRunner(
+    return DeviceRunner(
         model.decoder(max_tokens=limits.max_step_tokens),
         kv,
         state=state,
@@ -67,7 +67,3 @@ def build_runner(
         vocab_size=model.vocab_size,
         options=options,
     )
-    if first.is_cuda:
-        slow = [op for op in ("sampling", "logprobs") if implementation(op, "cuda").__name__.endswith("reference")]
-        runner.degraded.extend(f"{op} is computed by its definition on the card: slowly" for op in slow)
-    return runner

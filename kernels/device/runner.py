@@ -20,21 +20,22 @@ from torch import Tensor
 
 from diptych.protos.errors import DiptychError, EngineFault, EngineLost
 from diptych.protos.ports import StepCost
-from diptych.protos.step import StepPlan, StepResult
+from diptych.protos.step import LogitRules, SampleSpec, StepPlan, StepResult
 
 from ..models import DeviceDecoder
 from ..ops.logprobs.columns import Logprobs
 from ..ops.logprobs.launch import logprobs
 from ..ops.paged_attention.split import Splits, plan_splits
+from ..ops.sampling.launch import choose_as_asked, choose_largest
+from ..ops.sampling.space import Asking, SampleSpace
 from ..ops.step_inputs.launch import apply_updates, build_inputs, publish
 from .buffers import StepBuffers
-from .choice import choose_by_spec, choose_greedily
 from .cost import Timed, fit
 from .graphs import PROMPT_ROWS, StepGraphs, StepShape, decode_shape, shapes_within
 from .outcome import Outcome
 from .state import DeviceState
 from .step import StepTensors
-from .wire import HEADER, NUM_UPDATES, UPDATES_AT, Layout, Packer, Updates, Wire, wire_words
+from .wire import HEADER, NUM_UPDATES, UPDATES_AT, Layout, Packer, Sampling, Updates, Wire, wire_words
 
 MAX_OUTSTANDING = 2
 _SHORT_PROMPT = 128  # tokens: what it reads of itself hardly counts
@@ -95,6 +96,7 @@ class DeviceRunner:
             vocab_size=vocab_size,
             dtype=kv[0][0].dtype,
         )
+        self._space = SampleSpace(max_rows=max_rows, vocab=vocab_size, device=device)
         words = wire_words(max_rows=max_rows, max_step_tokens=max_step_tokens)
         self._wire = torch.zeros(words, dtype=torch.int32, device=device)
         self._sent = [self._host(words) for _ in range(MAX_OUTSTANDING)]
@@ -172,6 +174,7 @@ class DeviceRunner:
             for rows in (1 << power for power in range(max(0, most).bit_length())):
                 self._rehearse([1] * rows + [min(2, longest)])  # a library's product is another one for other rows
             self._rehearse([1])
+            self._rehearse_choices()
 
     def capture(self) -> None:
         """Make the first graphs, the largest first. Once, before any step."""
@@ -218,13 +221,15 @@ class DeviceRunner:
             layout = layout.padded(*shape, self._state.dummy)
         elif layout.is_decode:
             shape = decode_shape(layout.num_rows)
-        words, kept_at, spilled = self._wires[turn].fill(layout)
+        words, tail, spilled = self._wires[turn].fill(layout)
         if spilled is not None:
             self._set_much(spilled)
         self._wire[:words].copy_(self._sent[turn][:words], non_blocking=True)
         if spilled is None:
             apply_updates(self._wire, self._state, layout.updates.count)
         steps = self._steps
+        begin = words - sum(map(len, tail))
+        asked_A, told_L, places_P, tokens_P, kept_N = torch.split(self._wire[begin:words], [len(part) for part in tail])
         if shape is not None:
             logits_NV, step = steps.logits(shape.rows), steps.shaped_step(shape)
             if shape in self._graphs.shapes:
@@ -234,19 +239,25 @@ class DeviceRunner:
         else:
             logits_NV, step = steps.logits(len(layout.kept)), steps.mixed_step(layout)
             build_inputs(self._wire, self._state, step)
-            step.kept_N.copy_(self._wire[kept_at:words])
+            step.kept_N.copy_(kept_N)
             self._forward(step, logits_NV)
             count = len(layout.sampling)
-            choose_greedily(logits_NV[:count], steps.tokens_R[:count], steps.token_flags_R[:count])
-        asking = [one for one in layout.sampling if one.spec.temperature != 0 or one.spec.rules is not None]
+            self._choose_largest(logits_NV[:count])
+        asking = [one for one in layout.sampling if one.asks]
         if asking:
-            choose_by_spec(logits_NV, asking, self._state, steps.tokens_R, steps.token_flags_R)
+            self._choose_as_asked(logits_NV, Asking(asking, self._wire, asked_A))
         published = layout.num_rows + layout.gap
         out_R2 = steps.out_R2[:published]
         publish(self._wire, self._state, step.flags_R, steps.tokens_R, steps.token_flags_R, out_R2)
         told_R2 = self._outs[turn][:published]
         told_R2.copy_(out_R2, non_blocking=True)
-        sampled, prompts = self._sampled_logprobs(layout, logits_NV), self._prompt_logprobs(layout, logits_NV)
+        sampled = prompts = None
+        if tail.told:
+            most = max(one.spec.logprobs or 0 for one in layout.sampling)
+            sampled = _tell(logits_NV, told_L.long(), steps.tokens_R[told_L], most)
+        if tail.prompts:
+            most = max(prompt.top for prompt in layout.prompts)
+            prompts = _tell(logits_NV, places_P.long(), tokens_P.long(), most)
         if self._on_card:
             self._events[turn].record()
         return Outcome(plan, layout, turn, told_R2, sampled, prompts)
@@ -260,27 +271,19 @@ class DeviceRunner:
             step.kept_N.copy_(step.query_start_R[1:])
             step.kept_N.sub_(1)
         self._forward(step, logits_RV)
-        choose_greedily(logits_RV, steps.tokens_R[: shape.rows], steps.token_flags_R[: shape.rows])
+        self._choose_largest(logits_RV)
+
+    def _choose_largest(self, logits_NV: Tensor) -> None:
+        steps, count = self._steps, len(logits_NV)
+        choose_largest(logits_NV, self._space, steps.tokens_R[:count], steps.token_flags_R[:count])
+
+    def _choose_as_asked(self, logits_NV: Tensor, asking: Asking) -> None:
+        steps = self._steps
+        choose_as_asked(logits_NV, asking, self._state, self._space, steps.tokens_R, steps.token_flags_R)
 
     def _forward(self, step: StepTensors, logits_NV: Tensor) -> None:
         plan_splits(step)
         self._decoder.forward(step, self._kv, logits_NV)
-
-    def _sampled_logprobs(self, layout: Layout, logits_NV: Tensor) -> Logprobs | None:
-        asking = [one for one in layout.sampling if one.spec.logprobs is not None]
-        if not asking:
-            return None
-        places = self._on_device([one.place for one in asking])
-        most = max(one.spec.logprobs or 0 for one in asking)
-        return _tell(logits_NV, places, self._steps.tokens_R[places], most)
-
-    def _prompt_logprobs(self, layout: Layout, logits_NV: Tensor) -> Logprobs | None:
-        prompts = layout.prompts
-        if not prompts:
-            return None
-        places = self._on_device([place for prompt in prompts for place in prompt.places])
-        tokens = self._on_device([token for prompt in prompts for token in prompt.tokens])
-        return _tell(logits_NV, places, tokens, max(prompt.top for prompt in prompts))
 
     def _set_much(self, updates: Updates) -> None:
         """Updates that the wire has no room for, by memory of their own."""
@@ -301,6 +304,15 @@ class DeviceRunner:
     def _rehearse(self, lengths: Sequence[int]) -> None:
         """A step of rows of the dummy slot, all in the spare block; rows of one token first."""
         self._start(StepPlan(0, ()), _dummies(lengths, self._state.dummy))
+        self._finish()
+
+    def _rehearse_choices(self) -> None:
+        """All kernels of choosing run, over the last rehearsal's row, whose slot asks for nothing."""
+        rules = LogitRules(num_prompt=0, repetition_penalty=2.0, presence_penalty=1.0)
+        asking = Sampling(0, 0, 0, self._state.dummy, SampleSpec(1.0, 0.5, 1, 0, 1, min_p=0.5, rules=rules))
+        logits_NV = self._steps.logits(1)
+        self._choose_as_asked(logits_NV, Asking([asking], self._wire, self._steps.out_R2.new_zeros(1)))
+        _tell(logits_NV, self._steps.tokens_R[:1] * 0, self._steps.tokens_R[:1], 1)
         self._finish()
 
     def _alike(self, tokens: int, *, decoding: bool = True) -> list[int]:
@@ -373,10 +385,6 @@ class DeviceRunner:
 
     def _host(self, words: int) -> Tensor:
         return torch.zeros(words, dtype=torch.int32, pin_memory=self._on_card)
-
-    def _on_device(self, numbers: Sequence[int]) -> Tensor:
-        sent = torch.tensor(numbers, dtype=torch.int64, pin_memory=self._on_card)
-        return sent.to(self._device, non_blocking=True)
 
 
 def _fault(plan: StepPlan, exc: Exception) -> DiptychError:

@@ -72,7 +72,12 @@ def make_runner(
     shape = (blocks + 1, 1, BLOCK, 1)
     keys, values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
     state = DeviceState(
-        max_slots=slots, max_context_tokens=context, block_tokens=BLOCK, spare_block=blocks, device=device
+        max_slots=slots,
+        max_context_tokens=context,
+        block_tokens=BLOCK,
+        spare_block=blocks,
+        device=device,
+        vocab_size=VOCAB,
     )
     runner = DeviceRunner(
         decoder or SumDecoder(),

@@ -1,7 +1,7 @@
 """A step's plan as one int32 array that is copied to the device at once, and what the host remembers of each slot, so
 that only what is new travels.
 
-header[16]  | rows x 8: slot start num first place 0 0 0 | words to update | their values | kept tokens |
+header[16]  | rows x 8: slot start num first place 0 0 0 | words to update | their values | tail
 place: the row of logits that the row samples from, -1 where it does not sample. Padding rows are the dummy slot's.
 """
 
@@ -14,15 +14,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from diptych.protos.step import SampleSpec, StepPlan, StepRow
+from diptych.protos.step import LogitRules, SampleSpec, StepPlan, StepRow
 
+from .rules import RuleStore, record
 from .state import DRAW, FILTERED, GREEDY, WITH_LOGPROBS, WITH_RULES, DeviceState
 
 HEADER = 16  # words before the rows
 ROW = 8  # words of a row
 NUM_UPDATES, UPDATES_AT = 0, 1  # words of the header: how many, and where they begin
 Words = NDArray[np.int32]
-_PARAMS = ("temperature", "top_p", "min_p", "top_k", "kind")  # of a slot, one word each
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,22 @@ class Sampling(NamedTuple):
     place: int  # in the logits
     slot: int
     spec: SampleSpec
+    is_told: bool = True  # the device has its rules; there was no room for those of others
+
+    @property
+    def asks(self) -> bool:
+        """Whether it wants more than its largest logit."""
+        return self.spec.temperature != 0 or self.spec.rules is not None
+
+
+class Tail(NamedTuple):
+    """The lists at the end of a wire."""
+
+    asked: list[int]  # rows, by number, that want more than their largest logit
+    told: list[int]  # places of rows that sample and tell their logprobs
+    prompts: list[int]  # places before tokens of prompts that are told
+    tokens: list[int]  # those
+    kept: list[int]  # of the layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +80,16 @@ class Layout:
     def num_rows(self) -> int:
         """Of the plan."""
         return len(self.order)
+
+    @property
+    def tail(self) -> Tail:
+        """In the order of `sampling` and `prompts`."""
+        asked = [one.at for one in self.sampling if one.asks and one.is_told]
+        if self.gap:
+            asked = [at if at < self.singles else at + self.gap for at in asked]
+        told = [one.place for one in self.sampling if one.spec.logprobs is not None]
+        prompts = [place for prompt in self.prompts for place in prompt.places]
+        return Tail(asked, told, prompts, [token for prompt in self.prompts for token in prompt.tokens], self.kept)
 
     @property
     def is_decode(self) -> bool:
@@ -148,6 +174,7 @@ class Packer:
     def __init__(self, state: DeviceState) -> None:
         self._state = state
         self._mirrors = [_Mirror() for _ in range(state.max_slots)]
+        self._rules = RuleStore(len(state.rules_W))
 
     def lay_out(self, plan: StepPlan) -> Layout:
         """The plan's rows and what the device must be told first. AssertionError: it breaks the Protocol's rules."""
@@ -168,10 +195,11 @@ class Packer:
             place = -1
             if row.sample is not None:
                 place = at if is_decode else len(kept)
-                sampling.append(Sampling(index, at, place, row.slot, row.sample))
                 if not is_decode:
                     kept.append(first + row.num_tokens - 1)
-            self._tell(row, updates)
+            is_told = self._tell(row, updates)
+            if row.sample is not None:
+                sampling.append(Sampling(index, at, place, row.slot, row.sample, is_told))
             words += (row.slot, row.start, row.num_tokens, first, place, 0, 0, 0)
             first += row.num_tokens
             if row.num_tokens > 1:
@@ -194,6 +222,7 @@ class Packer:
         """The plan's step failed: nobody knows what the device has of its slots."""
         for row in plan.rows:
             self._mirrors[row.slot] = _Mirror()
+            self._rules.forget(row.slot)
 
     def _check(self, row: StepRow) -> None:
         assert 0 <= row.slot < self._state.max_slots, f"slot {row.slot}"
@@ -207,12 +236,14 @@ class Packer:
         else:
             assert len(row.tokens) == row.num_tokens, "num_tokens does not match tokens"
 
-    def _tell(self, row: StepRow, updates: Updates) -> None:
+    def _tell(self, row: StepRow, updates: Updates) -> bool:
+        """Whether the device has all that the row samples by."""
         state, mirror, end = self._state, self._mirrors[row.slot], row.start + row.num_tokens
         self._tell_blocks(row, mirror, updates)
         spec = row.sample
-        history = None
+        history, is_told = None, True
         if spec is not None:
+            is_told = self._tell_rules(row.slot, spec.rules, updates)
             self._tell_params(row.slot, spec, mirror, updates)
             history = _recall(row.slot, spec, mirror)
         tokens = state.offsets["tokens"] + row.slot * state.tokens_stride
@@ -221,6 +252,7 @@ class Packer:
         elif row.tokens is not None:
             updates.set_run(tokens + row.start, row.tokens)
         mirror.end, mirror.sampled = end, spec is not None
+        return is_told
 
     def _tell_blocks(self, row: StepRow, mirror: _Mirror, updates: Updates) -> None:
         """Entries that are new. A table keeps one list for its life, and until its sequence samples, own blocks from
@@ -244,12 +276,30 @@ class Packer:
             return
         mirror.params = params
         offsets = self._state.offsets
-        floats = np.array(params[:3], dtype=np.float32).view(np.int32).tolist()
-        for name, value in zip(_PARAMS, (*floats, spec.top_k, kind), strict=True):
+        temperature = int(np.array(spec.temperature, dtype=np.float32).view(np.int32))
+        for name, value in (("temperature", temperature), ("top_k", spec.top_k), ("kind", kind)):
             updates.set(offsets[name] + slot, value)
+        halves = np.array((spec.top_p, spec.min_p), dtype=np.float64).view(np.int32).tolist()
+        updates.set_run(offsets["top_p"] + 2 * slot, halves[:2])
+        updates.set_run(offsets["min_p"] + 2 * slot, halves[2:])
         seed = offsets["seed"] + 2 * slot
         updates.set(seed, spec.seed & 0xFFFFFFFF)
         updates.set(seed + 1, spec.seed >> 32 & 0xFFFFFFFF)
+
+    def _tell_rules(self, slot: int, rules: LogitRules | None, updates: Updates) -> bool:
+        """False: there is no room for them."""
+        if rules is None:
+            self._rules.forget(slot)
+            return True
+        if self._rules.knows(slot, rules):
+            return True
+        words = record(rules, self._state.vocab_size)
+        place = self._rules.try_place(slot, rules, len(words))
+        if place is None:
+            return False
+        updates.set(self._state.offsets["record"] + slot, place)
+        updates.set_run(self._state.offsets["rules"] + place, words.tolist())
+        return True
 
 
 def _keep_prompts(rows: Sequence[StepRow], order: Sequence[int], words: list[int], kept: list[int]) -> list[PromptRow]:
@@ -294,27 +344,34 @@ class Wire:
     def __init__(self, memory: Words) -> None:
         self._memory = memory
 
-    def fill(self, layout: Layout) -> tuple[int, int, Updates | None]:
+    def fill(self, layout: Layout) -> tuple[int, Tail, Updates | None]:
         """Write a step, and its updates if they fit.
 
-        Gives the words to copy, where the kept tokens begin among them, and updates that found no room (long histories
-        and block tables): they have to reach the device by another way, before the step.
+        Gives the words to copy, the tail that they end in, and updates that found no room (long histories and block
+        tables): they have to reach the device by another way, before the step.
         """
         memory = self._memory
         at = HEADER + len(layout.rows)
         memory[HEADER:at] = layout.rows
         count, spilled = layout.updates.count, None
-        if at + 2 * count + len(layout.kept) > len(memory):
+        tail = layout.tail
+        last = [*tail.asked, *tail.told, *tail.prompts, *tail.tokens, *tail.kept]
+        if _aligned(at + 2 * count) + len(last) > len(memory):
             count, spilled = 0, layout.updates
         memory[NUM_UPDATES], memory[UPDATES_AT] = count, at
         if count:
             layout.updates.write(memory[at : at + count], memory[at + count : at + 2 * count])
-        kept_at = at + 2 * count
-        end = kept_at + len(layout.kept)
-        memory[kept_at:end] = layout.kept
-        return end, kept_at, spilled
+        begin = _aligned(at + 2 * count)
+        end = begin + len(last)
+        memory[begin:end] = last
+        return end, tail, spilled
+
+
+def _aligned(words: int) -> int:
+    """Where a kernel may be told that a pointer points: others would be compiled as they come."""
+    return -(-words // 4) * 4
 
 
 def wire_words(*, max_rows: int, max_step_tokens: int) -> int:
-    """Size of a Wire's memory: every row, every token given and kept, and a good deal of block tables beside."""
-    return HEADER + ROW * max_rows + 2 * (2 * max_step_tokens + 64 * max_rows) + max_step_tokens + max_rows
+    """Size of a Wire's memory: every row, every token given, told and kept, and a good deal of block tables beside."""
+    return HEADER + ROW * max_rows + 2 * (2 * max_step_tokens + 64 * max_rows) + 3 * (max_step_tokens + max_rows)

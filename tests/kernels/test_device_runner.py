@@ -191,7 +191,7 @@ def test_a_decoding_row_tells_the_device_nothing_but_a_new_block() -> None:
         token = run(runner, row_of(0, None, position, blocks=blocks)).tokens[0]
         assert token == oracle(known)
         known.append(token or 0)
-    first = 3 + 1 + 7  # ids, a block, what sampling needs
+    first = 3 + 1 + 9  # ids, a block, what sampling needs
     assert counts == [first] + [int(position % BLOCK == 0) for position in range(3, 3 * BLOCK)]
 
 
@@ -333,7 +333,14 @@ def make_both(model: LoadedModel, *, graphs: bool) -> tuple[DeviceRunner, ModelR
     def kv() -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(torch.zeros(shape), torch.zeros(shape)) for _ in range(model.layers)]
 
-    state = DeviceState(max_slots=8, max_context_tokens=640, block_tokens=BLOCK, spare_block=256, device=CPU)
+    state = DeviceState(
+        max_slots=8,
+        max_context_tokens=640,
+        block_tokens=BLOCK,
+        spare_block=256,
+        device=CPU,
+        vocab_size=model.vocab_size,
+    )
     mine = DeviceRunner(
         PlainDecoder(model),
         kv(),

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from diptych.protos.step import LogitRules, SampleSpec
 
+from .by_spec import choose_as_asked, choose_largest
 from .philox import uniform
 from .reference import ends_in
 from .sampled import Sampled
+
+__all__ = ["choose_as_asked", "choose_largest", "sample"]
 
 Array = npt.NDArray[Any]
 ROUNDING = 1e-9  # relative; float64 sums of some 100,000 numbers differ by less than 1e-10 between orders

@@ -1,15 +1,24 @@
-"""Entry of sampling: checks shapes, chooses by device type. N sampled rows, V vocabulary."""
+"""Entry of sampling: checks shapes, chooses by device type. N rows of logits, V vocabulary.
+
+`sample` is for whoever has specs and histories on the host; a device's steps go by what its slots' state says.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from diptych.protos.step import SampleSpec
 
 from ..table import implementation
 from .sampled import Sampled
+from .space import Asking, SampleSpace
+
+if TYPE_CHECKING:
+    from ...device.state import DeviceState
 
 
 def sample(logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[int, Tensor] | None = None) -> Sampled:
@@ -27,3 +36,39 @@ def sample(logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[in
         if known != spec.position:
             raise ValueError(f"sample: row {row} needs the {spec.position} tokens before it and has {known}")
     return implementation("sampling", logits_NV.device.type).sample(logits_NV, specs, histories)  # type: ignore[no-any-return]
+
+
+def choose_largest(logits_NV: Tensor, space: SampleSpace, tokens_N: Tensor, flags_N: Tensor) -> None:
+    """The largest logit of each row, the lowest id among equals, into `tokens_N` (int64); 0 into `flags_N` (int32).
+    Where it is not finite, and NaN counts as largest: token 0 and LOGITS_NOT_FINITE. May be captured in a graph.
+    """
+    rows = len(space.best_N)
+    if logits_NV.dim() != 2 or not len(logits_NV) == len(tokens_N) == len(flags_N) <= rows or logits_NV.stride(1) != 1:
+        shapes = f"{tuple(logits_NV.shape)} for {len(tokens_N)} tokens and {len(flags_N)} flags"
+        raise ValueError(f"choose_largest: logits {shapes}; at most {rows} rows, each contiguous")
+    _check_types(tokens_N, flags_N)
+    implementation("sampling", logits_NV.device.type).choose_largest(logits_NV, space, tokens_N, flags_N)
+
+
+def choose_as_asked(
+    logits_NV: Tensor, asking: Asking, state: DeviceState, space: SampleSpace, tokens_N: Tensor, flags_N: Tensor
+) -> None:
+    """After `choose_largest` of these logits: the tokens of rows that ask for more, in place of those, as `sample`
+    would choose them. Flags of rows that are not sound stay; RULED_OUT where rules leave no token, which is 0 then.
+
+    A row's place in the logits, tokens and flags is in its row of the wire; earlier tokens are those of its slot.
+    """
+    told = sum(one.is_told for one in asking.rows)
+    if asking.where_A.shape != (told,) or asking.where_A.dtype is not torch.int32:
+        raise ValueError(f"choose_as_asked: {tuple(asking.where_A.shape)} rows of the wire for {told} that were told")
+    if logits_NV.dim() != 2 or logits_NV.stride(1) != 1 or logits_NV.shape[1] > space.weights_AV.shape[1]:
+        raise ValueError(f"choose_as_asked: logits {tuple(logits_NV.shape)}, space for {space.weights_AV.shape[1]}")
+    _check_types(tokens_N, flags_N)
+    implementation("sampling", logits_NV.device.type).choose_as_asked(
+        logits_NV, asking, state, space, tokens_N, flags_N
+    )
+
+
+def _check_types(tokens_N: Tensor, flags_N: Tensor) -> None:
+    if tokens_N.dtype is not torch.int64 or flags_N.dtype is not torch.int32:
+        raise ValueError(f"sampling: tokens of {tokens_N.dtype}, flags of {flags_N.dtype}")
