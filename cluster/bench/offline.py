@@ -86,6 +86,8 @@ def run_offline(options: OfflineOptions, began: float) -> None:
         for run in runs:
             _check_room(run, room, name)
         _head(name, settings, infos)
+        for plan in engines.memory_plans:
+            print(plan)
         result: dict[str, Any] = {"system": system(), "model": name, "startup_s": round(startup_s, 2)}
         for run in runs:
             key = run.workload.name
@@ -98,7 +100,7 @@ def run_offline(options: OfflineOptions, began: float) -> None:
                 result.setdefault("profiles", {})[key] = trace(engines, run, options.repeats, result[key])
         report = engines.report()
         result |= _circumstances(settings, model, infos) | report | {"through": list(through)}
-        result["timeline_s"] = {stage: round(seconds, 2) for stage, seconds in _stages(engines, startup_s)}
+        result["timeline_s"] = _timeline(engines, startup_s)
     result["peak_memory_mib"] = memory.peak_bytes >> 20
     if options.profile is not None:
         _write_profiles(result.pop("profiles"), options.profile)
@@ -108,10 +110,12 @@ def run_offline(options: OfflineOptions, began: float) -> None:
     write_result(result, options.json_out)
 
 
-def _stages(engines: OfflineEngines, startup_s: float) -> list[tuple[str, float]]:
-    """Where the time until ready went; "process" is what came before the engines: interpreter, imports."""
-    known = sum(seconds for _, seconds in engines.timeline)
-    return [("process", startup_s - known), *engines.timeline]
+def _timeline(engines: OfflineEngines, startup_s: float) -> dict[str, float]:
+    """Where the time until ready went, engines added up; "process" is what came before: interpreter, imports."""
+    found = {"process": startup_s - sum(seconds for _, seconds in engines.timeline)}
+    for stage, seconds in engines.timeline:
+        found[stage] = found.get(stage, 0.0) + seconds
+    return {stage: round(seconds, 2) for stage, seconds in found.items()}
 
 
 def _head(name: str, settings: ModelSettings, infos: Sequence[EngineInfo]) -> None:

@@ -220,6 +220,11 @@ class OfflineEngines:
             self._asyncio_thread.call(self._end_sessions(parts, sessions, server), STOP_TIMEOUT_S)
 
     @property
+    def memory_plans(self) -> list[str]:
+        """How the engines on cards divide them, for people."""
+        return [parts.memory_plan for parts in self._parts.values() if parts.memory_plan]
+
+    @property
     def lost(self) -> BaseException | None:
         """What ended the step thread of an engine."""
         return self._lost

@@ -67,7 +67,6 @@ class TimedRunner:
         self.runner = runner
         self.max_slots, self.max_step_tokens = runner.max_slots, runner.max_step_tokens
         self.vocab_size, self.depth = runner.vocab_size, runner.depth
-        self.cost: StepCost | None = runner.cost
         self.stream: Any = getattr(runner, "stream", None)
         self.profile: StepProfile | None = None  # set while no step is outstanding
         self._totals: dict[str, StepTotals] = {}
@@ -75,6 +74,15 @@ class TimedRunner:
         self._unread: deque[_Launched] = deque()  # whose events may not have passed yet
         self._spare: list[tuple[Any, Any]] = []
         self._last: float | None = None  # the end of the last collect
+
+    @property
+    def cost(self) -> StepCost | None:
+        """See ports.Runner; known once the runner has been prepared, which is later than this wrapper."""
+        return self.runner.cost
+
+    @cost.setter
+    def cost(self, cost: StepCost | None) -> None:
+        self.runner.cost = cost
 
     def launch(self, plan: StepPlan) -> None:
         """See ports.Runner."""
