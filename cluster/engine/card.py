@@ -40,11 +40,11 @@ def find_card(spec: EngineSpec) -> str:
 
 
 class Card:
-    """`load`, then `num_blocks`, `runner`, `capture` and `measure`, each once."""
+    """`load`, then `num_blocks`, `capture`, `measure` and `runner`, each once."""
 
     def __init__(self, spec: EngineSpec) -> None:
         """StartupError: the process has no card."""
-        self.degraded: list[str] = []  # complete once the graphs are there
+        self.degraded: list[str] = []  # complete once the first graphs are there
         self.device = find_card(spec)
         self._spec = spec
         free, total = torch.cuda.mem_get_info(self.device)
@@ -101,20 +101,20 @@ class Card:
         log.info("%s", self._plan.table())
         return self._plan.num_blocks
 
-    def runner(self, arena: KvArena) -> DeviceRunner:
-        """Computing in `arena`."""
+    def capture(self, arena: KvArena) -> None:
+        """Compute in `arena` from now on, with the first graphs."""
         self._runner.use_arena(arena.layers)
-        return self._runner
-
-    def capture(self) -> None:
-        """Make the first graphs."""
         self._runner.capture()
         self.degraded.extend(self._runner.degraded)
 
-    def measure(self) -> None:
+    def measure(self, arena: KvArena) -> None:
         """Learn what steps cost."""
         self._runner.measure()
         log.info("%.2f GiB of the card are taken, with all but the later graphs", self._taken() / GIB)
+
+    def runner(self) -> DeviceRunner:
+        """Ready for its first step."""
+        return self._runner
 
     def memory_plan(self) -> str:
         """For people, as it was once the largest step had run."""

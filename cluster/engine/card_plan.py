@@ -18,6 +18,7 @@ from .spec import EngineSpec
 
 CONTEXT = 600 << 20  # bytes: about what a process with torch holds of a card before its first tensor
 _WIDEST = 12  # numbers of a token that live at once, by hidden size, where the model's own are not known
+_RULES = 320  # words of a slot's rules and sampling
 _LEAST_CONTEXT, _LEAST_RUNNING, _LEAST_STEP = 4096, 16, 512  # what a refusal advises at the least
 
 
@@ -37,9 +38,10 @@ def plan_card(spec: EngineSpec, free: int) -> DevicePlan:
         widest=widest,
         item_bytes=item,
     )
-    # Ids and a table of blocks for each slot, and one more; see device/state.py.
+    # Ids, a table of blocks and rules for each slot, and one more; see device/state.py.
     context = spec.wanted_context_tokens
-    state = 4 * (spec.max_slots + 1) * (context + -(-context // spec.kv.block_tokens) + 16)
+    slot = context + -(-context // spec.kv.block_tokens) + facts.vocab_size // 32 + _RULES
+    state = 4 * (spec.max_slots + 1) * slot
     rotary = 4 * context * facts.head_dim
     layout = KvLayout(
         layers=facts.layers,

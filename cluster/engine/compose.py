@@ -47,12 +47,12 @@ class Brain:
     layout: KvLayout
     weights_digest: bytes
     attention: bytes  # the identity of what else shapes KV, see compat_digest
-    degraded: Sequence[str]  # complete once the runner is prepared
+    degraded: Sequence[str]  # complete once the runner is there
     runner: Callable[[KvArena, int, int], Runner]  # (arena, max_slots, max_step_tokens)
     device: str = "cpu"
     num_blocks: Callable[[], int] | None = None  # None: what kv.memory_mib pays for
     spare_blocks: int = 0  # that the runner needs beside
-    prepare: tuple[tuple[str, Callable[[], None]], ...] = ()  # stages of the runner, before its first step
+    prepare: tuple[tuple[str, Callable[[KvArena], None]], ...] = ()  # stages between the arena and the runner
     memory_plan: Callable[[], str] = str  # for people; once there is an arena
 
 
@@ -101,7 +101,7 @@ def _card_brain(spec: EngineSpec) -> Brain:
         model.weights_digest,
         model.architecture.encode() + (b" deterministic" if spec.settings.deterministic else b""),
         card.degraded,
-        lambda arena, max_slots, max_step_tokens: card.runner(arena),
+        lambda arena, max_slots, max_step_tokens: card.runner(),
         device=card.device,
         num_blocks=card.num_blocks,
         spare_blocks=1,
@@ -188,11 +188,11 @@ def compose(
         mark("rehearsal")
     arena = KvArena(loaded.layout, num_blocks, loaded.device, spare_blocks=loaded.spare_blocks)
     mark("arena")
+    for stage, prepare in loaded.prepare:
+        prepare(arena)
+        mark(stage)
     runner = loaded.runner(arena, slots.max_slots, spec.step_tokens)
     mark("runner")
-    for stage, prepare in loaded.prepare:
-        prepare()
-        mark(stage)
     info = _info(spec, loaded, num_blocks)
     compat = compat_digest(loaded.layout, weights_digest=loaded.weights_digest, attention=loaded.attention)
     pool = BlockPool(

@@ -51,7 +51,7 @@ def _attend_segment(
 ) -> None:
     group, block_tokens = q_THD.shape[1] // k_NGBD.shape[1], k_NGBD.shape[2]
     positions_L = torch.arange(segment.end, device=q_THD.device)
-    blocks = torch.tensor(list(segment.blocks), device=q_THD.device)[positions_L // block_tokens]
+    blocks = torch.tensor(list(segment.blocks), dtype=torch.int64, device=q_THD.device)[positions_L // block_tokens]
     k_HLD = k_NGBD[blocks, :, positions_L % block_tokens].float().repeat_interleave(group, 1).transpose(0, 1)
     v_HLD = v_NGBD[blocks, :, positions_L % block_tokens].float().repeat_interleave(group, 1).transpose(0, 1)
     here = slice(segment.first, segment.first + segment.num_tokens)

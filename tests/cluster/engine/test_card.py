@@ -5,17 +5,22 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from diptych.cluster.bench.shapes import shape_of
 from diptych.cluster.config import ModelSettings
+from diptych.cluster.control import cards
+from diptych.cluster.engine.card import Card
+from diptych.cluster.engine.card_plan import plan_card
 from diptych.cluster.engine.offline import OfflineEngines
 from diptych.cluster.engine.spec import EngineSpec
+from diptych.kernels.device.memory_plan import GIB
 from diptych.kernels.testing import make_tiny_checkpoint
 from diptych.protos.errors import StartupError
-from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
+from diptych.protos.settings import DecodePoolSettings, KvSettings, PrefillPoolSettings, TransferSettings
 from diptych.protos.types import EngineId, Role
 
 pytestmark = pytest.mark.gpu
@@ -29,24 +34,26 @@ def run_dir() -> Iterator[Path]:
         yield Path(name)
 
 
-def make_specs(run_dir: Path, folder: Path, layout: str, memory_mib: int) -> list[EngineSpec]:
+def make_specs(run_dir: Path, folder: Path, layout: str, memory_mib: int | None, **more: Any) -> list[EngineSpec]:
     config = make_tiny_checkpoint(folder / "whole", vocab_size=1000) / "config.json"
     (folder / "config.json").write_bytes(config.read_bytes())
     model = shape_of(folder, "tiny")
-    settings = ModelSettings(
-        source="tiny",
-        weights="random",
-        kv=KvSettings(memory_mib=memory_mib, block_tokens=16),
-        prefill=PrefillSettings(step_tokens=128, threads=1),
-        decode=DecodeSettings(step_tokens=128, threads=1, max_running=20),
-    )
+    settings = {
+        "source": "tiny",
+        "weights": "random",
+        "layout": layout,
+        "device": "cuda",
+        "kv": KvSettings(memory_mib=memory_mib, block_tokens=16),
+        "decode": DecodePoolSettings(step_tokens=128, threads=1, max_running=20),
+        **({"prefill": PrefillPoolSettings(step_tokens=128, threads=1)} if layout == "disaggregated" else {}),
+    }
     return [
         EngineSpec(
             engine_id=EngineId(f"{role}-0"),
             epoch=1,
             roles=frozenset({role}),
             model="tiny",
-            settings=settings,
+            settings=ModelSettings(**(settings | more)),
             transfer=TransferSettings(),
             folder=model.path,
             facts=model.facts,
@@ -79,3 +86,46 @@ def test_kv_that_does_not_fit_is_refused_before_anything_is_allocated(run_dir: P
         engines.start()
     assert torch.cuda.memory_allocated() == before
     engines.stop()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kv_without_a_size_takes_its_share_and_leaves_the_reserve(run_dir: Path, tmp_path: Path, layout: str) -> None:
+    share = 0.1 / len(LAYOUTS[layout])  # of the card; both engines of a layout are in this process
+    engines = OfflineEngines(make_specs(run_dir, tmp_path, layout, None, gpu_share=share))
+    before, total = torch.cuda.mem_get_info()
+    infos = engines.start()
+    try:
+        taken = before - torch.cuda.mem_get_info()[0]
+        assert 0.5 * share * total * len(infos) < taken < share * total * len(infos)
+        answers = engines.generate([[3 + at, *range(at * 7)] for at in range(40)], 30, salt=b"a")
+        assert [answer.num_tokens for answer in answers] == [30] * 40
+    finally:
+        engines.stop()
+
+
+def test_the_plan_before_loading_is_near_what_the_largest_step_takes(run_dir: Path, tmp_path: Path) -> None:
+    [spec] = make_specs(run_dir, tmp_path, "colocated", 64)
+    card = Card(spec)
+    card.load(0)
+    card.num_blocks()
+    planned = plan_card(spec, 0).used
+    assert card._plan.used <= planned + GIB, "what was rehearsed is no more than what was planned, but for code"
+
+
+def test_the_driver_tells_the_card_that_torch_sees() -> None:
+    found = cards.installed()
+    assert found.driver
+    name, total = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
+    assert any(card.name == name and abs(card.total - total) < 0.05 * total for card in found.cards)
+    assert cards.find().count == torch.cuda.device_count()
+
+
+def test_a_deterministic_engine_answers(run_dir: Path, tmp_path: Path) -> None:
+    """That every bit is the same is proved where decoders are."""
+    engines = OfflineEngines(make_specs(run_dir, tmp_path, "colocated", 64, deterministic=True))
+    engines.start()
+    try:
+        answers = engines.generate([[3 + at, *range(at * 7)] for at in range(12)], 20, salt=b"a")
+        assert [answer.num_tokens for answer in answers] == [20] * 12
+    finally:
+        engines.stop()
