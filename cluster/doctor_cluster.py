@@ -10,10 +10,11 @@ import tempfile
 from pathlib import Path
 
 from diptych.cluster.config import DiptychConfig
-from diptych.cluster.control import host
+from diptych.cluster.control import cards, host
 from diptych.cluster.control.memory import plan_memory
 from diptych.cluster.control.plan import PLAINTEXT, plan_cluster
 from diptych.cluster.control.state import dead_folders, find_cluster
+from diptych.cluster.engine.card_plan import card_plans
 from diptych.cluster.models import ModelFolder, resolve
 from diptych.cluster.security import check_security, names_of
 from diptych.protos.errors import StartupError
@@ -81,9 +82,11 @@ def memory(config: DiptychConfig, folders: dict[str, ModelFolder]) -> Finding:
     plan = plan_memory(engines, host.available_memory(), ray_is_ours=config.ray.address is None)
     try:
         plan.check()
+        on_cards = len(card_plans(engines, cards.find().cards))
     except StartupError as error:
         return Finding("memory", State.STOP, str(error))
     told = f"the plan needs {plan.total >> 20:,} MiB; {plan.bound}: {plan.available >> 20:,} MiB"
+    told += f"; {on_cards} engines fit on cards" if on_cards else ""
     return Finding("memory", State.OK, told)
 
 

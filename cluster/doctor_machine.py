@@ -16,13 +16,19 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from diptych.cluster.control import host
+from diptych.cluster.control import cards, host
 
 MIN_PYTHON = (3, 11)
 MIN_FILES = 1024  # of the router: connections, and of Ray's processes about as many
 MIN_SHM = 128 << 20  # Ray's object store and a staging ring
 HEAVY = ("torch", "transformers", "ray.serve", "grpc", "tokenizers", "safetensors.torch")
 IMPORT_TIMEOUT_S = 120.0
+_REMEDIES = {  # of what cards.why_unusable tells
+    "built without CUDA": "install a torch with CUDA (its download page has the command for this driver)",
+    "triton is missing": "pip install 'diptych[gpu]'",
+    "C compiler": "install gcc (apt install gcc), or let CC name a compiler",
+    "Python.h": "install Python's headers (apt install python3-dev)",
+}
 
 
 class State(StrEnum):
@@ -51,6 +57,7 @@ def examine() -> list[Finding]:
         imports(HEAVY),
         bfloat16(host.has_native_bfloat16()),
         native_code(),
+        *gpu(cards.installed(), cards.find()),
         cores(len(os.sched_getaffinity(0)), cpu_quota()),
         files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         shared_memory(),
@@ -131,6 +138,27 @@ def native_code(module: str = "diptych.kernels.native.build") -> Finding:
         "install gcc 9 or newer with the C library's headers (apt install gcc libc6-dev), or let CC name a compiler"
     )
     return Finding(name, State.SLOW, f"tokens are computed more slowly, without native code: {told}", remedy)
+
+
+def gpu(there: cards.Cards, usable: cards.Cards) -> list[Finding]:
+    """The cards and the driver, what of their memory is free, and what keeps engines from computing on them."""
+    if not there.cards:
+        return [Finding("GPU", State.OK, f"none: {there.why_none}; engines compute on the CPU")]
+    told = f"{', '.join(_card(card) for card in there.cards)}; driver {there.driver}"
+    if not usable.is_hidden:
+        if not usable.cards:
+            return [Finding("GPU", State.OK, f"{told}; {usable.why_none}, so engines compute on the CPU")]
+        hidden = there.count - usable.count
+        return [Finding("GPU", State.OK, told + (f"; CUDA_VISIBLE_DEVICES hides {hidden}" if hidden > 0 else ""))]
+    remedy = next((words for sign, words in _REMEDIES.items() if sign in usable.why_none), "")
+    return [
+        Finding("GPU", State.OK, told),
+        Finding("GPU use", State.SLOW, f"engines compute on the CPU: {usable.why_none}", remedy),
+    ]
+
+
+def _card(card: cards.Card) -> str:
+    return f"{card.name} with {card.free / 2**30:.1f} of {card.total / 2**30:.1f} GiB free"
 
 
 def cores(usable: int, quota: float | None) -> Finding:

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from diptych.cluster import doctor, doctor_cluster, doctor_machine
+from diptych.cluster.bench.shapes import write_shape
 from diptych.cluster.config import DEFAULT_MODEL, load_config
+from diptych.cluster.control import cards
+from diptych.cluster.control.cards import Card, Cards
 from diptych.cluster.control.memory import MIB
 from diptych.cluster.doctor_machine import Finding, State
 from diptych.cluster.models import ModelFacts, ModelFolder
@@ -30,6 +33,16 @@ FACTS = ModelFacts(
 FOLDERS = {DEFAULT_MODEL: ModelFolder(Path("/m"), FACTS)}
 
 
+GIB = 1 << 30
+TWO_CARDS = Cards((Card("A", 2 * GIB, GIB), Card("B", 4 * GIB)), "580.1")
+ONE_CARD = Cards(TWO_CARDS.cards[:1], "580.1")
+NO_DRIVER = Cards(why_none="there is no driver")
+
+
+def useless(why: str) -> Cards:
+    return Cards((), "580.1", why, is_hidden=True)
+
+
 @pytest.mark.parametrize(
     ("finding", "state", "words"),
     [
@@ -40,6 +53,16 @@ FOLDERS = {DEFAULT_MODEL: ModelFolder(Path("/m"), FACTS)}
         (doctor_machine.imports(["json", "no_such_module"]), State.STOP, "no_such_module"),
         (doctor_machine.bfloat16(True), State.OK, "bfloat16"),
         (doctor_machine.bfloat16(False), State.SLOW, "float32"),
+        (
+            doctor_machine.gpu(NO_DRIVER, NO_DRIVER)[-1],
+            State.OK,
+            "none: there is no driver; engines compute on the CPU",
+        ),
+        (doctor_machine.gpu(TWO_CARDS, TWO_CARDS)[-1], State.OK, "A with 1.0 of 2.0 GiB free, B with 0.0 of 4.0 GiB"),
+        (doctor_machine.gpu(TWO_CARDS, TWO_CARDS)[-1], State.OK, "driver 580.1"),
+        (doctor_machine.gpu(TWO_CARDS, ONE_CARD)[-1], State.OK, "CUDA_VISIBLE_DEVICES hides 1"),
+        (doctor_machine.gpu(TWO_CARDS, Cards((), why_none="you hide them"))[-1], State.OK, "you hide them, so engines"),
+        (doctor_machine.gpu(TWO_CARDS, useless("the package triton is missing"))[-1], State.SLOW, "triton is missing"),
         (doctor_machine.cores(8, None), State.OK, "8 usable"),
         (doctor_machine.cores(8, 2.0), State.SLOW, "may use the time of 2"),
         (doctor_machine.files(256), State.STOP, "256"),
@@ -62,6 +85,28 @@ def test_a_missing_c_compiler_is_a_note_with_its_reason_and_what_to_install(monk
     broken = doctor_machine.native_code("no_such_module")
     assert broken.state is State.SLOW
     assert "no_such_module" in broken.told
+
+
+def test_every_reason_against_a_card_has_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    reasons = [cards.why_no_compiler(), "the installed torch was built without CUDA"]
+    reasons.append("the package triton is missing: pip install 'diptych[gpu]'")
+    monkeypatch.setenv("CC", "true")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    reasons.append(cards.why_no_compiler())
+    for reason in reasons:
+        use = doctor_machine.gpu(TWO_CARDS, useless(reason))[-1]
+        assert (use.state, bool(use.remedy)) == (State.SLOW, True), reason
+
+
+def test_a_model_that_no_card_holds_stops_with_its_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = write_shape("llama-8b", tmp_path)
+    for free, state in ((140 * GIB, State.OK), (8 * GIB, State.STOP)):
+        monkeypatch.setattr(cards, "find", lambda free=free: Cards((Card("A", 141 * GIB, free),)))
+        monkeypatch.setattr("diptych.cluster.control.host.available_memory", lambda: (100 * GIB, "free memory"))
+        finding = doctor_cluster.memory(load_config(), {DEFAULT_MODEL: folder})
+        assert finding.state is state
+        assert ("memory plan of the card" if state is State.STOP else "2 engines fit on cards") in finding.told
 
 
 def test_a_c_compiler_that_works_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
