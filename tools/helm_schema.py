@@ -105,6 +105,7 @@ def chart_schema() -> dict[str, Any]:
             drainSeconds=whole(
                 "running requests may take this long when the pod ends; it is killed 30 s later", 0, 3600
             ),
+            gpus=whole("NVIDIA cards of the pod (nvidia.com/gpu); engines share them", 0, 16),
         ),
         "models": group(
             "models that are not in the image",

@@ -14,6 +14,7 @@
 {{/* What no schema can say: values that do not go together. */}}
 {{- define "diptych.check" -}}
 {{- $needed := 300 -}}
+{{- $gpus := .Values.worker.gpus | int -}}
 {{- range $name, $model := .Values.diptych.models | default (dict "built-in" dict) -}}
   {{- $model = $model | default dict -}}
   {{- $kv := $model.kv | default dict -}}
@@ -22,10 +23,16 @@
   {{- if and (eq ($model.layout | default "disaggregated") "colocated") (hasKey $model "prefill") -}}
     {{- fail (printf "diptych.models.%s: the layout colocated has no prefill pool; remove prefill, or write layout: disaggregated" $name) -}}
   {{- end -}}
+  {{- $device := $model.device | default "auto" -}}
+  {{- if and (eq $device "cuda") (not $gpus) -}}
+    {{- fail (printf "diptych.models.%s.device is cuda, and the pod has no card: set worker.gpus" $name) -}}
+  {{- end -}}
+  {{- $onCard := and (gt $gpus 0) (ne $device "cpu") (ne ($model.source | default "") "echo") -}}
   {{- range $role, $pool := dict "prefill" $prefill "decode" $decode -}}
     {{- if not (and (eq $role "prefill") (eq ($model.layout | default "disaggregated") "colocated")) -}}
       {{- $arena := (($pool.kv | default dict).memory_mib | default $kv.memory_mib) | default 512 | int -}}
-      {{- $needed = add $needed (mul (($pool.engines | default 1) | int) (add 540 $arena)) -}}
+      {{- $each := ternary 3072 (add 540 $arena) $onCard -}}
+      {{- $needed = add $needed (mul (($pool.engines | default 1) | int) $each) -}}
     {{- end -}}
   {{- end -}}
   {{- if and (hasPrefix "/" ($model.source | default "")) (not $.Values.models.claimName) -}}

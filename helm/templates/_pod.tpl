@@ -57,6 +57,9 @@ spec:
           memory: {{ .pool.memory }}
         limits:
           memory: {{ .pool.memory }}
+          {{- with .pool.gpus }}
+          nvidia.com/gpu: {{ . | int }}
+          {{- end }}
       {{- with .readiness }}
       readinessProbe:
         {{- toYaml . | nindent 8 }}

@@ -159,6 +159,39 @@ def test_files_and_resources_are_named_alike_on_both_sides(render: Any) -> None:
     assert "resources" not in cluster["headGroupSpec"]["rayStartParams"]
 
 
+# ---- cards ------------------------------------------------------------------------------------
+
+
+def with_a_card() -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load((CHART / "values-one-gpu.yaml").read_text())
+    return values
+
+
+def test_the_example_for_one_card_asks_kubernetes_and_ray_for_it(render: Any, tmp_path: Path) -> None:
+    objects = render(with_a_card())
+    assert not list(rayservice_of("1.7.0").iter_errors(objects["RayService"]))
+    head, worker = pods(objects)
+    assert worker["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert "nvidia.com/gpu" not in head["containers"][0]["resources"]["limits"]
+    group = objects["RayService"]["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    assert group["rayStartParams"]["num-gpus"] == "1"
+    [model] = config_of(objects, tmp_path).models.values()
+    assert (model.device, model.layout) == ("cuda", "colocated")
+
+
+def test_without_cards_nothing_asks_for_one(render: Any) -> None:
+    objects = render()
+    assert "nvidia" not in json.dumps(objects)
+    group = objects["RayService"]["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    assert group["rayStartParams"]["num-gpus"] == "0"
+
+
+def test_an_engine_on_the_cpu_beside_a_card_counts_its_arena(refuse: Refuse) -> None:
+    model = {"device": "cpu", "layout": "colocated", "kv": {"memory_mib": 8000}}
+    values = {"worker": {"gpus": 1}, "diptych": {"models": {"m": model}}}
+    assert "the engines need 8840 MiB" in refuse(values)
+
+
 # ---- security ---------------------------------------------------------------------------------
 
 
@@ -254,6 +287,8 @@ def nested(path: str, value: Any) -> dict[str, Any]:
         ("worker.memory", 6, "string"),
         ("worker.replicas", 2, "replicas"),
         ("worker.drainSeconds", "60", "integer"),
+        ("worker.gpus", -1, "gpus"),
+        ("diptych.models.a.device", "gpu", "cuda"),
         ("head.tolerations", [{"keyy": "a"}], "keyy"),
         ("ray.upgrade", "Rolling", "NewCluster"),
         ("runAsUser", 0, "runAsUser"),
@@ -283,6 +318,11 @@ def test_unknown_keys_and_wrong_values_are_refused_by_name(refuse: Refuse, path:
         ),
         ({"diptych": {"models": {"m": {"decode": {"engines": 9}}}}}, "the engines need 10820 MiB before any weights"),
         ({"diptych": {"models": {"m": {"kv": {"memory_mib": 4096}}}}}, "worker.memory is 6Gi (6144 MiB)"),
+        (
+            {"diptych": {"models": {"m": {"device": "cuda"}}}},
+            "m.device is cuda, and the pod has no card: set worker.gpus",
+        ),
+        ({"worker": {"gpus": 1}}, "the engines need 6444 MiB before any weights"),
         ({"worker": {"memory": "1Gi"}}, "worker.memory is 1Gi (1024 MiB)"),
         ({"worker": {"sharedMemory": "6Gi"}}, "worker.sharedMemory 6Gi is part of worker.memory 6Gi"),
         ({"diptych": {"models": {"m": {"source": "/models/m"}}}}, "set models.claimName"),
