@@ -34,7 +34,7 @@ def _torch(residual: Tensor, parts: Parts | None, weight: Tensor, out: Tensor) -
 def cases(device: torch.device) -> Iterator[Case]:
     """tokens x numbers, addends."""
     bf16, f32 = torch.bfloat16, torch.float32
-    shapes = ((1, 4096, 2, f32), (64, 4096, 2, f32), (64, 2048, 8, bf16), (512, 4096, 1, bf16))
+    shapes = ((1, 4096, 2, f32), (64, 4096, 2, f32), (64, 4096, 1, bf16), (64, 2048, 8, bf16), (512, 4096, 1, bf16))
     for tokens, size, count, dtype in (*shapes, (8192, 4096, 0, bf16), (8192, 4096, 1, bf16), (8192, 2048, 8, bf16)):
         touched = 2 * (2 if count == 0 else 3) + count * dtype.itemsize
         yield Case(
