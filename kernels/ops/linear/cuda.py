@@ -17,8 +17,10 @@ from .kernel import few_rows
 OP = "linear"  # partial sums are allowed; shapes are (rows, outs, ins)
 WHOLE_OP = "linear_whole"  # nothing may be left to be added: the split is 1
 _BUCKETS = (1, 16, 32, 64, 128)  # rows of the launch table; with more, a weight is computed on rather than read: cuBLAS
-_INVARIANT = Config(128, 128, 64, 1, 8, 4)
+# By bytes a number, for any number of rows.
+_INVARIANT = {2: Config(128, 128, 64, 1, 8, 4), 4: Config(64, 64, 32, 1, 8, 3)}
 _READ = (torch.bfloat16, torch.float16)  # the types that were measured
+_ALIGNED = 8  # outputs, in these types: rows of another number begin where the library cannot store 16 bytes at once
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> reference.Linear:
@@ -80,9 +82,13 @@ class DeviceLinear(reference.Linear):
 
     def _config(self, op: str, x: Tensor) -> Config:
         rows = x.shape[0]
-        if not 0 < rows <= _BUCKETS[-1] or x.dtype not in _READ or x.stride(1) != 1:
+        if rows == 0 or x.dtype not in _READ or x.stride(1) != 1:
             return LIBRARY
-        return choose(op, (next(bucket for bucket in _BUCKETS if rows <= bucket), self.outs, self.ins))
+        found = LIBRARY
+        if rows <= _BUCKETS[-1]:
+            found = choose(op, (next(bucket for bucket in _BUCKETS if rows <= bucket), self.outs, self.ins))
+        # A vocabulary of 32,001, say. What the library does then was not measured; ours is known for any rows.
+        return _INVARIANT[2] if found is LIBRARY and op == WHOLE_OP and self.outs % _ALIGNED else found
 
 
 class InvariantLinear(DeviceLinear):
@@ -94,7 +100,8 @@ class InvariantLinear(DeviceLinear):
 
     def write(self, x: Tensor, out: Tensor) -> Tensor:
         """See DeviceLinear."""
-        multiply(x if x.stride(1) == 1 else x.contiguous(), self.weight, self.bias, _INVARIANT, out=out)
+        config = _INVARIANT[x.element_size()]
+        multiply(x if x.stride(1) == 1 else x.contiguous(), self.weight, self.bias, config, out=out)
         return out
 
     def into(self, x: Tensor, residual: Tensor) -> None:

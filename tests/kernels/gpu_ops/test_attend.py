@@ -159,23 +159,6 @@ def test_a_row_that_is_not_sound_spoils_no_other(place: torch.device) -> None:
         near(out_THD[sound], wanted[sound], 1e-5)
 
 
-def test_from_blocks_alone_a_rows_bits_do_not_depend_on_its_company_or_its_chunks(place: torch.device) -> None:
-    """What `deterministic` stands on."""
-    like = torch.empty(0, device=place)
-    shape = {"heads": (4, 2), "head_dim": 16, "block_tokens": 4, "like": like, "limits": (1, SMALL_TILE)}
-    whole = paged_step([(0, 50)], **shape)  # type: ignore[arg-type]
-    params = AttentionParams(0.25)
-    wanted = compute(whole, params, new_rows=False, tile=SMALL_TILE)
-    mixed = paged_step([(20, 30), (0, 7)], **shape, seed=5)  # type: ignore[arg-type]
-    mixed.qkv_TN[:30] = whole.qkv_TN[20:]
-    for old, new in ((whole.k_NGBD, mixed.k_NGBD), (whole.v_NGBD, mixed.v_NGBD)):
-        for position in range(50):
-            block, at = divmod(position, 4)
-            there, here = whole.step.blocks_SB[1, block], mixed.step.blocks_SB[2, block]
-            new[here, :, at] = old[there, :, at]
-    assert torch.equal(compute(mixed, params, new_rows=False, tile=SMALL_TILE)[:30], wanted[20:])
-
-
 def test_what_the_work_list_was_not_made_for_is_refused(place: torch.device) -> None:
     like = torch.empty(0, device=place)
     made = paged_step([(3, 1)], heads=(4, 2), head_dim=16, block_tokens=4, like=like, limits=SMALL)

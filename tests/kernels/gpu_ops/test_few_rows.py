@@ -56,7 +56,9 @@ def test_what_the_table_gives_to_a_whole_sum_is_never_split() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [0, 1, 2, 8, 16, 17, 32, 64, 65, 300])
-@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (1001, 4096), (4096, 14336), (960, 576)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(6144, 4096), (4096, 4096), (1001, 4096), (32_001, 2048), (4096, 14336), (960, 576)], ids=str
+)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_layer_in_bfloat16_is_as_near_to_the_truth_as_cublas(
     rows: int, shape: tuple[int, int], has_bias: bool, place: torch.device
@@ -86,6 +88,17 @@ def test_a_layer_in_bfloat16_is_as_near_to_the_truth_as_cublas(
     allowed = 1.2 * float((apart.double() - both).norm()) + 1e-9
     assert float((summed.double() - both).norm()) <= allowed
     assert float((layer.add(x, residual).double() - both).norm()) <= allowed
+
+
+@pytest.mark.parametrize("rows", [1, 64, 128, 129, 4000])
+def test_an_odd_number_of_outputs_never_goes_to_the_library(rows: int) -> None:
+    """Its rows begin where 16 bytes cannot be stored at once: a vocabulary of 32,001."""
+    x = torch.empty(rows, 64, dtype=torch.bfloat16)
+    odd, even = (DeviceLinear(torch.empty(outs, 64, dtype=torch.bfloat16), None) for outs in (32_001, 32_008))
+    assert odd._config(WHOLE_OP, x) is not LIBRARY
+    assert odd._config(WHOLE_OP, x).split == 1
+    if rows > 128:
+        assert even._config(WHOLE_OP, x) is LIBRARY
 
 
 @pytest.mark.gpu
