@@ -23,6 +23,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ HTTP_ROWS = (
 )
 LEAST_S = 15.0  # a section with less time than this is not begun
 END_S = 30.0  # for a process to end that was asked to
-LOG_LINES = 40
+LOG_LINES = 40  # of a log that are shown, the last ones
 
 
 @dataclass
@@ -85,21 +86,21 @@ class Bench:
             given = [*command, "--json", str(result_file)] if command[: len(DIPTYCH)] == DIPTYCH else list(command)
             began = time.monotonic()
             why = call(given, seconds, log, env)
-            text = result_file.read_text(encoding="utf-8") if result_file.is_file() else ""
-        result: dict[str, Any] = json.loads(text) if text.strip() else {}
+            result = whole_json(result_file)
         result |= about | {"section": name, "command": shlex.join(shown(command))}
         result["section_s"] = round(time.monotonic() - began, 1)
         result["commit"] = result.get("commit") or self.commit
         result.setdefault("date", datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"))
         if why:
-            result |= {"failed": why, "log": tail(log)}
+            result |= {"why_failed": why, "log": tail(log)}
             self._miss(name, why)
         else:
+            print("\n".join(line for line in tail(log) if not line.startswith("{")), flush=True)
             log.unlink(missing_ok=True)
-        self._new(name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        self.new_file(name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"-- {name}: {result['section_s']} s{': ' + why if why else ''}", flush=True)
 
-    def _new(self, name: str) -> Path:
+    def new_file(self, name: str) -> Path:
         """A second run of a day has a file of its own: results are never written over."""
         path, count = self.out / f"{self.prefix}_{name}.json", 1
         while path.exists():
@@ -140,13 +141,22 @@ def call(command: Sequence[str], seconds: float, log: Path, env: dict[str, str] 
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """Ask, wait, kill: the process and whatever it started."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            if process.poll() is None or number is signal.SIGKILL:
-                os.killpg(process.pid, number)
+    """Ask the process, wait, then kill it and whatever it has started."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(END_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def whole_json(file: Path) -> dict[str, Any]:
+    """Empty where there is none, or half of one."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def tail(log: Path) -> list[str]:
@@ -164,6 +174,12 @@ def offline(
     chosen = [part for workload in workloads for part in ("--workload", workload)]
     command = (*DIPTYCH, "bench", "offline", "--model", model, "--random-weights", *chosen, *more)
     bench.run(name, command, box_s, about={"kind": "offline"})
+
+
+def whole(model: str, bench: Bench) -> None:
+    """All workloads of a model, then a trace of each."""
+    profile = bench.new_file(f"{model}_steps")
+    offline(bench, model, model, "--repeats", str(bench.repeats), "--profile", str(profile), box_s=300.0)
 
 
 def start(bench: Bench) -> None:
@@ -185,12 +201,6 @@ def deterministic(bench: Bench) -> None:
     offline(
         bench, "deterministic", "llama-8b", *exactly, box_s=120.0, workloads=("latency-b1", "decode-64", "decode-512")
     )
-
-
-def profiles(bench: Bench) -> None:
-    for model in ("llama-8b", "qwen3-30b-a3b"):
-        file = bench.out / f"{bench.prefix}_{model}_kernels_by_step.json"
-        offline(bench, f"{model}_profile", model, "--repeats", "1", "--profile", str(file), box_s=200.0)
 
 
 def kernels(bench: Bench) -> None:
@@ -288,16 +298,13 @@ def wait_until_ready(url: str, process: subprocess.Popen[Any], seconds: float) -
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "start": start,
-    "llama-8b": lambda bench: offline(bench, "llama-8b", "llama-8b", "--repeats", str(bench.repeats), box_s=270.0),
-    "qwen3-30b-a3b": lambda bench: offline(
-        bench, "qwen3-30b-a3b", "qwen3-30b-a3b", "--repeats", str(bench.repeats), box_s=270.0
-    ),
+    "llama-8b": partial(whole, "llama-8b"),
+    "qwen3-30b-a3b": partial(whole, "qwen3-30b-a3b"),
     "session": session,
     "http": http,
     "kernels": kernels,
     "tests": tests,
     "deterministic": deterministic,
-    "profiles": profiles,
 }
 
 

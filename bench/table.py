@@ -1,7 +1,7 @@
 """Markdown tables of what bench/gpu.py measured, beside the figures of bench/peers/: so that no figure is typed.
 
 Of each section the newest file counts. A figure that is not there is a dash; one that failed says so.
-Run: python bench/table.py [RESULT.json ...] [--card h200] [--into README.md]
+Run: python bench/table.py [RESULT.json ...] [--card h200] [--into README.md] | --steps PROFILE.json
 `--into` replaces what stands between the lines `<!-- figures: CARD -->` and `<!-- end of figures -->` of that file.
 """
 
@@ -26,6 +26,7 @@ WORKLOADS = {  # which figure of a workload counts, and its unit
 }
 _Json = Mapping[str, Any]
 DASH = "-"
+_SHOWN = 10  # kernels of a step
 
 
 class Results:
@@ -176,8 +177,8 @@ def http_table(results: Results, peers: Peers) -> Iterator[str]:
                 rows.append(
                     (row, words, number(theirs[name]), told, ratio(value, theirs[name], less_is_better=name in LESS))
                 )
-        if mine.get("failed"):
-            rows.append((row, "failed", DASH, str(mine["failed"]), DASH))
+        if mine.get("failed"):  # a count, by the client
+            rows.append((row, "requests that failed", DASH, number(mine["failed"]), DASH))
     yield from table(("llama-8b over HTTP", "figure", "peer", "Diptych", "ratio"), rows)
     yield ""
 
@@ -188,15 +189,15 @@ def value_at(content: Any, path: Sequence[str]) -> Any:
     return content
 
 
-def kernel_table(results: Results, peers: Peers) -> Iterator[str]:
-    """Of cases with a peer: the fastest of those that ran beside it, and the one that was measured before."""
+def kernel_table(results: Results, peers: Peers, *, every: bool) -> Iterator[str]:
+    """Of cases with a peer, or of every one: the fastest of those that ran beside it, and the one measured before."""
     rows = []
     for case, figures in results.of("kernels").items():
         if not isinstance(figures, dict) or "us" not in figures:
             continue
         known = peers.kernels.get(peer_kernel(case) or "", {})
         beside = {name: told["us"] for name, told in figures.get("peers", {}).items() if "us" in told}
-        if not known and not beside:
+        if not known and not beside and not every:
             continue
         best = min(beside, key=lambda name: beside[name]) if beside else ""
         rate = f"{figures['tflop_s']:,.0f} TFLOP/s" if "tflop_s" in figures else f"{figures['gb_s']:,.0f} GB/s"
@@ -248,18 +249,36 @@ def provenance(content: _Json) -> str:
 
 def missing(results: Results) -> Iterator[str]:
     for section, content in sorted(results.sections.items()):
-        if content.get("failed"):
-            yield f"- {section}: {content['failed']}"
+        if content.get("why_failed"):
+            yield f"- {section}: {content['why_failed']}"
 
 
-def render(results: Results, peers: Peers) -> str:
+def step_tables(profile: _Json) -> Iterator[str]:
+    """Of a file that `bench offline --profile` wrote: where the time of a step goes."""
+    for workload, found in profile.items():
+        if not found.get("steps"):
+            continue
+        kernels = found["kernels"]
+        rows = [
+            (f"`{k['name'][:80]}`", number(k["count"]), number(k["us"]), f"{k['share']:.1%}") for k in kernels[:_SHOWN]
+        ]
+        if rest := kernels[_SHOWN:]:
+            us, share = sum(k["us"] for k in rest), sum(k["share"] for k in rest)
+            rows.append((f"{len(rest)} others", "", number(us), f"{share:.1%}"))
+        rows.append(("idle", "", number(found["step_us"] * found["idle_share"]), f"{found['idle_share']:.1%}"))
+        head = f"{workload}: a step of {number(found['step_us'])} us, mean of {found['steps']}"
+        yield from table((head, "times", "us", "share"), rows)
+        yield ""
+
+
+def render(results: Results, peers: Peers, *, every: bool = False) -> str:
     parts = (
         offline_tables(results, peers),
         start_table(results, peers),
         session_table(results),
         http_table(results, peers),
         deterministic_table(results),
-        kernel_table(results, peers),
+        kernel_table(results, peers, every=every),
         missing(results),
     )
     text = "\n".join(line for part in parts for line in part)
@@ -281,10 +300,15 @@ def main() -> int:
     parser.add_argument("results", nargs="*", type=Path, help="by default all of the card in bench/results")
     parser.add_argument("--card", default="h200")
     parser.add_argument("--peers", type=Path, default=HERE / "peers")
+    parser.add_argument("--every", action="store_true", help="kernels without a peer too")
+    parser.add_argument("--steps", type=Path, help="instead: the kernels of a file of bench offline --profile")
     parser.add_argument("--into", type=Path)
     args = parser.parse_args()
+    if args.steps is not None:
+        print("\n".join(step_tables(json.loads(args.steps.read_text(encoding="utf-8")))))
+        return 0
     files = args.results or sorted((HERE / "results").glob(f"*_{args.card}_*.json"))
-    figures = render(Results(files), Peers(args.peers, args.card))
+    figures = render(Results(files), Peers(args.peers, args.card), every=args.every)
     if args.into is None:
         print(figures, end="")
         return 0

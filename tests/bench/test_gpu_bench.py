@@ -59,7 +59,7 @@ def test_a_runs_result_gets_what_it_was_and_stays_beside_a_second_one(
     found = result(bench, "x")
     assert (found["a"], found["section"], found["kind"], found["commit"]) == (1, "x", "offline", "abc")
     assert found["command"] == "diptych bench offline"
-    assert "failed" not in found
+    assert "why_failed" not in found
     assert result(bench, "x_2")["a"] == 1
     assert bench.failed == []
     assert list(bench.out.glob("*.log")) == []
@@ -68,7 +68,7 @@ def test_a_runs_result_gets_what_it_was_and_stays_beside_a_second_one(
 def test_a_run_that_fails_leaves_its_reason_and_its_last_words(bench: Any) -> None:
     bench.run("x", python("print('out of memory'); raise SystemExit(3)"), 60.0, about={})
     found = result(bench, "x")
-    assert found["failed"] == "exit code 3"
+    assert found["why_failed"] == "exit code 3"
     assert found["log"] == ["out of memory"]
     assert bench.failed == ["x: exit code 3"]
 
@@ -91,7 +91,7 @@ time.sleep(600)"""
     bench.run("x", as_the_verb(code), 4.0, about={})
     found = result(bench, "x")
     assert found["a"] == 1
-    assert found["failed"].startswith("not over after 4")
+    assert found["why_failed"].startswith("not over after 4")
     if pid.exists():  # else it was ended before it began
         with pytest.raises(ProcessLookupError):
             wait_for_end(int(pid.read_text()))
@@ -105,6 +105,11 @@ def wait_for_end(pid: int) -> None:
         if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
             raise ProcessLookupError
         time.sleep(0.01)
+
+
+def test_half_a_result_is_none(bench: Any, as_the_verb: Callable[[str], tuple[str, ...]]) -> None:
+    bench.run("x", as_the_verb(WRITES.replace("null}", "nu")), 60.0, about={})
+    assert "a" not in result(bench, "x")
 
 
 def test_a_run_without_time_is_not_begun_and_told(bench: Any) -> None:

@@ -92,7 +92,7 @@ def test_the_newest_file_of_a_section_counts_and_changed_sources_are_told(files:
 
 
 def test_http_kernels_session_and_start_have_tables_of_their_own(files: Path, render: Render) -> None:
-    http = {"section": "http_x", "kind": "http", "row": "128/256 one at a time", "output_tok_s": 220.0}
+    http = {"section": "http_x", "kind": "http", "row": "128/256 one at a time", "output_tok_s": 220.0, "failed": 2}
     http |= {"ttft_ms": {"p50": 10.0}, "itl_ms": {"p99": 9.0}}
     kernels = {
         "section": "kernels",
@@ -110,6 +110,7 @@ def test_http_kernels_session_and_start_have_tables_of_their_own(files: Path, re
     text = render(*paths)
     assert "| 128/256 one at a time | output tok/s | 200 | **220** | 1.10 |" in text
     assert "| 128/256 one at a time | first token p50, ms | 20 | **10** | 2.00 |" in text
+    assert "| 128/256 one at a time | requests that failed | - | 2 | - |" in text
     assert "between tokens" not in text, "the peer has no such figure in this row"
     assert row(text, "linear llama-8b qkv x1")[1:] == ["14", "3,500 GB/s, 82%", "16 (cublas)", "15.5 (cublas)"]
     assert row(text, "paged_attention decode 64 x 8192")[3:] == ["-", "500 (fa3)"]
@@ -119,8 +120,26 @@ def test_http_kernels_session_and_start_have_tables_of_their_own(files: Path, re
     assert row(text, "no kernel compiled before")[1:] == ["100", "12.5"]
 
 
+def test_kernels_without_a_peer_are_shown_when_all_are_wanted(table: ModuleType, files: Path) -> None:
+    case = {"us": 3.0, "gb_s": 100.0, "of_ceiling": 0.5}
+    path = write(files, "2026-01-02_x_kernels", {"section": "kernels", "step_inputs 512 rows": case})
+    results, peers = table.Results([path]), table.Peers(files / "peers", "x")
+    assert "step_inputs" not in table.render(results, peers)
+    assert row(table.render(results, peers, every=True), "step_inputs 512 rows")[1:] == ["3", "100 GB/s, 50%", "-", "-"]
+
+
+def test_a_profile_is_shown_by_kernel_with_its_idle_time(table: ModuleType) -> None:
+    kernels = [{"name": f"k{at}", "count": 2.0, "us": 50.0 - at, "share": 0.05} for at in range(12)]
+    found = {"steps": 20, "first_step": 4, "step_us": 1000.0, "idle_share": 0.1, "kernels": kernels}
+    lines = list(table.step_tables({"decode-64": found, "none": {"steps": 0}}))
+    assert lines[0].startswith("| decode-64: a step of 1,000 us, mean of 20 |")
+    assert row("\n".join(lines), "`k0`") == ["`k0`", "2", "50", "5.0%"]
+    assert row("\n".join(lines), "2 others") == ["2 others", "", "79", "10.0%"]
+    assert row("\n".join(lines), "idle") == ["idle", "", "100", "10.0%"]
+
+
 def test_what_failed_is_said(files: Path, render: Render) -> None:
-    path = write(files, "2026-01-02_x_tests", {"section": "tests", "failed": "not over after 240 s"})
+    path = write(files, "2026-01-02_x_tests", {"section": "tests", "why_failed": "not over after 240 s"})
     assert "- tests: not over after 240 s" in render(path)
 
 
