@@ -93,7 +93,7 @@ def _together(pipes: Sequence[Connection]) -> list[Sent]:
         for pipe in pipes:
             pipe.send(begin_at)
         return [pipe.recv() for pipe in pipes]
-    except EOFError:
+    except (EOFError, ConnectionError):
         raise StartupError("a client process has ended") from None
 
 

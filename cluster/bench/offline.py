@@ -28,7 +28,7 @@ from diptych.protos.status import EngineInfo
 from diptych.protos.types import EngineId, Role
 
 from .batches import ENGINE, SESSION, Run, measure, measure_session, trace
-from .figures import PeakMemory, regime, system, write_result
+from .figures import PeakMemory, regime, save_result, system, write_result
 from .provenance import CardWatch, provenance
 from .shapes import SHAPES, shape_of, write_shape
 from .workload import Workload, parse_workload, read_prompts
@@ -89,6 +89,8 @@ def run_offline(options: OfflineOptions, began: float) -> None:
         for plan in engines.memory_plans:
             print(plan)
         result: dict[str, Any] = {"system": system(), "model": name, "startup_s": round(startup_s, 2)}
+        result |= _circumstances(settings, model, infos) | {"through": list(through)}
+        result["timeline_s"] = _timeline(engines, startup_s)
         for run in runs:
             key = run.workload.name
             if ENGINE in through:
@@ -96,18 +98,25 @@ def run_offline(options: OfflineOptions, began: float) -> None:
             if SESSION in through:
                 told = measure_session(engines, run, options.repeats, card, bare=result.get(key))
                 result[key if ENGINE not in through else f"{key} through session"] = told
-            if options.profile is not None:
-                result.setdefault("profiles", {})[key] = trace(engines, run, options.repeats, result[key])
-        report = engines.report()
-        result |= _circumstances(settings, model, infos) | report | {"through": list(through)}
-        result["timeline_s"] = _timeline(engines, startup_s)
+            result |= engines.report() | {"peak_memory_mib": memory.peak_bytes >> 20}
+            save_result(result, options.json_out)  # a run that is ended early has left what it had
+        if options.profile is not None:
+            _trace(engines, runs, options, result)
     result["peak_memory_mib"] = memory.peak_bytes >> 20
-    if options.profile is not None:
-        _write_profiles(result.pop("profiles"), options.profile)
     stages = ", ".join(f"{stage} {seconds:g}" for stage, seconds in result["timeline_s"].items())
     print(f"ready after {startup_s:.1f} s: {stages}")
     print(_memory_line(result))
     write_result(result, options.json_out)
+
+
+def _trace(engines: OfflineEngines, runs: Sequence[Run], options: OfflineOptions, result: Mapping[str, Any]) -> None:
+    """After all figures: a tracer that fails costs none of them."""
+    assert options.profile is not None
+    found = {run.workload.name: trace(engines, run, options.repeats, result[run.workload.name]) for run in runs}
+    try:
+        options.profile.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except OSError as exc:
+        raise StartupError(f"cannot write --profile {options.profile}: {exc.strerror}") from exc
 
 
 def _timeline(engines: OfflineEngines, startup_s: float) -> dict[str, float]:
@@ -150,13 +159,6 @@ def _memory_line(result: Mapping[str, Any]) -> str:
     sizes = {"host peak": result["peak_memory_mib"], **result["memory_mib"]}
     told = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in sizes.items())
     return f"memory, MiB: {told}; KV of {result['kv_tokens']:,} tokens; {result['device']}"
-
-
-def _write_profiles(profiles: Mapping[str, Any], out: Path) -> None:
-    try:
-        out.write_text(json.dumps(profiles, indent=1) + "\n", encoding="utf-8")
-    except OSError as exc:
-        raise StartupError(f"cannot write --profile {out}: {exc.strerror}") from exc
 
 
 def _through(options: OfflineOptions, settings: ModelSettings) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ _SILENCE_S = 60.0  # an engine that traces steps, or whose machine is busy, is n
 _POLL_S = 0.2
 _END_S = 10.0
 _AT_ONCE = 32  # orders
+_ENDED = "the process with the session's client has ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class SessionClient:
         try:
             self._answer()  # connected
         except BaseException:
+            self._process.kill()  # it goes on dialling
             self.__exit__()
             raise
         return self
@@ -87,9 +89,15 @@ class SessionClient:
             self._process.join()
 
     def run(self, batch: Batch) -> list[Received]:
-        """Raises EngineFault with what went wrong first, and what ended the engine."""
-        self._ours.send(batch)
-        found: list[Received] = self._answer()
+        """Raises EngineFault with what went wrong first, and what ended the engine: then the client has ended, too."""
+        try:
+            self._ours.send(batch)
+            found: list[Received] = self._answer()
+        except BaseException as exc:
+            self._process.kill()  # it waits for tokens that nobody sends any more
+            if isinstance(exc, ConnectionError):
+                raise EngineFault(_ENDED) from exc
+            raise
         if failed := [one.failure for one in found if one.failure]:
             raise EngineFault(failed[0])
         return found
@@ -102,7 +110,7 @@ class SessionClient:
         try:
             answer = self._ours.recv()
         except EOFError:
-            raise EngineFault("the process with the session's client has ended") from None
+            raise EngineFault(_ENDED) from None
         if isinstance(answer, str):
             raise EngineFault(answer)
         return answer

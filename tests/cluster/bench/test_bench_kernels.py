@@ -134,3 +134,20 @@ def test_every_case_has_a_name_of_its_own_and_counts_something(op: str) -> None:
         assert case.flop >= 0, case.name
     assert names
     assert len(names) == len(set(names))
+
+
+@pytest.mark.gpu
+def test_on_a_card_rates_are_below_the_ceilings_and_peers_are_told(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    done = run("--op", "silu_mul", "--op", "add_norm", "--json", str(out))
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    result = json.loads(out.read_text())
+    assert result["device"] == torch.cuda.get_device_name()
+    assert result["ceilings"]["copy_gb_s"] > 100
+    cases = {key: told for key, told in result.items() if key.startswith(("silu_mul ", "add_norm "))}
+    assert len(cases) > 8
+    for key, told in cases.items():
+        assert "error" not in told, key
+        assert 0 < told["of_ceiling"] < 1.15, key  # reading alone is faster than a copy
+        assert told["peers"]["torch"]["us"] > 0, key
+        assert told["of_best_peer"] > 0, key

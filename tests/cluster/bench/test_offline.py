@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.testing
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from diptych.cluster.bench import offline
 from diptych.cluster.bench.batches import Run
 from diptych.cluster.bench.workload import parse_workload
 from diptych.cluster.cli import app
 from diptych.kernels.testing import make_tiny_checkpoint
+from diptych.protos.errors import EngineFault
 
 FIGURES = {
     *("s", "spread_s", "output_tok_s", "total_tok_s", "ttft_p50_s", "requests", "tokens_in", "tokens_out"),
@@ -195,6 +198,45 @@ def test_requests_share_prefixes_with_each_other_and_never_with_an_earlier_repea
     prompts.write_text(one + "\n")
     alone = bench("--model", tiny, "--prompts", prompts, "--output", 2, "--repeats", 3)
     assert "48 tokens in (0 cached)" in alone.stdout, alone.output
+
+
+def test_a_run_that_fails_late_has_left_the_figures_that_it_had(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> dict[str, object]:
+        raise EngineFault("the tracer does not work here")
+
+    monkeypatch.setattr(offline, "trace", fails)
+    out = tmp_path / "out.json"
+    done = bench("--model", tiny, "--workload", "2x5x3", "--profile", tmp_path / "p.json", "--json", out)
+    assert (done.exit_code, done.stderr) == (1, "diptych: the tracer does not work here\n")
+    kept = json.loads(out.read_text())
+    assert set(kept) == ABOUT | {"2x5x3"}
+    check_figures(kept["2x5x3"], 10, 6)
+
+
+@pytest.mark.gpu
+def test_on_a_card_events_time_the_device_and_kernels_are_traced(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "profile.json"
+    done = bench(
+        *("--model", tiny, "--set", "models.tiny.device=cuda", "--workload", "8x40x40", "--profile", out),
+        *("--through", "engine", "--through", "session"),
+    )
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["device"] == torch.cuda.get_device_name()
+    assert result["memory_mib"]["card_used"] > result["memory_mib"]["kv"]
+    assert result["engine"]["depth"] == 2
+    for key in ("8x40x40", "8x40x40 through session"):
+        decode = result[key]["steps"]["decode"]
+        assert decode["steps"] >= 38
+        assert 0 < decode["device_us"] <= decode["step_us"] * 1.2
+        assert 0 < decode["host_us"] <= decode["step_us"] * 1.01
+    found = json.loads(out.read_text())["8x40x40"]
+    assert 0 <= found["idle_share"] < 1
+    assert found["steps"] == 20
+    assert all(kernel["count"] > 0 for kernel in found["kernels"])
+    assert len(found["kernels"]) > 3
 
 
 @pytest.mark.parametrize(
