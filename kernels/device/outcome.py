@@ -60,9 +60,9 @@ class Outcome:
     def _sampled_logprobs(self) -> dict[int, TokenLogprobs]:
         if self.sampled is None:
             return {}
-        asking = [(one.row, one.spec.logprobs) for one in self.layout.sampling if one.spec.logprobs is not None]
-        told = self.sampled.rows([top for _, top in asking])
-        return {row: one for (row, _), one in zip(asking, told, strict=True)}
+        telling = self.layout.telling
+        told = self.sampled.rows([one.spec.logprobs or 0 for one in telling])
+        return {row.row: one for row, one in zip(telling, told, strict=True)}
 
     def _prompt_logprobs(self) -> dict[int, tuple[TokenLogprobs, ...]]:
         if self.prompts is None:

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from diptych.protos.step import LogitRules
 
 HEAD = 16  # words
-_BY_THE_WAY = 256  # words of a record beside its bits that there is room for in every slot
+_MOST = 2**31 - 1
+_OF_SLOT = 256  # words of a record beside its bits that there is room for in every slot
+_OF_ALL = 1 << 14  # and of one that takes more
 
 Words = NDArray[np.int32]
 
@@ -28,7 +30,7 @@ def mask_words(vocab: int) -> int:
 
 def rule_words(*, max_slots: int, vocab: int) -> int:
     """Room for the rules of all slots, unless many have hundreds of bad words; 0 where no vocabulary is known."""
-    return bool(vocab) * max_slots * (HEAD + mask_words(vocab) + _BY_THE_WAY)
+    return max_slots * (HEAD + mask_words(vocab) + _OF_SLOT) + _OF_ALL if vocab else 0
 
 
 def record(rules: LogitRules, vocab: int) -> Words:
@@ -43,11 +45,11 @@ def record(rules: LogitRules, vocab: int) -> Words:
         if 0 <= token < vocab:
             biased[token] = biased.get(token, np.float32(0)) + np.float32(bias)
     stops = _within(rules.stop_token_ids, vocab) if rules.min_tokens else []
-    words = [word for word in rules.bad_words if word and 0 <= word[-1] < vocab]
+    words = [word for word in rules.bad_words if word and all(0 <= token < vocab for token in word)]
     begins = list(accumulate(map(len, words), initial=0)) if words else []
     penalties = (rules.repetition_penalty, rules.frequency_penalty, rules.presence_penalty)
     head = np.zeros(HEAD, np.int32)
-    head[:2] = rules.num_prompt, rules.min_tokens
+    head[:2] = rules.num_prompt, min(rules.min_tokens, _MOST)
     head[2:5] = np.array(penalties, np.float32).view(np.int32)
     head[5:10] = len(allowed) > 0, len(biased), len(stops), len(words), max(map(len, words), default=1) - 1
     lists = [list(biased), np.array(list(biased.values()), np.float32).view(np.int32)]
@@ -86,5 +88,5 @@ class RuleStore:
 
     def forget(self, slot: int) -> None:
         """The slot's record is nobody's; steps that were launched may still read it before it is written over."""
-        self._taken.pop(slot, None)
-        self._told.pop(slot, None)
+        if self._taken.pop(slot, None) is not None:
+            del self._told[slot]

@@ -35,7 +35,7 @@ from .graphs import PROMPT_ROWS, StepGraphs, StepShape, decode_shape, shapes_wit
 from .outcome import Outcome
 from .state import DeviceState
 from .step import StepTensors
-from .wire import HEADER, NUM_UPDATES, UPDATES_AT, Layout, Packer, Sampling, Updates, Wire, wire_words
+from .wire import HEADER, NUM_UPDATES, UPDATES_AT, Layout, Packer, Sampling, Tail, Updates, Wire, wire_words
 
 MAX_OUTSTANDING = 2
 _SHORT_PROMPT = 128  # tokens: what it reads of itself hardly counts
@@ -228,8 +228,7 @@ class DeviceRunner:
         if spilled is None:
             apply_updates(self._wire, self._state, layout.updates.count)
         steps = self._steps
-        begin = words - sum(map(len, tail))
-        asked_A, told_L, places_P, tokens_P, kept_N = torch.split(self._wire[begin:words], [len(part) for part in tail])
+        asked_A, told_L, places_P, tokens_P, kept_N = self._tail_of(words, tail)
         if shape is not None:
             logits_NV, step = steps.logits(shape.rows), steps.shaped_step(shape)
             if shape in self._graphs.shapes:
@@ -243,8 +242,7 @@ class DeviceRunner:
             self._forward(step, logits_NV)
             count = len(layout.sampling)
             self._choose_largest(logits_NV[:count])
-        asking = [one for one in layout.sampling if one.asks]
-        if asking:
+        if asking := layout.asking:
             self._choose_as_asked(logits_NV, Asking(asking, self._wire, asked_A))
         published = layout.num_rows + layout.gap
         out_R2 = steps.out_R2[:published]
@@ -253,7 +251,7 @@ class DeviceRunner:
         told_R2.copy_(out_R2, non_blocking=True)
         sampled = prompts = None
         if tail.told:
-            most = max(one.spec.logprobs or 0 for one in layout.sampling)
+            most = max(one.spec.logprobs or 0 for one in layout.telling)
             sampled = _tell(logits_NV, told_L.long(), steps.tokens_R[told_L], most)
         if tail.prompts:
             most = max(prompt.top for prompt in layout.prompts)
@@ -261,6 +259,13 @@ class DeviceRunner:
         if self._on_card:
             self._events[turn].record()
         return Outcome(plan, layout, turn, told_R2, sampled, prompts)
+
+    def _tail_of(self, words: int, tail: Tail) -> tuple[Tensor, ...]:
+        """The wire's last lists, where they lie on the device."""
+        sizes = [len(part) for part in tail]
+        if not any(sizes):
+            return (self._wire[:0],) * len(sizes)
+        return torch.split(self._wire[words - sum(sizes) : words], sizes)
 
     def _compute(self, shape: StepShape) -> None:
         """A step from the wire to a greedy choice of every row: what a graph holds."""
@@ -297,6 +302,7 @@ class DeviceRunner:
     def _give_up(self, plan: StepPlan) -> None:
         """Of a failed step: nobody knows what the device has of its slots, and none has a token to go on from."""
         self._packer.forget(plan)
+        self._space.clear()
         for row in plan.rows:
             self._state.tokens_SC[row.slot, row.start + row.num_tokens].fill_(-1)
         self._finish()  # the wire that it may have been reading is written again
@@ -415,6 +421,7 @@ def _dummies(lengths: Sequence[int], dummy: int) -> Layout:
         num_tokens=ends[-1],
         most_prompt=0 if is_decode else max(lengths),
         sampling=[],
+        special=[],
         prompts=[],
         kept=[] if is_decode else [end - 1 for end in ends],
         rows=words,

@@ -92,11 +92,5 @@ class DeviceState:
         return self.max_slots
 
 
-def state_bytes(*, max_slots: int, max_context_tokens: int, block_tokens: int, vocab_size: int = 0) -> int:
-    """What DeviceState takes, for the memory plan: exact but for the alignment of sections."""
-    row = _aligned(max_context_tokens + 1) + _aligned(-(-max_context_tokens // block_tokens)) + 10
-    return 4 * ((max_slots + 1) * row + rule_words(max_slots=max_slots, vocab=vocab_size))
-
-
 def _aligned(words: int) -> int:
     return -(-words // _ALIGNED) * _ALIGNED

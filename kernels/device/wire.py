@@ -45,11 +45,6 @@ class Sampling(NamedTuple):
     spec: SampleSpec
     is_told: bool = True  # the device has its rules; there was no room for those of others
 
-    @property
-    def asks(self) -> bool:
-        """Whether it wants more than its largest logit."""
-        return self.spec.temperature != 0 or self.spec.rules is not None
-
 
 class Tail(NamedTuple):
     """The lists at the end of a wire."""
@@ -70,6 +65,7 @@ class Layout:
     num_tokens: int
     most_prompt: int  # tokens of the longest of the other rows
     sampling: list[Sampling]  # in order of place
+    special: list[int]  # those of them, by number, that want more than a token that is the largest logit
     prompts: list[PromptRow]
     kept: list[int]  # tokens whose logits are wanted, by place; of a pure decode step every token, and the list empty
     rows: list[int]  # ROW words of each row, padding included
@@ -82,12 +78,24 @@ class Layout:
         return len(self.order)
 
     @property
+    def asking(self) -> list[Sampling]:
+        """Rows that draw or have rules."""
+        special = [self.sampling[at] for at in self.special]
+        return [one for one in special if one.spec.temperature != 0 or one.spec.rules is not None]
+
+    @property
+    def telling(self) -> list[Sampling]:
+        """Rows that tell their logprobs."""
+        special = [self.sampling[at] for at in self.special]
+        return [one for one in special if one.spec.logprobs is not None]
+
+    @property
     def tail(self) -> Tail:
         """In the order of `sampling` and `prompts`."""
-        asked = [one.at for one in self.sampling if one.asks and one.is_told]
+        asked = [one.at for one in self.asking if one.is_told]
         if self.gap:
             asked = [at if at < self.singles else at + self.gap for at in asked]
-        told = [one.place for one in self.sampling if one.spec.logprobs is not None]
+        told = [one.place for one in self.telling]
         prompts = [place for prompt in self.prompts for place in prompt.places]
         return Tail(asked, told, prompts, [token for prompt in self.prompts for token in prompt.tokens], self.kept)
 
@@ -186,6 +194,7 @@ class Packer:
         words: list[int] = []
         updates = Updates()
         sampling: list[Sampling] = []
+        special: list[int] = []
         kept: list[int] = []
         prompts: list[PromptRow] = []
         first = most = 0
@@ -198,8 +207,11 @@ class Packer:
                 if not is_decode:
                     kept.append(first + row.num_tokens - 1)
             is_told = self._tell(row, updates)
-            if row.sample is not None:
-                sampling.append(Sampling(index, at, place, row.slot, row.sample, is_told))
+            spec = row.sample
+            if spec is not None:
+                if spec.temperature != 0 or spec.rules is not None or spec.logprobs is not None:
+                    special.append(len(sampling))
+                sampling.append(Sampling(index, at, place, row.slot, spec, is_told))
             words += (row.slot, row.start, row.num_tokens, first, place, 0, 0, 0)
             first += row.num_tokens
             if row.num_tokens > 1:
@@ -212,6 +224,7 @@ class Packer:
             num_tokens=first,
             most_prompt=most,
             sampling=sampling,
+            special=special,
             prompts=prompts,
             kept=kept,
             rows=words,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...device.step import LOGITS_NOT_FINITE, RULED_OUT
+from .launch import sample
 from .space import Asking, SampleSpace
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ def choose_by_spec(
     logits_NV: Tensor, rows: Sequence[Sampling], state: DeviceState, tokens_N: Tensor, flags_N: Tensor
 ) -> None:
     """What each row's spec says. Earlier tokens, where rules look at them, are those of the slot's state."""
-    from .launch import sample
-
     histories = {
         # A token that was never sampled is -1; its row is faulty whatever it draws.
         at: state.tokens_SC[one.slot, : one.spec.position].long().clamp(min=0)

@@ -149,13 +149,13 @@ def _rule(piece: _Piece, work: _Work) -> None:
         **_of_wire(space),
         BLOCK=_WORDS,
     )
-    for length, of_answer in ((work.repetition, False), (work.generated, True)):
+    for length, generated in ((work.repetition, 0), (work.generated, 1)):
         grid = (rows, -(-max(0, length) // _HISTORY), 1)
         counting = (wire_W, where_A, space.counts_AV, *of_rules, state.tokens_SC)
-        constants: dict[str, Any] = {"GENERATED": of_answer, "RULED": WITH_RULES, **_of_wire(space), "V": vocab}
+        constants: dict[str, Any] = {"RULED": WITH_RULES, **_of_wire(space), "V": vocab}
         constants |= {"PIECE": _HISTORY, "BLOCK": _BLOCK}
-        launch(rules_kernel.count_tokens, grid, (*counting, state.tokens_stride), **constants)
-        launch(rules_kernel.penalise, grid, (*counting, space.weights_AV, state.tokens_stride), **constants)
+        launch(rules_kernel.count_tokens, grid, (*counting, state.tokens_stride, generated), **constants)
+        launch(rules_kernel.penalise, grid, (*counting, space.weights_AV, state.tokens_stride, generated), **constants)
     launch(
         kernel.largest_ruled,
         (rows, space.num_segments, 1),
@@ -198,10 +198,9 @@ def _narrow(piece: _Piece, wanted_S: Tensor, *, is_mass: bool) -> None:
         launch(
             filter_kernel.narrow,
             (len(where_A), space.num_segments if turn < _TURNS else 1, 1),
-            (*rows, *(pair[at] for pair in between for at in (before, now)), space.num_segments),
+            (*rows, *(pair[at] for pair in between for at in (before, now)), space.num_segments, turn),
             num_warps=8,
             MASS=is_mass,
-            TURN=min(turn, 2) if turn < _TURNS else _TURNS,
             TURNS=_TURNS,
             TOP=_HEAVIEST,
             **constants,

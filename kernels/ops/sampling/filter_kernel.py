@@ -54,27 +54,26 @@ def resume(
     interval,
     masses,
     num_parts,
+    turn,
     MASS: tl.constexpr,
-    TURN: tl.constexpr,
     TOP: tl.constexpr,
     SP: tl.constexpr,
 ):
     """Where the search stands after the turn before: lo, hi, what is beyond hi, and the limit."""
-    if TURN == 0:
-        lo, hi, beyond, limit = pivot, pivot * 0 + TOP, asked.to(tl.float64) * 0.0, asked.to(tl.float64)
-    else:
+    lo, hi, beyond, limit = pivot, pivot * 0 + TOP, asked.to(tl.float64) * 0.0, asked.to(tl.float64)
+    if turn > 0:
         lo, hi = tl.load(interval + 2 * i), tl.load(interval + 2 * i + 1)
         beyond, limit = tl.load(masses + 2 * i), tl.load(masses + 2 * i + 1)
-        if (lo < hi) | (TURN == 1):
+        if (lo < hi) | (turn == 1):
             s, j = tl.arange(0, SP)[:, None], tl.arange(0, 8)[None, :]
             found = tl.sum(tl.load(parts + (i * SP + s) * 8 + j, mask=s < num_parts, other=0.0), 0)
-            if MASS and TURN == 1:
-                limit = wanted_mass(asked, found, pivot, extra)
+            if MASS:
+                limit = tl.where(turn == 1, wanted_mass(asked, found, pivot, extra), limit)
             lo, hi, beyond = between(found, limit, lo, hi, beyond)
     return lo, hi, beyond, limit
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["num_parts", "turn"])
 def narrow(
     wire,
     where,
@@ -91,8 +90,8 @@ def narrow(
     masses_before,
     masses,
     num_parts,
+    turn,
     MASS: tl.constexpr,
-    TURN: tl.constexpr,
     TURNS: tl.constexpr,
     TOP: tl.constexpr,
     HEADER: tl.constexpr,
@@ -104,7 +103,8 @@ def narrow(
     TILE: tl.constexpr,
 ):
     """Grid (A, segments; one at last): one turn of the search for the pivot, the least weight beyond which there is
-    less than wanted: fewer than top_k tokens, or less (MASS) than top_p of the mass that top_k leaves.
+    less than wanted: fewer than top_k tokens, or less (MASS) than top_p of the mass that top_k leaves. Turn TURNS
+    settles it.
     """
     i, s = tl.program_id(0), tl.program_id(1)
     at = wire + HEADER + ROW * tl.load(where + i)
@@ -114,15 +114,15 @@ def narrow(
     if is_asked & (tl.load(temperatures + slot) != 0) & (tl.load(flags + place) == 0):
         pivot, extra = tl.load(pivots + i), tl.load(extras + i)
         lo, hi, beyond, limit = resume(
-            i, asked, pivot, extra, parts_before, interval_before, masses_before, num_parts, MASS, TURN, TOP, SP
+            i, asked, pivot, extra, parts_before, interval_before, masses_before, num_parts, turn, MASS, TOP, SP
         )
-        if TURN < TURNS:
+        if turn < TURNS:
             if s == 0:
                 tl.store(interval + 2 * i, lo)
                 tl.store(interval + 2 * i + 1, hi)
                 tl.store(masses + 2 * i, beyond)
                 tl.store(masses + 2 * i + 1, limit)
-            if (lo < hi) | (TURN == 0):
+            if (lo < hi) | (turn == 0):
                 points = points_of(lo, hi)
                 total = tl.zeros([TILE, 8], tl.float64)
                 for begin in range(0, SPAN, TILE):

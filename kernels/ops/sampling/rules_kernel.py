@@ -110,23 +110,23 @@ def change_listed(
 
 
 @triton.jit
-def _history_of(rule, at, histories, slot, history_stride, GENERATED: tl.constexpr):
+def _history_of(rule, at, histories, slot, history_stride, generated):
     """Where the tokens begin that this penalty looks at, and their number."""
-    first = tl.load(rule) if GENERATED else 0
+    first = tl.where(generated != 0, tl.load(rule), 0)
     return histories + slot * history_stride + first, tl.load(at + 1) + tl.load(at + 2) - first
 
 
 @triton.jit
-def _is_penalised(kinds, flags, rule, slot, place, RULED: tl.constexpr, GENERATED: tl.constexpr):
+def _is_penalised(kinds, flags, rule, slot, place, generated, RULED: tl.constexpr):
     is_sound = ((tl.load(kinds + slot) & RULED) != 0) & (tl.load(flags + place) == 0)
-    if GENERATED:
+    if generated != 0:
         asked = (tl.load(rule + 3) != 0) | (tl.load(rule + 4) != 0)
     else:
         asked = tl.load(rule + 2).to(tl.float32, bitcast=True) != 1
     return is_sound & asked
 
 
-@triton.jit(do_not_specialize=["history_stride"])
+@triton.jit(do_not_specialize=["history_stride", "generated"])
 def count_tokens(
     wire,
     where,
@@ -137,7 +137,7 @@ def count_tokens(
     records,
     histories,
     history_stride,
-    GENERATED: tl.constexpr,
+    generated,
     RULED: tl.constexpr,
     HEADER: tl.constexpr,
     ROW: tl.constexpr,
@@ -146,13 +146,13 @@ def count_tokens(
     PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (A, pieces of the longest history): how often each token occurs, in all or in what was generated."""
+    """Grid (A, pieces of the longest history): how often each token occurs, in all or in what was `generated`."""
     i = tl.program_id(0)
     at = wire + HEADER + ROW * tl.load(where + i)
     slot = tl.load(at).to(tl.int64)
     rule = rules + tl.load(records + slot)
-    if _is_penalised(kinds, flags, rule, slot, tl.load(at + 4), RULED, GENERATED):
-        history, num = _history_of(rule, at, histories, slot, history_stride, GENERATED)
+    if _is_penalised(kinds, flags, rule, slot, tl.load(at + 4), generated, RULED):
+        history, num = _history_of(rule, at, histories, slot, history_stride, generated)
         begin = tl.program_id(1) * PIECE
         for offset in range(begin, tl.minimum(begin + PIECE, num), BLOCK):
             j = offset + tl.arange(0, BLOCK)
@@ -161,7 +161,7 @@ def count_tokens(
             tl.atomic_add(counts + i.to(tl.int64) * STRIDE + token, 1, mask=here, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["history_stride"])
+@triton.jit(do_not_specialize=["history_stride", "generated"])
 def penalise(
     wire,
     where,
@@ -173,7 +173,7 @@ def penalise(
     histories,
     scratch,
     history_stride,
-    GENERATED: tl.constexpr,
+    generated,
     RULED: tl.constexpr,
     HEADER: tl.constexpr,
     ROW: tl.constexpr,
@@ -187,8 +187,8 @@ def penalise(
     at = wire + HEADER + ROW * tl.load(where + i)
     slot = tl.load(at).to(tl.int64)
     rule = rules + tl.load(records + slot)
-    if _is_penalised(kinds, flags, rule, slot, tl.load(at + 4), RULED, GENERATED):
-        history, num = _history_of(rule, at, histories, slot, history_stride, GENERATED)
+    if _is_penalised(kinds, flags, rule, slot, tl.load(at + 4), generated, RULED):
+        history, num = _history_of(rule, at, histories, slot, history_stride, generated)
         begin = tl.program_id(1) * PIECE
         row = i.to(tl.int64) * STRIDE
         for offset in range(begin, tl.minimum(begin + PIECE, num), BLOCK):
@@ -199,7 +199,7 @@ def penalise(
             count = tl.atomic_xchg(counts + row + token, none, mask=here, sem="relaxed")
             mine = here & (count > 0)
             x = tl.load(scratch + row + token, mask=mine, other=0.0)
-            if GENERATED:
+            if generated != 0:
                 frequency = tl.load(rule + 3).to(tl.float32, bitcast=True).to(tl.float64)
                 x = x - (frequency * count.to(tl.float64)).to(tl.float32)
                 x = x - tl.load(rule + 4).to(tl.float32, bitcast=True)

@@ -67,3 +67,8 @@ class SampleSpace:
         self.parts_2AP8 = zeros(2, rows, parts, 8, dtype=torch.float64)
         self.intervals_2A2 = zeros(2, rows, 2)
         self.masses_2A2 = zeros(2, rows, 2, dtype=torch.float64)
+
+    def clear(self) -> None:
+        """After a step that failed: whatever it has left, the next one finds zeros."""
+        self.tickets_N.zero_()
+        self.counts_AV.zero_()
