@@ -135,6 +135,12 @@ def load_hand_written(
     shape = read_shape(config)
     with torch.inference_mode():
         by_hand = load_by_hand(folder, shape, dtype=DTYPES[dtype], device=place, random_seed=random_seed)
+    return hand_written(by_hand, dtype=dtype)
+
+
+def hand_written(by_hand: HandWritten, *, dtype: str, deterministic: bool = False) -> LoadedModel:
+    """What hand-written code has loaded, as a model."""
+    shape = by_hand.shape
     return LoadedModel(
         module=None,
         compute=None,
@@ -146,13 +152,14 @@ def load_hand_written(
         vocab_size=shape.vocab_size,
         max_context_tokens=shape.max_context_tokens,
         dtype=dtype,
-        device=place,
+        device=by_hand.tensors.embedding.device,
         weights_digest=by_hand.digest,
         layer_ids=tuple(range(shape.layers)),
         windows=shape.windows,
         architecture=shape.architecture,
         weights_bytes=by_hand.tensors.nbytes(),
         degraded=by_hand.slow,
+        deterministic=deterministic,
     )
 
 

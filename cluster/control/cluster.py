@@ -89,7 +89,7 @@ class Cluster:
             self._say(table + "\n")
         with stage("ray"):
             address = self._start_ray(folder, present.count if num_gpus(plan.engines()) else 0)
-        if num_gpus(plan.engines()):
+        if self._head is None:  # our own was given them all
             self._check_gpus(plan)
         with stage("manager"):
             self._start_manager(plan)

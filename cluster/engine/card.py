@@ -5,21 +5,26 @@ Called by compose. The order: plan, load, rehearse the largest step on one block
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+from dataclasses import replace
 
 import torch
 
 from diptych.cluster.control import cards
+from diptych.kernels.device.ahead import AheadOf, KernelsAhead
 from diptych.kernels.device.build import StepLimits, build_runner
 from diptych.kernels.device.memory_plan import GIB, DevicePlan, plan_after_loading
 from diptych.kernels.device.runner import DeviceOptions, DeviceRunner
 from diptych.kernels.model import LoadedModel, load_model
+from diptych.kernels.models.shape import GenericOnly
 from diptych.kvtransfer.arena import KvArena
-from diptych.kvtransfer.layout import KvLayout
+from diptych.kvtransfer.layout import ITEM_BYTES, KvLayout
 from diptych.protos.errors import StartupError
+from diptych.protos.ports import StepCost
 
-from .card_plan import card_bytes, check_card, plan_card
+from .card_plan import card_bytes, check_card, num_weights, plan_card
 from .spec import EngineSpec
 
 log = logging.getLogger(__name__)
@@ -40,7 +45,7 @@ def find_card(spec: EngineSpec) -> str:
 
 
 class Card:
-    """`load`, then `num_blocks`, `capture`, `measure` and `runner`, each once."""
+    """`load`, then `wait_kernels`, `num_blocks`, `capture`, `measure` and `runner`, each once."""
 
     def __init__(self, spec: EngineSpec) -> None:
         """StartupError: the process has no card."""
@@ -57,6 +62,14 @@ class Card:
             dtype=spec.dtype,
             block_tokens=spec.kv.block_tokens,
         )
+        self._limits = StepLimits(
+            max_slots=spec.max_slots,
+            max_step_tokens=spec.step_tokens,
+            max_context_tokens=spec.wanted_context_tokens,
+            block_tokens=spec.kv.block_tokens,
+        )
+        self._ahead: KernelsAhead | None = None
+        self._plain_cost: StepCost | None = None  # of steps that are not deterministic, where this engine's are
         self._model: LoadedModel
         self._runner: DeviceRunner
         self._plan: DevicePlan
@@ -69,6 +82,7 @@ class Card:
         plan = plan_card(spec, self._free)
         log.info("%s", plan.table())
         check_card(spec, plan)
+        self._compile_ahead(plan)
         self._model = load_model(
             spec.folder,
             dtype=spec.dtype,
@@ -79,20 +93,20 @@ class Card:
         self.degraded.extend(self._model.degraded)
         return self._model
 
+    def wait_kernels(self) -> None:
+        """Until those are there that were begun before the weights."""
+        if self._ahead is not None:
+            self._ahead.join()
+            self._ahead = None
+
     def num_blocks(self) -> int:
         """KV blocks that there is room for, or that are configured, beside what the largest step was seen to take.
         StartupError: too few.
         """
         spec = self._spec
-        limits = StepLimits(
-            max_slots=spec.max_slots,
-            max_step_tokens=spec.step_tokens,
-            max_context_tokens=spec.wanted_context_tokens,
-            block_tokens=spec.kv.block_tokens,
-        )
-        arena = KvArena(self.layout, 0, self.device, spare_blocks=1)
-        self._runner = build_runner(self._model, arena.layers, limits, DeviceOptions(depth=2))
-        self._runner.rehearse()
+        if spec.settings.deterministic:
+            self._plain_cost = self._cost_without()
+        self._runner = self._rehearsed(self._model, DeviceOptions(depth=2))
         block = (self.layout.bytes_per_block, self.layout.block_tokens)
         weights = self._model.weights_bytes
         steps = max(0, self._taken() - weights)
@@ -110,6 +124,8 @@ class Card:
     def measure(self, arena: KvArena) -> None:
         """Learn what steps cost."""
         self._runner.measure()
+        if self._plain_cost is not None and self._runner.cost is not None:
+            self.degraded.append(self._told_cost(self._runner.cost, self._plain_cost))
         log.info("%.2f GiB of the card are taken, with all but the later graphs", self._taken() / GIB)
 
     def runner(self) -> DeviceRunner:
@@ -119,6 +135,56 @@ class Card:
     def memory_plan(self) -> str:
         """For people, as it was once the largest step had run."""
         return self._plan.table(f"{self._spec.engine_id}'s card")
+
+    def _compile_ahead(self, plan: DevicePlan) -> None:
+        """While weights are loaded, where KV's memory has room for a few layers meanwhile."""
+        spec = self._spec
+        wanted = AheadOf(
+            folder=spec.folder,
+            dtype=spec.dtype,
+            device=self.device,
+            deterministic=spec.settings.deterministic,
+            limits=self._limits,
+        )
+        try:
+            ahead = KernelsAhead(wanted)
+        except GenericOnly:
+            return
+        beside_weights = sum(size for _, size in plan.rows[1:])
+        if num_weights(ahead.shape) * ITEM_BYTES[spec.dtype] + beside_weights < plan.free - plan.used:
+            ahead.begin()
+            self._ahead = ahead
+
+    def _rehearsed(self, model: LoadedModel, options: DeviceOptions) -> DeviceRunner:
+        arena = KvArena(self.layout, 0, self.device, spare_blocks=1)
+        runner = build_runner(model, arena.layers, self._limits, options)
+        runner.rehearse()
+        return runner
+
+    def _cost_without(self) -> StepCost | None:
+        """Of the same model's steps as they would be, were they not deterministic."""
+        runner = self._rehearsed(replace(self._model, deterministic=False), DeviceOptions(graphs=False))
+        runner.measure()
+        cost = runner.cost
+        del runner
+        gc.collect()
+        torch.cuda.empty_cache()
+        return cost
+
+    def _told_cost(self, cost: StepCost, plain: StepCost) -> str:
+        rows, tokens = self._limits.max_slots, self._limits.max_step_tokens
+
+        def times(decode_rows: int, prompt_tokens: int) -> float:
+            ours, theirs = (
+                one.seconds(decode_rows=decode_rows, prompt_tokens=prompt_tokens, kv_tokens=0, prompt_kv=0)
+                for one in (cost, plain)
+            )
+            return ours / theirs
+
+        return (
+            f"deterministic: a step of {rows:,} sequences takes {times(rows, 0):.2f} times as long as it would, "
+            f"one of {tokens:,} prompt tokens {times(0, tokens):.2f} times"
+        )
 
     def _taken(self) -> int:
         """Bytes of the card that the engine has. Of a card that it has alone, libraries and kernels count, too."""

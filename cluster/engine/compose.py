@@ -52,7 +52,8 @@ class Brain:
     device: str = "cpu"
     num_blocks: Callable[[], int] | None = None  # None: what kv.memory_mib pays for
     spare_blocks: int = 0  # that the runner needs beside
-    prepare: tuple[tuple[str, Callable[[KvArena], None]], ...] = ()  # stages between the arena and the runner
+    before_kv: tuple[tuple[str, Callable[[], None]], ...] = ()  # stages before its memory is divided
+    with_kv: tuple[tuple[str, Callable[[KvArena], None]], ...] = ()  # stages between the arena and the runner
     memory_plan: Callable[[], str] = str  # for people; once there is an arena
 
 
@@ -105,7 +106,8 @@ def _card_brain(spec: EngineSpec) -> Brain:
         device=card.device,
         num_blocks=card.num_blocks,
         spare_blocks=1,
-        prepare=(("graphs", card.capture), ("cost", card.measure)),
+        before_kv=(("kernels", card.wait_kernels),),
+        with_kv=(("graphs", card.capture), ("cost", card.measure)),
         memory_plan=card.memory_plan,
     )
 
@@ -183,12 +185,15 @@ def compose(
     slots = SlotPool(spec.max_slots)
     loaded = brain(spec)
     mark("weights")
+    for stage, wait in loaded.before_kv:
+        wait()
+        mark(stage)
     num_blocks = spec.num_blocks(loaded.layout) if loaded.num_blocks is None else loaded.num_blocks()
     if loaded.num_blocks is not None:
         mark("rehearsal")
     arena = KvArena(loaded.layout, num_blocks, loaded.device, spare_blocks=loaded.spare_blocks)
     mark("arena")
-    for stage, prepare in loaded.prepare:
+    for stage, prepare in loaded.with_kv:
         prepare(arena)
         mark(stage)
     runner = loaded.runner(arena, slots.max_slots, spec.step_tokens)

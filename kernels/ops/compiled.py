@@ -7,7 +7,10 @@ that varies from step to step is in `do_not_specialize`, or a new row count woul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +29,7 @@ class _Known(NamedTuple):
 
 
 _known: dict[tuple[Any, ...], _Known] = {}
+_ahead: ContextVar[set[tuple[Any, ...]] | None] = ContextVar("variants asked for ahead", default=None)
 
 
 def launch(
@@ -43,6 +47,9 @@ def launch(
     launches nothing.
     """
     if 0 in grid:
+        return
+    if (asked := _ahead.get()) is not None:
+        _ask(asked, kernel, args, {"num_warps": num_warps, "num_stages": num_stages, **constants})
         return
     first: Tensor = args[0]
     device = first.get_device()  # -1: the CPU, under the interpreter
@@ -71,6 +78,37 @@ def launch(
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
     known.launch(*grid, stream, *known.before, *values, *known.after)
+
+
+@contextlib.contextmanager
+def ahead(executor: Executor) -> Iterator[None]:
+    """Until the block ends, which waits for them, the variants that this thread's launches need are compiled by
+    `executor`, and nothing is launched. One that cannot be compiled fails at its launch.
+    """
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    token = _ahead.set(set())
+    try:
+        with AsyncCompileMode(executor, ignore_errors=True):
+            yield
+    finally:
+        _ahead.reset(token)
+
+
+def _ask(asked: set[tuple[Any, ...]], kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Once for each variant. What a tensor holds does not matter, and Triton takes its address for aligned."""
+    key: list[Any] = [id(kernel), *options.items()]
+    for at, arg in enumerate(args):
+        if isinstance(arg, Tensor):
+            key.append(arg.dtype)
+        elif isinstance(arg, int) and not kernel.params[at].do_not_specialize:
+            key.append((arg == 1, arg % _ALIGNMENT == 0, arg >> 31))
+        else:
+            key.append(type(arg))
+    if tuple(key) not in asked:
+        asked.add(tuple(key))
+        dtypes = (arg.dtype if isinstance(arg, Tensor) else arg for arg in args)
+        kernel.warmup(*dtypes, grid=(1, 1, 1), **options)
 
 
 def _remember(key: tuple[Any, ...], compiled: Any, constants: tuple[Any, ...]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from diptych.cluster.config import DEFAULT_MODEL, default_cache_dir
+from diptych.cluster.control import cards
 from diptych.cluster.models import resolve
 from diptych.kernels.testing import make_tiny_checkpoint
 
@@ -124,6 +125,14 @@ def test_too_little_memory_tells_the_numbers_and_what_to_lower(run_dir: Path) ->
     sentence = refusal(run_dir, "--port", "0", "--set", f"models.{DEFAULT_MODEL}.kv.memory_mib=100000000")
     assert "not enough memory" in sentence
     assert f"lower models.{DEFAULT_MODEL}.kv.memory_mib" in sentence
+
+
+@pytest.mark.skipif(cards.installed().count > 0, reason="of machines without a card")
+@pytest.mark.parametrize("key", ["device=cuda", "deterministic=true"])
+def test_what_needs_a_card_is_refused_without_one(run_dir: Path, key: str) -> None:
+    sentence = refusal(run_dir, "--port", "0", "--set", f"models.{DEFAULT_MODEL}.{key}")
+    assert f"models.{DEFAULT_MODEL}.{key.partition('=')[0]}" in sentence
+    assert "card" in sentence
 
 
 def test_a_cache_that_cannot_be_written(run_dir: Path) -> None:

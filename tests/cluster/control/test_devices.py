@@ -202,3 +202,10 @@ def test_what_ray_has_is_told_where_it_has_too_few_cards() -> None:
         check_gpus(on_cards, {"GPU": 1.0, "CPU": 8.0, "memory": 9.0})
     with pytest.raises(StartupError, match=r"and it has 0 free \(it says: nothing\)"):
         check_gpus(on_cards, {})
+
+
+def test_our_own_ray_is_given_the_cards_that_engines_ask_it_for() -> None:
+    from diptych.cluster.config import RaySettings
+    from diptych.cluster.control.launch import _command
+
+    assert "--num-gpus=2" in _command(Path("/r"), RaySettings(), 2, {})
