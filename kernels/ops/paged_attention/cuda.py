@@ -15,7 +15,7 @@ from ..compiled import launch
 from ..configs import Config, choose
 from . import reference
 from .decode_kernel import attend_rows
-from .invariant_kernel import attend_tiles
+from .invariant_kernel import attend_tiles, plan_pieces
 from .launch import QkvView, refusal
 from .params import AttentionParams
 from .plan_kernel import plan_rows, plan_tiles
@@ -32,6 +32,7 @@ _LEAST, _LEAST_ALONE = 256, 128  # of an item; one H200: 64 x 1,024 81 us with 1
 _ENOUGH = 1024  # tokens: items of it are cut no further for one round of programs
 _MOST_PIECES = 16
 _STORED_AT_ONCE = 32
+_SPAN = 32  # tiles of keys in a piece of an invariant tile; another number would change bits
 
 
 def plan(step: StepTensors, splits: Splits) -> None:
@@ -40,7 +41,18 @@ def plan(step: StepTensors, splits: Splits) -> None:
         raise ValueError(f"a step of {step.num_rows} rows, but the work list has room for {splits.max_rows}")
     block = max(16, 1 << (splits.max_rows - 1).bit_length())
     if splits.invariant:
-        _plan_tiles(step, splits, block, first=0)
+        launch(
+            plan_pieces,
+            (step.num_rows, 1, 1),
+            (step.query_start_R, step.seq_len_R, step.slot_R, splits.tiles_X, step.num_rows),
+            COUNTS=COUNTS,
+            RECORD=RECORD,
+            ROOM=splits.room,
+            SPAN=_SPAN * splits.prompts.block_n,
+            TILE=splits.tile_tokens,
+            BLOCK=block,
+            STORE=_STORED_AT_ONCE,
+        )
         return
     launch(
         plan_rows,
@@ -58,21 +70,15 @@ def plan(step: StepTensors, splits: Splits) -> None:
         BLOCK=block,
         STORE=_STORED_AT_ONCE,
     )
-    _plan_tiles(step, splits, block, first=step.decode_rows)
-
-
-def _plan_tiles(step: StepTensors, splits: Splits, block: int, *, first: int) -> None:
-    """Tiles of the rows from `first` on."""
-    rows = step.num_rows - first
     launch(
         plan_tiles,
-        (rows, 1, 1),
-        (step.query_start_R, step.seq_len_R, step.slot_R, splits.tiles_X, first, rows),
+        (step.prompt_rows, 1, 1),
+        (step.query_start_R, step.seq_len_R, step.slot_R, splits.tiles_X, step.decode_rows, step.prompt_rows),
         COUNTS=COUNTS,
         RECORD=RECORD,
         HEADS=splits.heads,
         PROGRAMS=splits.programs,
-        MOST=1 if splits.invariant else _MOST_PIECES,
+        MOST=_MOST_PIECES,
         LEAST=_LEAST,
         TILE=splits.tile_tokens,
         BLOCK=block,
@@ -238,7 +244,7 @@ def invariant(
     params: AttentionParams,
     out_THD: Tensor,
 ) -> None:
-    """All rows, by the one kernel whose bits depend on a row's own tokens alone."""
+    """All rows, by the kernel whose bits depend on a row's own tokens alone."""
     _, heads, dim = q_THD.shape
     kv_heads = k_NGBD.shape[1]
     group = heads // kv_heads
@@ -248,7 +254,7 @@ def invariant(
     scale, factor = _factors(params)
     launch(
         attend_tiles,
-        (-(-step.num_tokens // splits.tile_tokens) + step.num_rows, kv_heads * share, 1),
+        (-(-step.num_tokens // splits.tile_tokens) + step.num_rows + splits.room, kv_heads * share, 1),
         (
             q_THD,
             k_NGBD,
@@ -257,6 +263,9 @@ def invariant(
             out_THD if params.sinks_H is None else params.sinks_H,
             step.blocks_SB,
             splits.tiles_X,
+            splits.parts,
+            splits.lse,
+            splits.tickets,
             scale,
             factor,
             params.window or 0,
@@ -275,6 +284,7 @@ def invariant(
         RECORD=RECORD,
         BM=config.block_m,
         BN=config.block_n,
+        SPAN=_SPAN * config.block_n,
         HELD=held,
         SHARE=share,
         WINDOWED=params.window is not None,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Programs wanted at once on each multiprocessor. One H200: 2 to 8 are within 3 % from 64 x 256 to 8 x 32,768 tokens;
 # 16 cost 20 % at 64 x 1,024, where no row should be cut.
 _PROGRAMS_EACH = 4
+_ROUNDS = 4  # of programs on the card, that invariant tiles may be cut into; longer steps fill it uncut
 _MOST_QUERIES = 64  # query heads of one KV head in one program; more are shared out
 RECORD = 8  # int32 numbers of an item or tile: one sector of memory
 MOST_ITEMS = 64  # of a row: one program adds them up
@@ -34,7 +35,7 @@ class Splits:
 
     rows_WX | items (4) | of each: row, slot, first position, position after the last, its number, of how many
     tiles_X | items (4) | of each: slot, first token and tokens of the prompt, tokens before it, the tile's first query,
-              the piece, pieces of the tile, the tile
+              the piece, pieces of the tile, the tile (where it is invariant: where the sums of its pieces lie)
 
     One stream at a time uses it: layers follow each other, and the tickets are zero again after each launch.
     """
@@ -45,7 +46,8 @@ class Splits:
     slots: int  # items that fill it, beside one for each row
     prompts: Config  # tile of queries and of keys, for this head size and dtype
     tile_tokens: int  # of a tile of queries
-    invariant: bool  # every row is cut into tiles alike, whatever its tokens, company and cached part
+    invariant: bool  # all rows, also those of one token, are in `tiles_X`; see invariant_kernel.py
+    room: int  # pieces of tiles whose sums find room, where it is invariant
     windows_W: Tensor
     rows_WX: Tensor
     rows_of: tuple[Tensor, ...]  # its rows, which views made anew would cost each layer
@@ -85,7 +87,7 @@ def allocate(
 
     `like`: any tensor with the device and dtype of the keys. The number of programs and the tile of prompts are chosen
     for the card if not given. `invariant`: no bit of a row may depend on what a step has beside it, for which all rows
-    go through one kernel (invariant_kernel.py), none split.
+    go through one kernel (invariant_kernel.py).
     """
     device = like.device
     if programs is None:
@@ -96,19 +98,19 @@ def allocate(
         # What was tuned may change between two starts: bits shall not.
         prompts = nearest(MEASURED["attend_prompts"], shape) if invariant else choose("attend_prompts", shape)
     found = tuple(sorted({window or 0 for window in windows}))
-    each_row = kv_heads * group_tile(heads // kv_heads)[1]
+    group = heads // kv_heads
+    held = min(1 << (group - 1).bit_length(), prompts.block_m)  # query heads of a token in an invariant tile
+    each_row = kv_heads * (-(-group // held) if invariant else group_tile(group)[1])
     slots = max(1, programs // each_row)
-    items = most_items(max_rows, slots)
-    tile_tokens = prompts.block_m
-    if invariant:
-        tile_tokens //= min(1 << (heads // kv_heads - 1).bit_length(), prompts.block_m)
-        items = 0
-    tiles = max(-(-max_tokens // tile_tokens) + max_rows, programs // heads)
+    room = _ROUNDS * slots if invariant else 0
+    items = 0 if invariant else most_items(max_rows, slots)
+    tile_tokens = prompts.block_m // held if invariant else prompts.block_m
+    tiles = max(-(-max_tokens // tile_tokens) + max_rows + room, programs // heads)
 
     def ints(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=device)
 
-    sums = 0 if invariant else max(items * heads, programs * prompts.block_m)
+    sums = room * each_row * prompts.block_m if invariant else max(items * heads, programs * prompts.block_m)
     rows_WX = ints(len(found), COUNTS + RECORD * items)
     return Splits(
         windows=found,
@@ -118,6 +120,7 @@ def allocate(
         prompts=prompts,
         tile_tokens=tile_tokens,
         invariant=invariant,
+        room=room,
         windows_W=torch.tensor(found, dtype=torch.int32, device=device),
         rows_WX=rows_WX,
         rows_of=tuple(rows_WX.unbind()),
@@ -125,7 +128,7 @@ def allocate(
         max_rows=max_rows,
         parts=torch.empty(sums * head_dim, dtype=torch.float32, device=device),
         lse=torch.empty(sums, dtype=torch.float32, device=device),
-        tickets=ints(max(max_rows * each_row, programs)),
+        tickets=ints(max(max_rows * each_row, room * each_row, programs)),
     )
 
 

@@ -29,6 +29,7 @@ def made_of(
     like: Tensor,
     windows: tuple[int | None, ...] = (None,),
     tile: Config | None = SMALL,
+    programs: int = 8,
     seed: int = 0,
 ) -> PagedStep:
     made = paged_step(rows, heads=heads, head_dim=head_dim, block_tokens=block_tokens, like=like, seed=seed)
@@ -40,7 +41,7 @@ def made_of(
         head_dim=head_dim,
         windows=windows,
         like=like,
-        programs=8,
+        programs=programs,
         prompts=tile,
         invariant=True,
     )
@@ -52,7 +53,16 @@ def compute(made: PagedStep, params: AttentionParams) -> Tensor:
     cuda.plan(made.step, made.step.splits)
     out_THD = torch.full(made.q_THD.shape, float("nan"), dtype=made.q_THD.dtype, device=made.q_THD.device)
     cuda.attend(made.q_THD, made.view, made.k_NGBD, made.v_NGBD, made.step, params, out_THD)
+    assert not made.step.splits.tickets.any()  # the next launch counts from 0
     return out_THD
+
+
+def counts(made: PagedStep) -> set[int]:
+    """In how many pieces the tiles of a planned step are."""
+    assert made.step.splits is not None
+    work = made.step.splits.tiles_X
+    count = int(work[0])
+    return {*work[COUNTS : COUNTS + RECORD * count].view(count, RECORD)[:, 6].tolist()}
 
 
 def check(made: PagedStep, params: AttentionParams, tolerance: float) -> None:
@@ -68,6 +78,17 @@ def check(made: PagedStep, params: AttentionParams, tolerance: float) -> None:
 )
 def test_every_row_is_right_for_every_group_of_heads(heads: tuple[int, int], place: torch.device) -> None:
     check(made_of(MIXED, heads=heads, like=torch.empty(0, device=place)), AttentionParams(0.3), 1e-5)
+
+
+@pytest.mark.parametrize(("programs", "pieces"), [(8, {1, 2, 3}), (1, {1})])
+def test_long_contexts_are_right_cut_and_uncut(programs: int, pieces: set[int], place: torch.device) -> None:
+    """A piece has 512 keys; where all pieces of a step find no room, none is made."""
+    rows, like = [(1099, 1), (40, 1), (600, 3), (0, 12)], torch.empty(0, device=place)
+    sinks = torch.linspace(-1, 2, 2, device=place)
+    for params in (AttentionParams(0.3), AttentionParams(0.3, window=700), AttentionParams(0.3, sinks_H=sinks)):
+        made = made_of(rows, heads=(2, 1), like=like, windows=(None, 700), programs=programs)
+        check(made, params, 1e-5)
+        assert counts(made) == pieces
 
 
 PARAMS = {
@@ -93,18 +114,33 @@ def test_head_sizes_that_are_no_powers_of_two_are_right(head_dim: int, place: to
     check(made_of(MIXED, head_dim=head_dim, like=like), AttentionParams(head_dim**-0.5), 4e-3)
 
 
-def test_each_tile_of_every_row_is_listed_once_and_never_cut(place: torch.device) -> None:
-    """A tile of 16 holds 8 tokens of two heads each."""
-    step = made_of([(900, 1), (3, 1), (0, 17), (5000, 8)], like=torch.empty(0, device=place)).step
+@pytest.mark.parametrize(("programs", "is_cut"), [(8, True), (5, False)])
+def test_each_tile_of_every_row_is_listed_once_in_all_its_pieces(
+    programs: int, is_cut: bool, place: torch.device
+) -> None:
+    """A tile of 16 holds 8 tokens of two heads each, a piece 512 keys."""
+    step = made_of(
+        [(900, 1), (3, 1), (0, 17), (5000, 9)], like=torch.empty(0, device=place), programs=2 * programs
+    ).step
     assert step.splits is not None
-    assert step.splits.tile_tokens == 8
+    assert (step.splits.tile_tokens, step.splits.room) == (8, 4 * programs)
     cuda.plan(step, step.splits)
     work = step.splits.tiles_X
     count = int(work[0])
-    found = work[COUNTS : COUNTS + RECORD * count].view(count, RECORD)[:, 1:7].tolist()
-    rows = [(0, 1, 900), (1, 1, 3), (2, 17, 0), (19, 8, 5000)]
-    wanted = [[first, num, start, at, 0, 1] for first, num, start in rows for at in reversed(range(0, num, 8))]
-    assert found == wanted
+    found = work[COUNTS : COUNTS + RECORD * count].view(count, RECORD)[:, 1:].tolist()
+    rows = [(0, 1, 900, 2), (1, 1, 3, 1), (2, 17, 0, 1), (19, 9, 5000, 10)]
+    wanted, places = [], set()
+    for first, num, start, pieces in rows:
+        for at in reversed(range(0, num, 8)):
+            wanted += [[first, num, start, at, piece, pieces] for piece in range(pieces if is_cut else 1)]
+    if not is_cut:
+        wanted = [[*record[:5], 1] for record in wanted]
+    assert [record[:6] for record in found] == wanted
+    for *_, piece, pieces, room in found:
+        if pieces > 1:
+            places.add(room + piece)
+    assert places == ({*range(2 + 2 * 10)} if is_cut else set())
+    assert step.splits.room >= len(places)
 
 
 def moved(whole: PagedStep, into: PagedStep, row: int, params: AttentionParams) -> Tensor:
@@ -161,6 +197,40 @@ def test_no_bit_depends_on_company_or_chunks(
             found = moved(whole, made_of(rows, **given, seed=5), row, params)
             start, num = rows[row]
             assert torch.equal(found, wanted[start : start + num])
+
+
+@pytest.mark.parametrize(
+    ("length", "shape"),
+    [
+        (600, {"heads": (1, 1), "tile": Config(64, 16, 0, 0, 4, 2), "programs": 1}),
+        *(
+            pytest.param(
+                9000,
+                {"heads": heads, "head_dim": dim, "block_tokens": 16, "tile": None, "programs": 16},
+                marks=pytest.mark.gpu,
+            )
+            for heads, dim in (((32, 8), 128), ((9, 3), 64), ((16, 1), 256))
+        ),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+def test_no_bit_depends_on_whether_a_long_context_was_cut(
+    length: int, shape: dict[str, Any], dtype: torch.dtype, place: torch.device
+) -> None:
+    given = {**shape, "like": torch.empty(0, device=place, dtype=dtype)}
+    params = AttentionParams(0.2)
+    whole = made_of([(0, length)], **given)
+    wanted = compute(whole, params)
+    assert counts(whole) == {1}
+    for rows, row in (
+        ([(length - 1, 1)], 0),
+        ([(length - 1, 1), *[(length - 2, 1)] * (20 if place.type == "cuda" else 2)], 0),
+        ([(length - 3, 3)], 0),
+    ):
+        made = made_of(rows, **given, seed=3)
+        start, num = rows[row]
+        assert torch.equal(moved(whole, made, row, params), wanted[start : start + num])
+        assert (max(counts(made)) > 1) == (len(rows) == 1)
 
 
 def test_the_tile_is_never_one_that_was_tuned(monkeypatch: pytest.MonkeyPatch, place: torch.device) -> None:

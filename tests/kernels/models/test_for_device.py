@@ -143,3 +143,51 @@ def test_on_a_card_every_family_is_served_and_what_is_slow_is_told(name: str, tm
     _, told = SWAPPED.get(name, ((), ()))
     assert all(any(part in reason for reason in loaded.degraded) for part in told)
     assert not any("keeps its own" in reason for reason in loaded.degraded)
+
+
+class CentredNorm(nn.Module):
+    """Looks like an RMSNorm and subtracts the mean first, as Cohere's does."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype), requires_grad=False)
+        self.variance_epsilon = 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, self.weight.shape, self.weight, None, self.variance_epsilon)
+
+
+class Mlp(nn.Module):
+    def __init__(self, activation: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (
+            nn.Linear(ins, outs, bias=False, dtype=dtype) for ins, outs in ((96, 64), (96, 64), (64, 96))
+        )
+        self.act_fn = activation
+        for linear in (self.gate_proj, self.up_proj, self.down_proj):
+            nn.init.normal_(linear.weight, std=1e-3, generator=torch.Generator().manual_seed(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_that_only_looks_like_ours_stays(dtype: torch.dtype) -> None:
+    """In bfloat16 and for numbers whose mean is 0, 4,096 of them hide what is subtracted."""
+    model = nn.Sequential(CentredNorm(4096, dtype), nn.RMSNorm(4096, eps=1e-5, dtype=dtype))
+    swaps = swap_modules(model)
+    assert type(model[0]) is CentredNorm
+    assert isinstance(model[1], for_device.DeviceNorm)
+    assert swaps.left == ["computed by transformers' code: 1 x CentredNorm"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_activation_that_is_only_near_ours_stays(dtype: torch.dtype) -> None:
+    """Near 0 all of them are half their argument, which small weights would not tell apart."""
+    model = nn.Sequential(Mlp(nn.GELU(), dtype), Mlp(nn.SiLU(), dtype))
+    merge_linears(model)
+    swaps = swap_modules(model)
+    assert type(model[0]) is Mlp
+    assert isinstance(model[1], for_device.DeviceMlp)
+    assert swaps.left == ["computed by transformers' code: 1 x Mlp"]
