@@ -201,11 +201,9 @@ class Cluster:
         return str(address)
 
     def _check_gpus(self, plan: ClusterPlan) -> None:
-        import ray
+        from .engines import check_gpus, free_resources
 
-        from .engines import check_gpus
-
-        check_gpus(plan.engines(), ray.available_resources())
+        check_gpus(plan.engines(), free_resources())
 
     def _start_manager(self, plan: ClusterPlan) -> None:
         import ray

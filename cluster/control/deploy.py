@@ -21,6 +21,7 @@ from diptych.protos.errors import StartupError
 
 from . import host, keyring
 from .cards import Card, Cards
+from .engines import ray_gpus
 from .gcs import GcsStore
 from .holder import SocketHolder, holder_path
 from .manager_actor import ensure_manager
@@ -70,7 +71,7 @@ class PoolsKeeper:
         holder.start()  # first: a router whose holder died looks for this one, and shows it its socket
         self._holder = holder
         try:
-            gpus = ray.cluster_resources().get("GPU", 0.0)  # what the node shows is not what Ray has
+            gpus = ray_gpus()  # what the node shows is not what Ray has
             why = "Ray has no GPU: start its nodes with `ray start --num-gpus N`"
             present = Cards((Card("one of Ray's"),) * int(gpus), why_none="" if gpus else why)
             await self._apply(plan_cluster(config, folders, self._folder, present=present))

@@ -178,7 +178,12 @@ class RayEngines:
 
 def ray_gpus() -> float:
     """Cards of the Ray cluster that this process is connected to, whoever has them."""
-    return float(ray.cluster_resources().get("GPU", 0.0))
+    return float(cast("Any", ray).cluster_resources().get("GPU", 0.0))
+
+
+def free_resources() -> Mapping[str, float]:
+    """What that cluster has that nobody holds now."""
+    return cast("Mapping[str, float]", cast("Any", ray).available_resources())
 
 
 def check_gpus(specs: Sequence[EngineSpec], free: Mapping[str, float]) -> None:
