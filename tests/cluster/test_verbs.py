@@ -87,7 +87,7 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
     verbs = {name: {o for p in verb.params for o in p.opts} for name, verb in group.commands.items()}  # type: ignore[attr-defined]
     where = {"--config", "--set"}
     assert verbs == {
-        "serve": where | {"--model", "--port", "--address"},
+        "serve": where | {"--model", "--port", "--address", "--kv-gib"},
         "status": where | {"--url"},
         "scale": where | {"model", "--prefill", "--decode", "--url", "--address"},
         "restart": where | {"model", "--role", "--router", "--url", "--address"},
@@ -104,7 +104,8 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
     }  # type: ignore[attr-defined]
     both = where | {"--model", "--prompts", "--output", "--json"}
     assert measures == {
-        "offline": both | {"--random-weights", "--layout", "--workload", "--repeats", "--through", "--profile"},
+        "offline": both
+        | {"--random-weights", "--layout", "--workload", "--repeats", "--through", "--profile", "--kv-gib"},
         "serve": both
         | {"--url", "--requests", "--rate", "--input", "--seed", "--vocab", "--concurrency", "--timeout", "--clients"},
         "kernels": {"--op", "--tune", "--json"},
