@@ -203,6 +203,15 @@ def deterministic(bench: Bench) -> None:
     )
 
 
+def generic(bench: Bench) -> None:
+    """What transformers' forward does with our ops in it, as for models that nobody has written by hand."""
+    for model in ("llama-8b", "qwen3-30b-a3b"):
+        more = ("--path", "generic", "--repeats", "1")
+        offline(
+            bench, f"{model}_generic", model, *more, box_s=150.0, workloads=("latency-b1", "decode-64", "prefill-8k")
+        )
+
+
 def kernels(bench: Bench) -> None:
     bench.run("kernels", (*DIPTYCH, "bench", "kernels"), 240.0, about={"kind": "kernels"})
 
@@ -305,6 +314,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "kernels": kernels,
     "tests": tests,
     "deterministic": deterministic,
+    "generic": generic,
 }
 
 

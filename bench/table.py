@@ -138,19 +138,20 @@ def session_table(results: Results) -> Iterator[str]:
     yield ""
 
 
-def deterministic_table(results: Results) -> Iterator[str]:
-    exact, free = results.of("deterministic"), results.of("llama-8b")
+def comparison(results: Results, words: str, heads: Sequence[str], with_it: str, without: str) -> Iterator[str]:
+    """The same workloads in two sections; the ratio is that of speeds, the first over the second."""
+    first, second = results.of(with_it), results.of(without)
     rows = [
         (
-            workload,
-            number(free.get(workload, {}).get(figure)),
-            number(exact[workload].get(figure)),
-            ratio(exact[workload].get(figure), free.get(workload, {}).get(figure), less_is_better=figure == "s"),
+            f"{workload}, {unit}",
+            number(first[workload].get(figure)),
+            number(second.get(workload, {}).get(figure)),
+            ratio(first[workload].get(figure), second.get(workload, {}).get(figure), less_is_better=figure == "s"),
         )
-        for workload, (figure, _) in WORKLOADS.items()
-        if workload in exact
+        for workload, (figure, unit) in WORKLOADS.items()
+        if workload in first
     ]
-    yield from table(("llama-8b, `deterministic: true`", "without", "with", "ratio"), rows)
+    yield from table((words, *heads, "ratio"), rows)
     yield ""
 
 
@@ -277,7 +278,11 @@ def render(results: Results, peers: Peers, *, every: bool = False) -> str:
         start_table(results, peers),
         session_table(results),
         http_table(results, peers),
-        deterministic_table(results),
+        comparison(results, "llama-8b, `deterministic: true`", ("with", "without"), "deterministic", "llama-8b"),
+        *(
+            comparison(results, model, ("transformers' forward", "hand-written"), f"{model}_generic", model)
+            for model in MODELS
+        ),
         kernel_table(results, peers, every=every),
         missing(results),
     )

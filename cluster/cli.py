@@ -225,6 +225,9 @@ def offline(
         list[str] | None,
         typer.Option(help="engine (default) or session, the engine's gRPC; give both for their ratio."),
     ] = None,
+    path: Annotated[
+        str, typer.Option(help="native, or generic: on a card transformers' forward instead of hand-written code.")
+    ] = "native",
     profile: Annotated[
         Path | None,
         typer.Option(help="Trace some steps of each workload too: their kernels as JSON.", callback=_writable),
@@ -248,6 +251,7 @@ def offline(
         repeats=repeats,
         kv_gib=kv_gib,
         through=through or (),
+        path=path,
         profile=profile,
         json_out=json_out,
     )

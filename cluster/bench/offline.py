@@ -36,6 +36,7 @@ from .workload import Workload, parse_workload, read_prompts
 if TYPE_CHECKING:
     from diptych.cluster.engine.offline import OfflineEngines
 
+NATIVE, GENERIC = "native", "generic"  # who computes on a card: hand-written code where there is some, or transformers'
 _ONE_BATCH = 1 << 20  # requests that may wait: all of them
 _SHAPE_KEYS = (
     *("architectures", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"),
@@ -59,6 +60,7 @@ class OfflineOptions:
     repeats: int = 1
     kv_gib: float | None = None
     through: Sequence[str] = ()  # of "engine", "session"; empty: the engine
+    path: str = NATIVE
     profile: Path | None = None
     json_out: Path | None = None
 
@@ -71,7 +73,7 @@ def run_offline(options: OfflineOptions, began: float) -> None:
         name, settings, config = _settings(options)
         model = _model(name, settings, config, folder)
         runs = _runs(options, model)
-        specs = _specs(name, settings, config, model, folder)
+        specs = _on_path(options.path, _specs(name, settings, config, model, folder))
         through = _through(options, settings)
         memory = stack.enter_context(PeakMemory())
         card = stack.enter_context(CardWatch())
@@ -89,7 +91,7 @@ def run_offline(options: OfflineOptions, began: float) -> None:
         for plan in engines.memory_plans:
             print(plan)
         result: dict[str, Any] = {"system": system(), "model": name, "startup_s": round(startup_s, 2)}
-        result |= _circumstances(settings, model, infos) | {"through": list(through)}
+        result |= _circumstances(settings, model, infos) | {"through": list(through), "path": options.path}
         result["timeline_s"] = _timeline(engines, startup_s)
         for run in runs:
             key = run.workload.name
@@ -159,6 +161,14 @@ def _memory_line(result: Mapping[str, Any]) -> str:
     sizes = {"host peak": result["peak_memory_mib"], **result["memory_mib"]}
     told = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in sizes.items())
     return f"memory, MiB: {told}; KV of {result['kv_tokens']:,} tokens; {result['device']}"
+
+
+def _on_path(path: str, specs: list[EngineSpec]) -> list[EngineSpec]:
+    if path not in (NATIVE, GENERIC):
+        raise StartupError(f"--path {path}: there is {NATIVE} and {GENERIC}")
+    if path == GENERIC and any(spec.device == "cpu" for spec in specs):
+        raise StartupError(f"--path {GENERIC} compares two ways of computing on a card, and these engines have none")
+    return [replace(spec, by_hand=path == NATIVE) for spec in specs]
 
 
 def _through(options: OfflineOptions, settings: ModelSettings) -> tuple[str, ...]:

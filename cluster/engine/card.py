@@ -82,12 +82,14 @@ class Card:
         plan = plan_card(spec, self._free)
         log.info("%s", plan.table())
         check_card(spec, plan)
-        self._compile_ahead(plan)
+        if spec.by_hand:
+            self._compile_ahead(plan)
         self._model = load_model(
             spec.folder,
             dtype=spec.dtype,
             device=self.device,
             random_seed=random_seed,
+            by_hand=spec.by_hand,
             deterministic=spec.settings.deterministic,
         )
         self.degraded.extend(self._model.degraded)

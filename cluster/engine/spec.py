@@ -53,6 +53,7 @@ class EngineSpec:
     degraded: tuple[str, ...] = ()
     faults: FaultSettings = field(default_factory=FaultSettings)
     step_stall_s: float = 60.0  # a step that takes longer ends the engine
+    by_hand: bool = True  # False: on a card transformers' forward computes, which is slower; for comparison
 
     @property
     def possible_roles(self) -> frozenset[Role]:

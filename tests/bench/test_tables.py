@@ -138,6 +138,17 @@ def test_a_profile_is_shown_by_kernel_with_its_idle_time(table: ModuleType) -> N
     assert row("\n".join(lines), "idle") == ["idle", "", "100", "10.0%"]
 
 
+def test_two_sections_are_compared_by_speed(files: Path, render: Render) -> None:
+    fast = {"section": "llama-8b", "decode-64": {"output_tok_s": 1000.0}, "prefill-8k": {"s": 0.2}}
+    slow = {"section": "llama-8b_generic", "decode-64": {"output_tok_s": 500.0}, "prefill-8k": {"s": 0.5}}
+    exact = {"section": "deterministic", "decode-64": {"output_tok_s": 800.0}}
+    paths = [write(files, f"2026-01-02_x_{at}", one) for at, one in enumerate((fast, slow, exact))]
+    text = render(*paths)
+    assert "| decode-64, tok/s | 500 | 1,000 | 0.50 |" in text
+    assert "| prefill-8k, s | 0.5 | 0.2 | 0.40 |" in text
+    assert "| decode-64, tok/s | 800 | 1,000 | 0.80 |" in text
+
+
 def test_what_failed_is_said(files: Path, render: Render) -> None:
     path = write(files, "2026-01-02_x_tests", {"section": "tests", "why_failed": "not over after 240 s"})
     assert "- tests: not over after 240 s" in render(path)

@@ -105,7 +105,7 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
     both = where | {"--model", "--prompts", "--output", "--json"}
     assert measures == {
         "offline": both
-        | {"--random-weights", "--layout", "--workload", "--repeats", "--through", "--profile", "--kv-gib"},
+        | {"--random-weights", "--layout", "--workload", "--repeats", "--through", "--profile", "--path", "--kv-gib"},
         "serve": both
         | {"--url", "--requests", "--rate", "--input", "--seed", "--vocab", "--concurrency", "--timeout", "--clients"},
         "kernels": {"--op", "--tune", "--json"},

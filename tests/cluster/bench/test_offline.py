@@ -26,7 +26,7 @@ FIGURES = {
 ABOUT = {
     *("system", "model", "startup_s", "peak_memory_mib", "date", "commit", "dirty", "versions", "machine", "card"),
     *("weights", "layout", "shape", "config", "degraded", "device", "dtype", "engine", "memory_mib", "kv_tokens"),
-    *("through", "timeline_s"),
+    *("through", "timeline_s", "path"),
 }
 
 
@@ -216,6 +216,16 @@ def test_a_run_that_fails_late_has_left_the_figures_that_it_had(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("path", ["native", "generic"])
+def test_on_a_card_both_ways_of_computing_can_be_measured(tiny: Path, path: str) -> None:
+    result = result_of("--model", tiny, "--set", "models.tiny.device=cuda", "--workload", "4x20x5", "--path", path)
+    assert result["path"] == path
+    degraded = " ".join(map(str, result["degraded"]))  # type: ignore[call-overload]
+    assert "hand-written" not in degraded, "it was asked for"
+    check_figures(result["4x20x5"], 80, 20)
+
+
+@pytest.mark.gpu
 def test_on_a_card_events_time_the_device_and_kernels_are_traced(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "profile.json"
     done = bench(
@@ -249,6 +259,8 @@ def test_on_a_card_events_time_the_device_and_kernels_are_traced(tiny: Path, tmp
         (["--workload", "1x1x1", "--layout", "both"], "colocated and disaggregated"),
         (["--workload", "1x1x1", "--output", "3"], "belong together"),
         (["--workload", "1x1x1", "--through", "http"], "engine and session"),
+        (["--workload", "1x1x1", "--path", "fast"], "native and generic"),
+        (["--workload", "1x1x1", "--path", "generic", "--set", "models.tiny.device=cpu"], "have none"),
         (["--workload", "1x1x1", "--through", "session", "--layout", "disaggregated"], "--layout colocated"),
         (["--workload", "1x1x1", "--through", "session", "--profile", "/tmp/none.json"], "add --through engine"),
         (["--workload", "1x1x1", "--random-weights", "--set", "models.tiny.source=echo"], "has no weights"),
