@@ -15,6 +15,8 @@ from torch import Tensor
 from diptych.kernels.ops import measure as timing
 from diptych.kernels.ops.cases import Case, Peer
 from diptych.kernels.ops.measure import Ceilings, calls_over, calls_within, measure
+from diptych.kernels.ops.moe import bench as moe_bench
+from diptych.kernels.ops.moe.experts import MoeWorkspace
 from diptych.kernels.ops.paged_attention import peers
 from diptych.kernels.ops.paged_attention.params import AttentionParams
 from diptych.kernels.ops.paged_attention.testing import PagedStep, exact, paged_step
@@ -178,3 +180,36 @@ def test_what_is_not_installed_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(peers, "_has", lambda module: False)
     assert set(peers.prompt_peers()) == {"torch"}
     assert peers.decode_peers() == {}
+
+
+# ---- sparse layers by transformers ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_transformers_forms_compute_the_layer_that_ours_computes_and_are_the_forms_that_are_named(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    small = (4, 2, 32, 16)
+    monkeypatch.setattr(moe_bench, "_QWEN", small)
+    layer = moe_bench.make_experts(torch.device("cpu"), small)
+    x = torch.randn(tokens, small[2], dtype=torch.bfloat16)
+    ours = moe_bench._ours(layer, MoeWorkspace(layer, max_tokens=tokens), x).total()
+    taken: list[str] = []
+    for form in ("batched_mm", "grouped_mm"):
+        whole = ALL_EXPERTS_FUNCTIONS[form]
+
+        def noted(*arguments: Any, form: str = form, whole: Any = whole, **named: Any) -> Any:
+            taken.append(form)
+            return whole(*arguments, **named)
+
+        monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, form, noted)
+    theirs = moe_bench._peers(layer, tokens)
+    assert set(theirs) == {"transformers batched_mm", "transformers grouped_mm"}
+    for name, run in theirs.items():
+        found: Any = run(x)
+        found = found[0] if isinstance(found, tuple) else found
+        assert taken.pop() == name.split()[1]
+        difference = (found.reshape(ours.shape).double() - ours.double()).norm() / ours.double().norm()
+        assert difference < 0.03, name
