@@ -51,12 +51,14 @@ class EngineActor:
         from diptych.cluster.security import engine_name, trust_of
 
         from .engine import Engine
+        from .garbage import settle
 
         configure_tracing(self._spec.trace_file, self._spec.engine_id)
         trust = trust_of(self._spec.security, fetch(GcsStore()), engine_name(self._spec.possible_roles))
         self._engine = Engine(self._spec, on_failure=self._fail, trust=trust)
         imports = ("imports", time.monotonic() - began)
         started = self._engine.start()
+        settle()
         return replace(started, timeline=(imports, *started.timeline))
 
     def pid(self) -> int:

@@ -29,6 +29,7 @@ from diptych.protos.types import Role
 
 from .compose import BrainFactory, EngineParts, brain_of, compose
 from .faults import pass_point
+from .garbage import Pauses
 from .loop import StepLoop
 from .session import EngineSessions
 from .spec import EngineSpec, EngineStarted
@@ -72,6 +73,7 @@ class Engine:
         self._stall_watch: StallWatch
         self._role_change = threading.Lock()
         self._faults = plan_of(spec.faults, spec.engine_id)
+        self._pauses = Pauses(time.monotonic)
 
     def start(self) -> EngineStarted:
         """Load, warm up, listen, step. Seconds to minutes. Raises StartupError and what loading raises."""
@@ -116,6 +118,7 @@ class Engine:
             lambda: self._loop.phase, limit_s=self._spec.step_stall_s, on_stall=self._fail_stalled
         )
         self._stall_watch.start()
+        self._pauses.watch()
         mark("listen")
         return EngineStarted(parts.info, tuple(timeline), parts.memory_plan)
 
@@ -133,6 +136,8 @@ class Engine:
         busy = sender.ring_slots_busy if sender is not None else 0
         counters["engine_outputs_lost_total"] = float(self._parts.outbox.outputs_lost)
         counters["engine_duplicate_orders_total"] = float(self._sessions.duplicates)
+        counters["engine_collector_passes_total"] = float(self._pauses.passes)
+        counters["engine_collector_seconds_total"] = self._pauses.seconds
         counters["engine_routers_lost_total"] = float(self._sessions.routers_lost)
         if self._faults is not None:
             counters |= self._faults.counters()
@@ -211,6 +216,7 @@ class Engine:
     def stop(self) -> None:
         """End sessions (their requests are cancelled), drivers and threads."""
         self._stall_watch.stop()
+        self._pauses.end()
         if self._faults is not None:
             self._faults.close()
         self._asyncio_thread.call(self._unlisten(), STOP_TIMEOUT_S)

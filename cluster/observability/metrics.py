@@ -139,6 +139,8 @@ ENGINE_COUNTERS: dict[str, str] = {
     "engine_busy_seconds_total": "Time in steps",
     "engine_outputs_lost_total": "Outputs dropped because nobody read them in time",
     "engine_duplicate_orders_total": "Orders that came twice and were taken once",
+    "engine_collector_passes_total": "Passes of Python's garbage collector, which stop all threads",
+    "engine_collector_seconds_total": "Time in them",
     "engine_routers_lost_total": "Routers given up because they were silent; their requests were cancelled",
     "engine_refused_calls_total": "Calls of the Engine service turned away: no proof, a wrong one or a wrong role",
     "prefill_requests_total": "Prompts taken",
