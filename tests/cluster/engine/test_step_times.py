@@ -6,9 +6,11 @@ from collections import deque
 from typing import Any
 
 import pytest
+import torch
 
 from diptych.cluster.engine import step_times
 from diptych.cluster.engine.step_times import StepTotals, TimedRunner
+from diptych.protos.ports import StepCost
 from diptych.protos.step import StepPlan, StepResult, StepRow
 
 
@@ -24,7 +26,7 @@ class Computes:
     """A runner that takes time where it is told to."""
 
     max_slots, max_step_tokens, vocab_size = 8, 64, 100
-    cost = None
+    cost: StepCost | None = None
 
     def __init__(self, clock: Clock, *, launch_s: float, collect_s: float, depth: int) -> None:
         self._clock, self._launch_s, self._collect_s = clock, launch_s, collect_s
@@ -140,7 +142,7 @@ def test_with_two_steps_under_way_the_times_of_all_steps_add_up_to_the_batch(clo
 def test_on_a_card_events_tell_the_devices_share_and_collect_is_waiting(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_times.torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     timed = TimedRunner(OnCard(clock, launch_s=1.0, collect_s=5.0, depth=1))
     for _ in range(3):
         clock.now += 0.5
@@ -161,7 +163,7 @@ def test_an_event_that_has_not_passed_is_read_later_and_waited_for_at_the_end(
         made.append(Event(enable_timing))
         return made[-1]
 
-    monkeypatch.setattr(step_times.torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "Event", event)
     timed = TimedRunner(OnCard(clock, launch_s=1.0, collect_s=1.0, depth=1))
     for _ in range(2):
         timed.launch(plan(1))
