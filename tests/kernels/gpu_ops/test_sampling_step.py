@@ -7,7 +7,7 @@ the kernel's way of rounding, and a test of its own holds both against each othe
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -302,13 +302,40 @@ ANY_SPEC = st.builds(
 )
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(specs=st.lists(ANY_SPEC, min_size=1, max_size=3), seed=st.integers(0, 50), rounded=st.booleans())
+def any_specs(examples: int) -> Callable[[Any], Any]:
+    """Runs a test over this many lists of specs."""
+    how = settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    return lambda test: how(
+        given(specs=st.lists(ANY_SPEC, min_size=1, max_size=3), seed=st.integers(0, 50), rounded=st.booleans())(test)
+    )
+
+
+@any_specs(6)
 def test_any_specs_and_rules_give_the_definitions_tokens(
     place: torch.device, specs: list[SampleSpec], seed: int, rounded: bool
 ) -> None:
     logits = logits_of(len(specs), 97, seed)
     check(specs, logits.round() if rounded else logits, place, tiling=Tiling(4, 2, 128), seed=seed)
+
+
+@pytest.mark.slow
+@any_specs(30)
+def test_many_specs_and_rules_in_many_segments_give_the_definitions_tokens(
+    place: torch.device, specs: list[SampleSpec], seed: int, rounded: bool
+) -> None:
+    logits = logits_of(len(specs), 97, seed)
+    check(specs, logits.round() if rounded else logits, place, tiling=Tiling(4, 4, 16), seed=seed)
+
+
+def test_the_definition_here_is_the_reference_but_for_the_rounding_of_exp() -> None:
+    """Which decides nothing unless a number lies within 1e-7 of a token's edge."""
+    specs, histories = mixed_specs(64, 1003)
+    for seed in range(4):
+        logits = logits_of(64, 1003, seed, torch.float32 if seed % 2 else torch.bfloat16)
+        known = {row: torch.tensor(history) for row, history in enumerate(histories) if specs[row].rules is not None}
+        wanted = reference.sample(logits, specs, known)
+        mine = [definition(*row)[0] for row in zip(logits, specs, histories, strict=True)]
+        assert mine == wanted.tokens_N.tolist()
 
 
 def test_what_does_not_fit_together_is_refused(place: torch.device) -> None:
