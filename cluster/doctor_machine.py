@@ -23,6 +23,7 @@ MIN_FILES = 1024  # of the router: connections, and of Ray's processes about as 
 MIN_SHM = 128 << 20  # Ray's object store and a staging ring
 HEAVY = ("torch", "transformers", "ray.serve", "grpc", "tokenizers", "safetensors.torch")
 IMPORT_TIMEOUT_S = 120.0
+_ASK_TORCH = "import torch; print(torch.__version__, 'for CUDA', torch.version.cuda, torch.cuda.device_count())"
 _REMEDIES = {  # of what cards.why_unusable tells
     "built without CUDA": "install a torch with CUDA (its download page has the command for this driver)",
     "triton is missing": "pip install 'diptych[gpu]'",
@@ -57,7 +58,8 @@ def examine() -> list[Finding]:
         imports(HEAVY),
         bfloat16(host.has_native_bfloat16()),
         native_code(),
-        *gpu(cards.installed(), cards.find()),
+        *gpu(cards.installed(), usable := cards.find()),
+        *(torch_on(usable) if usable.cards else []),
         cores(len(os.sched_getaffinity(0)), cpu_quota()),
         files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         shared_memory(),
@@ -155,6 +157,27 @@ def gpu(there: cards.Cards, usable: cards.Cards) -> list[Finding]:
         Finding("GPU", State.OK, told),
         Finding("GPU use", State.SLOW, f"engines compute on the CPU: {usable.why_none}", remedy),
     ]
+
+
+def torch_on(usable: cards.Cards, code: str = _ASK_TORCH) -> list[Finding]:
+    """Whether torch finds the cards that the driver shows, in a process of its own: a CUDA context takes memory."""
+    name, remedy = "torch", "install a torch for this driver, or set models.NAME.device: cpu"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return [
+            Finding(name, State.SLOW, f"it was not loaded within {IMPORT_TIMEOUT_S:g} s", "see what keeps the disk")
+        ]
+    version, _, count = done.stdout.strip().rpartition(" ")
+    if done.returncode != 0 or not count.isdigit():
+        words = done.stderr.strip().splitlines()[-1:] or [f"it said {done.stdout.strip()[:80]!r}"]
+        return [Finding(name, State.STOP, words[0], remedy)]
+    told = f"{version} finds {count} of {usable.count} cards (driver {usable.driver})"
+    if int(count) < usable.count:
+        return [Finding(name, State.STOP, told, remedy)]
+    return [Finding(name, State.OK, told)]
 
 
 def _card(card: cards.Card) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from diptych.protos.ports import Clock
 
-# Containers that came and did not go between two passes over the young ones. A pass over 50,000 took 7 ms here; by
-# default there is one every 700, and one over all that the process holds every 70,000.
+# Containers that came and did not go between two passes over the young ones. A pass over 50,000 took 7 ms on
+# a busy core; by default there is one every 700, and one over all that the process holds every 70,000.
 _YOUNG, _MIDDLE, _OLD = 50_000, 20, 100
 
 

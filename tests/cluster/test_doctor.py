@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from diptych.cluster import doctor, doctor_cluster, doctor_machine
 from diptych.cluster.bench.shapes import write_shape
@@ -85,6 +86,26 @@ def test_a_missing_c_compiler_is_a_note_with_its_reason_and_what_to_install(monk
     broken = doctor_machine.native_code("no_such_module")
     assert broken.state is State.SLOW
     assert "no_such_module" in broken.told
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "words"),
+    [
+        ("print('2.11 for CUDA 13.0 2')", State.OK, "2.11 for CUDA 13.0 finds 2 of 2 cards (driver 580.1)"),
+        ("print('2.11 for CUDA 13.0 1')", State.STOP, "finds 1 of 2 cards"),
+        ("raise OSError('libcudart.so is missing')", State.STOP, "OSError: libcudart.so is missing"),
+        ("print('what?')", State.STOP, "it said 'what?'"),
+    ],
+)
+def test_torch_is_asked_for_the_cards_that_the_driver_shows(code: str, state: State, words: str) -> None:
+    [finding] = doctor_machine.torch_on(TWO_CARDS, code)
+    assert (finding.state, bool(finding.remedy)) == (state, state is State.STOP)
+    assert words in finding.told
+
+
+def test_this_torch_answers_what_it_is_asked() -> None:
+    [finding] = doctor_machine.torch_on(TWO_CARDS)
+    assert f"finds {torch.cuda.device_count()} of 2 cards" in finding.told
 
 
 def test_every_reason_against_a_card_has_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
