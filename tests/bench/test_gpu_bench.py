@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from diptych.cluster.config import load_config
+from diptych.cluster.models import resolve
 from diptych.kernels.testing import make_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,6 +140,17 @@ def test_every_id_of_the_vocabulary_has_a_word_of_its_own(
     assert tokenizer.encode("t17 t299 nothing").ids == [17, 299, 0]
     assert tokenizer.decode([17, 299], skip_special_tokens=False) == "t17 t299"
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 300
+
+
+def test_the_model_over_http_is_one_that_serve_takes(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"vocab_size": 300, "bos_token_id": 2, "eos_token_id": 1}
+    monkeypatch.setitem(gpu.SHAPES, "small", gpu.SHAPES["llama-8b"] | small)
+    gpu.write_model(tmp_path, "small")
+    facts = resolve(str(tmp_path), tmp_path / "cache", has_weights=False).facts
+    assert (facts.vocab_size, facts.layers) == (300, 32)
+    assert facts.chat_template
 
 
 def test_rows_over_http_are_those_of_the_peer(gpu: ModuleType) -> None:
