@@ -121,6 +121,7 @@ def _repeated(
     began = time.monotonic()
     for repeat in range(repeats):
         prompts = run.prompts(repeat)
+        engines.pause_steps()
         answers = generate(prompts, work.output_tokens, run.salt(repeat, way))
         short = [answer.num_tokens for answer in answers if answer.num_tokens != work.output_tokens]
         if short:

@@ -233,6 +233,11 @@ class OfflineEngines:
         """Of each engine, in the order of the specs, its steps since the last call, by kind. Between batches."""
         return [runner.take() for runner in self._runners]
 
+    def pause_steps(self) -> None:
+        """Before each batch: no step is to count the time since the last one."""
+        for runner in self._runners:
+            runner.pause()
+
     def profile(self, first: int, count: int, batch: Callable[[], None]) -> tuple[int, list[Piece]]:
         """Run `batch`, which generates, and trace its steps number `first` .. first + count - 1 of the last engine, the
         one that decodes. Gives the number of steps that were traced and what ran in them.

@@ -116,13 +116,15 @@ class TimedRunner:
         return self.runner.idle()
 
     def take(self) -> dict[str, StepTotals]:
-        """What was summed since the last time, by kind of step: "decode", "prompts". While no step is outstanding; the
-        next one counts from its own launch.
-        """
+        """What was summed since the last time, by kind of step: "decode", "prompts". While no step is outstanding."""
         self._read_events(wait=True)
         found, self._totals = self._totals, {}
-        self._last = None
+        self.pause()
         return found
+
+    def pause(self) -> None:
+        """Between two batches: the next step counts from its own launch."""
+        self._last = None
 
     def _note(self, step: _Launched, step_s: float, collect_s: float) -> None:
         total = self._totals.setdefault(step.kind, StepTotals())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from diptych.cluster.bench import offline
 from diptych.cluster.bench.batches import Run
 from diptych.cluster.bench.workload import parse_workload
 from diptych.cluster.cli import app
+from diptych.cluster.engine import step_times
 from diptych.kernels.testing import make_tiny_checkpoint
 from diptych.protos.errors import EngineFault
 
@@ -109,6 +112,30 @@ def test_the_result_tells_what_it_was_measured_on_and_with(tiny: Path) -> None:
     steps = result["3x40x4"]["steps"]
     assert steps["prompts"]["tokens"] * steps["prompts"]["steps"] >= 3 * 40
     assert steps["decode"]["rows"] <= 2
+
+
+def test_the_times_of_the_steps_add_up_to_the_repeats_and_leave_out_what_is_between_them(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Run.prompts
+
+    class Clock:
+        ahead_s = 0.0
+
+        def perf_counter(self) -> float:
+            return time.perf_counter() + self.ahead_s
+
+    clock = Clock()
+
+    def slowly(run: Run, repeat: int) -> Sequence[Sequence[int]]:
+        clock.ahead_s += 1000.0  # to make a million random ids
+        return whole(run, repeat)
+
+    monkeypatch.setattr(step_times, "time", clock)
+    monkeypatch.setattr(Run, "prompts", slowly)
+    figures: Any = result_of("--model", tiny, "--workload", "3x20x3", "--repeats", 3)["3x20x3"]
+    in_steps = sum(mean["steps"] * mean["step_us"] for mean in figures["steps"].values()) / 1e6
+    assert in_steps <= sum(figures["repeats_s"]) * 1.05
 
 
 def test_prompts_are_those_that_the_peers_got(tiny: Path) -> None:

@@ -123,6 +123,12 @@ def test_time_between_two_batches_belongs_to_no_step(clock: Clock) -> None:
         timed.collect()
         assert timed.take()["decode"].step_s == pytest.approx(2.0)
     assert timed.take() == {}
+    for _ in range(2):
+        clock.now += 1000.0
+        timed.pause()
+        timed.launch(plan(1))
+        timed.collect()
+    assert timed.take()["decode"].step_s == pytest.approx(4.0)
 
 
 def test_with_two_steps_under_way_the_times_of_all_steps_add_up_to_the_batch(clock: Clock) -> None:
