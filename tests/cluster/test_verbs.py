@@ -140,3 +140,15 @@ def test_errors_keep_their_message_through_pickle() -> None:
 
     error = pickle.loads(pickle.dumps(StartupError("a sentence", detail="d")))
     assert (str(error), error.detail) == ("a sentence", "d")
+
+
+def test_kv_gib_of_serve_is_every_engines_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    served = []
+    monkeypatch.setattr("diptych.cluster.serve.run_serve", lambda config, began: served.append(config) or 0)
+    done = CliRunner().invoke(app, ["serve", "--kv-gib", "2.5", "--set", "models.m.decode.kv={memory_mib: 3}"])
+    assert done.exit_code == 0, done.output
+    [config] = served
+    assert {model.pool_kv(role).memory_mib for model in config.models.values() for role in Role} == {2560}
+    assert CliRunner().invoke(app, ["serve", "--kv-gib", "0"]).exit_code == 2
