@@ -15,6 +15,7 @@ import torch
 
 from diptych.kernels.device.runner import DeviceRunner
 from diptych.kernels.device.testing import GREEDY, VOCAB, Request, Storm, SumDecoder, make_runner
+from diptych.kernels.device.wire import Layout, Wire
 from diptych.kernels.ops import table
 from diptych.protos.errors import EngineFault
 from diptych.protos.step import LogitRules, SampleSpec, StepPlan, StepRow
@@ -108,8 +109,20 @@ def test_launches_read_nothing_and_choose_what_the_definition_chooses(
     kernels()
     runner, _ = make_runner(CPU)
     runner.rehearse()
+    runner.capture()
+    while runner.idle():  # steps are padded then, also between rows of one token and prompts
+        pass
+    gaps: list[int] = []
+    fill = Wire.fill
+
+    def seen(wire: Wire, layout: Layout) -> Any:
+        gaps.append(layout.gap)
+        return fill(wire, layout)
+
+    monkeypatch.setattr(Wire, "fill", seen)
     assert run(runner) == wanted
     assert not reads
+    assert any(gaps)
 
 
 def test_a_step_that_fails_leaves_zeros_for_the_next_ones_counts() -> None:
