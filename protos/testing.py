@@ -255,7 +255,7 @@ class EchoRunner:
                 prompt_logprobs.pop(at, None)
                 continue
             if rules is not None and rules.needs_history:
-                self._keep_history(row, [known for _, known in cells], token)
+                self._keep_history(row, cells, token)
             if row.sample.logprobs is not None:
                 logprobs[at] = _logprobs(guess, token, row.sample.logprobs, self.vocab_size)
             self._last_token[row.slot] = sampled[at] = token
@@ -271,13 +271,17 @@ class EchoRunner:
             for at in range(row.start + 1, len(known))
         )
 
-    def _keep_history(self, row: StepRow, known: list[int], token: int) -> None:
-        """A slot's life begins with a history; from then on the slot's own must be that of the sequence."""
+    def _keep_history(self, row: StepRow, cells: list[Cell], token: int) -> None:
+        """A slot's life begins with a history; from then on the slot's own must be that of the sequence. Nothing can be
+        said of a row behind a step that failed: it was launched before anybody knew.
+        """
         assert row.sample is not None
         if row.sample.history is not None:
             self._history[row.slot] = list(row.sample.history)
-        assert self._history.get(row.slot) == known, f"slot {row.slot} has the history of another sequence"
-        self._history[row.slot].append(token)
+        known = [known for _, known in cells]
+        is_other = GARBAGE not in cells and self._history.get(row.slot) != known
+        assert not is_other, f"slot {row.slot} has the history of another sequence"
+        self._history.setdefault(row.slot, known).append(token)
 
     def collect(self) -> StepResult:
         """The oldest step's tokens."""
