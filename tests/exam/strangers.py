@@ -23,7 +23,7 @@ from diptych.protos.types import EngineRef
 PROMPT = "t1 t2 t3 t4 t5 t6 t7 t8 " * 20
 OTHER = "t9 t8 t7 t6 " * 30
 ANSWER_S = 10
-_MOVES = re.compile(r"refused|seconds|_s$")
+_MOVES = re.compile(r"refused|seconds|collector|_s$")
 
 
 class Bomb:
