@@ -378,7 +378,7 @@ NOT_COVERED = {
     "F34, R26": "Ray's GCS without an external store cannot restart in place; the death of the head ends a private Ray",
     "F48, F49": "an hour idle and a day of soak: not run",
     "F50": "clock jumps: tests of the proof windows only",
-    "R05, R06": "network rows run in namespaces with a proxy (tests/netns); packet loss needs a missing kernel module",
+    "R05, R06": "cut links and packet loss are tests of their own, in network namespaces (tests/netns)",
     "GPU": "no case ran on a GPU",
 }
 """Failure cases that this matrix says nothing about, and who does."""

@@ -102,6 +102,11 @@ class Tally:
         """A wrong, doubled, missing or leaked one: what must never be."""
         return not self.verdict.is_right or bool(self.leaked)
 
+    @property
+    def lacks_deaths(self) -> bool:
+        """Fewer engines ended than should have."""
+        return self.wanted_deaths is not None and self.deaths < self.wanted_deaths
+
     def missed(self) -> list[str]:
         """Promises about time and number that were not kept, in words."""
         found = list(self.problems)

@@ -7,16 +7,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import drive
 import pytest
 from cancels import run_cancels
 from cells import Act, Cell
-from drive import Stage, run_cell
+from drive import Stage, run_cell, run_rounds
 from fake_front import FakeFront, fake_front
 from load import Asks
 from rig import Kill, Rig
+from tally import Tally
 
 
 def engine(name: str, role: str, used: int = 0) -> dict[str, Any]:
@@ -117,3 +118,23 @@ def test_engines_that_do_not_come_back_are_told(tmp_path: Path, monkeypatch: pyt
         stage.engines = 4
         tally = run_cell(stage, CELL, requests=2, seed=1)
     assert any("do not come back" in problem for problem in tally.problems)
+
+
+@pytest.mark.parametrize(
+    ("killed", "made", "missed"),
+    [((1, 1, 1), 3, []), ((1, 0, 1, 0, 1), 5, []), ((0,) * 9, 3 + drive.AGAIN, ["0 engines ended instead of 3"])],
+)
+def test_a_round_that_missed_its_fault_is_made_again_a_few_times(
+    killed: tuple[int, ...], made: int, missed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def fake(stage: Stage, cell: Cell, *, requests: int, seed: int) -> Tally:
+        seeds.append(seed)
+        return Tally(cell.id, requests=requests, wanted_deaths=1, deaths=killed[len(seeds) - 1])
+
+    monkeypatch.setattr(drive, "run_cell", fake)
+    cell = Cell("step", (), "prefill", "kill", deaths=1, rounds=3, each=4)
+    total = run_rounds(cast("Stage", None), cell, seed=7)
+    assert len(seeds) == len(set(seeds)) == made
+    assert (total.requests, total.missed()) == (4 * made, missed)

@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from diptych.cluster.api.address import bind
-from diptych.cluster.api.listener import start_listener
+from diptych.cluster.api.listener import Listener, start_listener
 from diptych.cluster.api.testing import FrontDoor, front_door
 from diptych.cluster.config import LimitSettings
 from diptych.cluster.router.rig import until
@@ -308,7 +308,7 @@ async def test_connections_of_a_shared_socket_never_meet_a_closed_door() -> None
                 writer.close()
                 await writer.wait_closed()
 
-        async def turns() -> None:
+        async def turns() -> Listener:
             old = await start_listener(_well, host=host, port=port, limits=LimitSettings(), sock=sock.dup())
             for _ in range(5):
                 before = answered
@@ -319,13 +319,15 @@ async def test_connections_of_a_shared_socket_never_meet_a_closed_door() -> None
                 await old.stop(0)
                 old = new
             over.set()
-            await old.hand_over(10)
-            await old.stop(0)
+            return old
 
-        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
-            for _ in range(8):
-                group.create_task(client())
-            await turns()
+        async with asyncio.timeout(60):
+            async with asyncio.TaskGroup() as group:
+                for _ in range(8):
+                    group.create_task(client())
+                last = await turns()  # goes on until every client has its answer: nobody comes after it
+            await last.hand_over(10)
+            await last.stop(0)
 
 
 async def test_a_silent_connection_is_closed_last_and_one_with_an_unread_request_is_not(
