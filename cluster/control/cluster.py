@@ -232,7 +232,8 @@ class Cluster:
         from .gcs import GcsStore
 
         with contextlib.suppress(ray.exceptions.RayError):  # also when all goes well: see its release
-            ray.get(self._manager.release.remote("", 0.0), timeout=CALL_TIMEOUT_S)
+            release = self._manager.release.options(max_task_retries=0)  # its end is the answer, not a failure
+            ray.get(release.remote("", 0.0), timeout=CALL_TIMEOUT_S)
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(self._manager)
             keyring.withdraw(GcsStore())

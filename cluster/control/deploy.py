@@ -116,12 +116,16 @@ class PoolsKeeper:
 
     async def _release(self, grace_s: float) -> bool:
         """False: a later keeper has the engines now, or Ray is going."""
-        try:
-            return bool(await ensure_manager().release.remote(self._owner, grace_s))
-        except ray.exceptions.ActorDiedError:  # the manager went with its pools
-            return True
-        except ray.exceptions.RayError:
-            return False
+        release = ensure_manager().release.options(max_task_retries=0)  # its end is the answer, not a failure
+        while True:
+            try:
+                return bool(await release.remote(self._owner, grace_s))
+            except ray.exceptions.ActorDiedError:  # the manager went with its pools
+                return True
+            except ray.exceptions.ActorUnavailableError:  # it crashed, and Ray brings it back
+                await asyncio.sleep(MANAGER_PAUSE_S)
+            except ray.exceptions.RayError:
+                return False
 
 
 def _cluster_name() -> str:
