@@ -231,12 +231,15 @@ class Cluster:
 
         from .gcs import GcsStore
 
-        with contextlib.suppress(ray.exceptions.RayError):  # also when all goes well: see its release
-            release = self._manager.release.options(max_task_retries=0)  # its end is the answer, not a failure
-            ray.get(release.remote("", 0.0), timeout=CALL_TIMEOUT_S)
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.kill(self._manager)
-            keyring.withdraw(GcsStore())
+        release = self._manager.release.options(max_task_retries=0)  # its end is the answer, not a failure
+        try:
+            ray.get(release.remote("", 0.0), timeout=CALL_TIMEOUT_S)  # False: an app has the engines now
+        except ray.exceptions.ActorDiedError:
+            pass
+        except ray.exceptions.RayError:  # it hangs, or crashed meanwhile
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(self._manager)
+                keyring.withdraw(GcsStore())
 
     def _start_router(self, folders: dict[str, ModelFolder], folder: Path) -> str:
         from ray import serve

@@ -105,9 +105,12 @@ class PoolsKeeper:
                 secret = keyring.deposit(GcsStore(), self._config.security)
                 await manager.apply.remote(plan.with_secret(secret), self._owner)
                 done = await manager.settled.remote()
-            except ray.exceptions.ActorDiedError:  # it was that of an app that has just ended
+            except ray.exceptions.ActorDiedError as exc:  # it was that of an app that has just ended
                 if time.monotonic() > deadline:
-                    raise
+                    raise StartupError(
+                        f"every manager of engines has ended at once for {MANAGER_TIMEOUT_S:.0f} s: another "
+                        f"Diptych app on this Ray cluster is being deleted or starts again and again ({exc})"
+                    ) from exc
                 await asyncio.sleep(MANAGER_PAUSE_S)
                 continue
             if done.failed:

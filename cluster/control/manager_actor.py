@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NoReturn, cast
 
 import ray
 
@@ -90,8 +91,7 @@ class PoolManagerActor:
         keyring.withdraw(self._store)
         self._ends = True
         self._wake()  # polls: Ray lets what runs come to its end first
-        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
-        raise AssertionError
+        cast("Callable[[], NoReturn]", ray.actor.exit_actor)()
 
     async def engines(self) -> tuple[int, list[EngineInfo]]:
         """The engines that routers may know, and the version of that list."""
