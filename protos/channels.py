@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -144,6 +144,17 @@ def _server_credentials(tls: TlsIdentity, connections: Connections | None, targe
     return grpc.dynamic_ssl_server_credentials(own, begin, require_client_authentication=True)
 
 
+@contextmanager
+def _caller_may_be_gone() -> Iterator[None]:
+    """gRPC cancels the call of a caller that leaves, but a word that it was about to send then fails first, and would
+    be logged as an error of the server: cancelled as well.
+    """
+    try:
+        yield
+    except grpc.aio.InternalError as exc:
+        raise asyncio.CancelledError from exc
+
+
 class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Stands before every handler of a server."""
 
@@ -165,7 +176,8 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         async def refuse(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
             self._note_call(context)
-            await self._abort(method, refusal, context)
+            with _caller_may_be_gone():
+                await self._abort(method, refusal, context)
 
         # Taken for a stream whatever it is: so nothing of the body is read.
         return grpc.stream_stream_rpc_method_handler(refuse)
@@ -176,19 +188,21 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         """
 
         async def stream(requests: Any, context: grpc.aio.ServicerContext) -> None:
-            await self._check_role(method, context)
-            try:
-                await handler.stream_stream(requests, context)
-            except DecodeError:
-                await self._abort(method, Refusal.NO_MESSAGE, context)
+            with _caller_may_be_gone():
+                await self._check_role(method, context)
+                try:
+                    await handler.stream_stream(requests, context)
+                except DecodeError:
+                    await self._abort(method, Refusal.NO_MESSAGE, context)
 
         async def unary(body: bytes, context: grpc.aio.ServicerContext) -> None:
-            await self._check_role(method, context)
-            try:
-                request = handler.request_deserializer(body)
-            except DecodeError:
-                await self._abort(method, Refusal.NO_MESSAGE, context)
-            await handler.unary_stream(request, context)
+            with _caller_may_be_gone():
+                await self._check_role(method, context)
+                try:
+                    request = handler.request_deserializer(body)
+                except DecodeError:
+                    await self._abort(method, Refusal.NO_MESSAGE, context)
+                await handler.unary_stream(request, context)
 
         if not handler.request_streaming:
             return grpc.unary_stream_rpc_method_handler(unary, None, handler.response_serializer)

@@ -6,7 +6,6 @@ is tried in virtual time, the rest between a router and two engines over gRPC.
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import tempfile
 from collections import Counter
@@ -276,13 +275,6 @@ def orders(cluster: SmallCluster) -> dict[str, float]:
     }
 
 
-async def all_free(cluster: SmallCluster) -> None:
-    """Raises TimeoutError when a block is held for longer than a lease."""
-    async with asyncio.timeout(35):
-        while any(counts.used for counts in (await cluster.at_rest()).values()):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
 async def check_one_effect(cluster: SmallCluster, meddler: Meddler) -> None:
     """One request under the meddler, one client that leaves, one request after it."""
     right = list(expected_tokens(PROMPT, 12))
@@ -295,13 +287,13 @@ async def check_one_effect(cluster: SmallCluster, meddler: Meddler) -> None:
     if meddler.action == "twice" and meddler.kind not in ("open", "welcome"):
         assert orders(cluster) == {Role.PREFILL: 1, Role.DECODE: 1}
     await leave(cluster)
-    await all_free(cluster)
+    await cluster.at_rest()
     meddler.kind = ""
     await connected(cluster)
     assert await ask(cluster, PROMPT) == (200, right)
     other = [token + 1 for token in PROMPT]
     assert await ask(cluster, other) == (200, list(expected_tokens(other, 12)))
-    await all_free(cluster)
+    await cluster.at_rest()
     assert meddler.done[meddler.action] == 1
 
 

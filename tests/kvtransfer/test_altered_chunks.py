@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rest import at_rest
 
 from diptych.cluster.config import LimitSettings, ModelSettings, RouterSettings
 from diptych.cluster.engine.engine import Engine
@@ -81,12 +82,7 @@ class Engines:
 
     async def quiet(self) -> None:
         """Nothing is held any more."""
-        async with asyncio.timeout(WAIT_S):
-            while any(  # noqa: ASYNC110 - the engines' own threads
-                r.running or r.waiting or r.transfers or r.ring_slots_busy or r.blocks.used
-                for r in (engine.status() for engine in self.by_role.values())
-            ):
-                await asyncio.sleep(0.02)
+        await at_rest(self.by_role.values())
         for role in Role:
             assert self.count(role, "kv_thread_faults_total") == 0
 

@@ -27,6 +27,7 @@ from typing import IO, Any
 from cable import Cable
 from engine_process import INFO, STATUS
 from namespaces import Namespace, remove_stale
+from rest import held_in
 
 from diptych.cluster.config import RouterSettings, SecuritySettings, TlsSettings
 from diptych.cluster.router.call import Explanation
@@ -179,9 +180,7 @@ class NetRig:
         async with asyncio.timeout(within_s):
             while True:
                 readings = [await self.status(role) for role in Role]
-                if not any(
-                    r.running or r.waiting or r.transfers or r.ring_slots_busy or r.blocks.used for r in readings
-                ):
+                if not any(map(held_in, readings)):
                     break
                 await asyncio.sleep(0.1)
         assert all(reading.counters["kv_thread_faults_total"] == 0 for reading in readings)

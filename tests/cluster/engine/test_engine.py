@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from rest import at_rest
 
 from diptych.cluster.config import ModelSettings
 from diptych.cluster.engine.engine import Engine
@@ -28,6 +29,7 @@ from diptych.kernels.echo.testing import expected_tokens
 from diptych.protos.errors import DiptychError, EngineFault, InvalidRequest, StartupError
 from diptych.protos.faults import FaultPlan, FaultRule, FaultSettings
 from diptych.protos.settings import DecodeSettings, EchoSettings, KvSettings, PrefillSettings, TransferSettings
+from diptych.protos.status import EngineStatus
 from diptych.protos.types import (
     DecodeOrder,
     EngineId,
@@ -35,7 +37,6 @@ from diptych.protos.types import (
     Finish,
     FinishReason,
     GenerateRequest,
-    PoolCounts,
     PrefillOrder,
     PromptLogprobs,
     Role,
@@ -159,14 +160,9 @@ class Site:
         await self.sessions.pop(name).stop()
         await asyncio.to_thread(self.engines.pop(name).stop)
 
-    async def counts(self, name: str) -> PoolCounts:
-        """The pool once nothing runs any more."""
-        async with asyncio.timeout(WAIT_S):
-            while True:
-                status = self.engines[name].status()
-                if not (status.running or status.waiting or status.transfers):
-                    return status.blocks
-                await asyncio.sleep(0.01)
+    async def at_rest(self, *names: str) -> list[EngineStatus]:
+        """A reading of each engine once all are at rest."""
+        return await at_rest(self.engines[name] for name in names)
 
 
 @pytest.fixture
@@ -217,8 +213,8 @@ async def test_a_prompt_computed_in_one_engine_is_continued_in_the_other(site: S
         assert 0 not in decode.tokens
         answer = prefill.tokens | decode.tokens
         assert [answer[i] for i in range(12)] == expected_tokens(prompt, 12)
+    await site.at_rest("p", "d")
     for name in ("p", "d"):
-        assert (await site.counts(name)).used == 0
         assert site.engines[name].status().counters["kv_transfer_bytes_total"] > 0
 
 
@@ -298,7 +294,7 @@ async def test_an_engine_of_both_roles_hands_over_within_itself(site: Site) -> N
         assert (await decode.finish()).transport == "local"
         answer = prefill.tokens | decode.tokens
         assert [answer[i] for i in range(12)] == expected_tokens(prompt, 12)
-    assert (await site.counts("both")).used == 0
+    await site.at_rest("both")
 
 
 async def test_a_decode_engine_computes_the_prompt_when_its_prefill_engine_is_gone(site: Site) -> None:
@@ -343,12 +339,9 @@ async def test_random_cancels_leave_both_pools_as_they_were(site: Site) -> None:
         answer = prefill.tokens | decode.tokens
         expected = expected_tokens(req.prompt, req.sampling.max_tokens)
         assert all(expected[index] == token for index, token in answer.items())
-    for name in ("p", "d"):
-        counts = await site.counts(name)
-        assert counts.used == 0
+    for name, reading in zip(("p", "d"), await site.at_rest("p", "d"), strict=True):
+        counts = reading.blocks
         assert counts.free + counts.cached == counts.total
-        status = site.engines[name].status()
-        assert status.ring_slots_busy == 0
         mirror = site.sessions[name].mirror
         async with asyncio.timeout(WAIT_S):
             while len(mirror.names) != counts.cached:  # noqa: ASYNC110 - the engine tells it with its next status
@@ -363,8 +356,7 @@ async def test_a_client_that_vanishes_frees_its_blocks(site: Site) -> None:
         await decode.got_token.wait()
     for session in site.sessions.values():
         await session.stop()
-    for name in ("p", "d"):
-        assert (await site.counts(name)).used == 0
+    await site.at_rest("p", "d")
 
 
 async def test_draining_waits_for_running_requests_and_refuses_new_ones(site: Site) -> None:
@@ -450,7 +442,7 @@ async def test_a_step_that_fails_on_purpose_ends_its_requests_and_no_others(site
     session.submit(DecodeOrder(request=request(2, prompt), prefill=None), second)
     assert (await second.finish()).num_tokens == 12
     assert list(second.tokens.values()) == expected_tokens(prompt, 12)
-    assert (await site.counts("d")).used == 0
+    await site.at_rest("d")
     assert site.engines["d"].status().counters["fault_engine_step_total"] == 1.0
 
 
@@ -464,8 +456,7 @@ async def test_late_news_from_the_hinge_change_no_answer(site: Site) -> None:
     for prompt, sink in zip(prompts, sinks, strict=True):
         assert (await sink.finish()).transfer_bytes > 0
         assert list(sink.tokens.values()) == expected_tokens(prompt, 12)[1:]
-    for name in ("p", "d"):
-        assert (await site.counts(name)).used == 0
+    await site.at_rest("p", "d")
 
 
 async def test_a_step_that_does_not_come_back_ends_the_engine(site: Site) -> None:
@@ -497,8 +488,8 @@ async def test_an_engine_changes_its_role_and_keeps_model_and_sessions(site: Sit
         assert (await prefill.finish()).reason is FinishReason.HANDOFF
         assert (await decode.finish()).reason is FinishReason.LENGTH
         assert [prefill.tokens[0], *decode.tokens.values()] == expected_tokens(text, 12)
+    await site.at_rest("p", "d")
     for name in ("p", "d"):
-        assert (await site.counts(name)).used == 0
         assert not site.engines[name].is_draining
 
 
@@ -512,7 +503,7 @@ async def test_what_a_leaving_role_cannot_finish_is_given_to_others_and_leaves_n
         await running.got_token.wait()
     await asyncio.to_thread(site.engines["d"].set_roles, [Role.PREFILL], 0.0)
     assert (await running.finish()).error_code == "shutting_down"
-    assert (await site.counts("d")).used == 0
+    await site.at_rest("d")
     await asyncio.to_thread(site.engines["d"].set_roles, list(Role), 0.0)
     again = Sink()
     site.sessions["d"].submit(DecodeOrder(request=request(2, [1, 2, 3]), prefill=None), again)
@@ -525,7 +516,7 @@ async def test_a_role_that_an_engine_was_not_made_for_is_refused_by_name(site: S
     for roles in ([Role.PREFILL], []):
         with pytest.raises(InvalidRequest, match="engine d can be decode, not"):
             await asyncio.to_thread(site.engines["d"].set_roles, roles, 0.0)
-    assert await site.counts("d")
+    await site.at_rest("d")
 
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
@@ -555,8 +546,8 @@ async def test_faults_on_the_hinge_are_found_and_change_no_answer(site: Site, tr
     for begin in range(0, 30, 5):
         await asyncio.gather(*(one(n) for n in range(begin, begin + 5)))
     counters = {}
+    await site.at_rest("p", "d")
     for name in ("p", "d"):
-        assert (await site.counts(name)).used == 0
         counters[name] = site.engines[name].status().counters
         assert counters[name].get("kv_thread_faults_total", 0) == 0
     assert counters["p"]["fault_hinge_publish_total"] > 0
