@@ -18,6 +18,7 @@ from .spec import EngineSpec
 
 CONTEXT = 600 << 20  # bytes: about what a process with torch holds of a card before its first tensor
 _WIDEST = 12  # numbers of a token that live at once, by hidden size, where the model's own are not known
+_DRAWN_ROWS, _DRAWN_ITEM = 64, 8  # rows drawn at once, bytes of a weight and a count; see ops/sampling/space.py
 _RULES, _LONG_RULES = 320, 1 << 15  # words of a slot's rules and sampling; of the few with hundreds of bad words
 _LEAST_CONTEXT, _LEAST_RUNNING, _LEAST_STEP = 4096, 16, 512  # what a refusal advises at the least
 
@@ -42,6 +43,7 @@ def plan_card(spec: EngineSpec, free: int) -> DevicePlan:
     context = spec.wanted_context_tokens
     slot = context + -(-context // spec.kv.block_tokens) + facts.vocab_size // 32 + _RULES
     state = 4 * ((spec.max_slots + 1) * slot + _LONG_RULES)
+    state += _DRAWN_ITEM * min(_DRAWN_ROWS, spec.max_slots) * facts.vocab_size
     rotary = 4 * context * facts.head_dim
     layout = KvLayout(
         layers=facts.layers,

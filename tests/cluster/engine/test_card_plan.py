@@ -61,7 +61,7 @@ def test_the_table_has_every_part_and_kv_gets_what_they_leave(tmp_path: Path) ->
     assert row(table, "weights") == pytest.approx(14.96, abs=0.01)
     assert 0.5 < row(table, "steps of 8,192 tokens") < 1.5
     assert row(table, "logits of 512 rows") == pytest.approx(512 * 128256 * 6 / GIB, abs=0.01)
-    assert 0.25 < row(table, "state of sequences") < 0.4
+    assert 0.3 < row(table, "state of sequences") < 0.45
     assert "graphs" in table
     assert "reserve" in table
     assert plan.num_blocks * 16 > 900_000
