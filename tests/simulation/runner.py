@@ -101,7 +101,8 @@ class SimRunner:
         fault, self.fault = self.fault, False
         if self.on_poison and any(row.sample is not None and row.sample.seed == POISON_SEED for row in plan.rows):
             fault = True
-            self.on_poison()
+            if not any(step.fault for step in self._launched):  # else that one fells both: nobody knew of it here
+                self.on_poison()
         step = _Step(plan, [tuple(row.blocks) for row in plan.rows], fault)
         self._check(step)
         if self.depth == 1:
