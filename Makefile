@@ -26,6 +26,9 @@ rm -rf $(VENV); $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
   echo "$(PYTHON) can make no virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv python3-pip)" >&2; exit 1; }
 endef
 
+# Kernels run in an interpreter: a core each, and nothing else to wait for.
+KERNEL_TESTS := --numprocesses 2 tests/kernels
+
 .PHONY: help serve test test-slow simulate conformance chaos chaos-short docs check format setup protos clean
 
 help:            ## list the targets
@@ -35,13 +38,15 @@ serve: setup     ## install what is missing, start a cluster with the default mo
 	@exec $(BIN)/diptych serve $(ARGS)
 
 test: setup $(HELM) ## the CPU tests
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/kernels
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(KERNEL_TESTS)
 
 simulate: setup  ## thousands of clusters under faults in virtual time, by seed; SEEDS=0:10000
 	@$(BIN)/python tests/simulation/run.py --seeds $(SEEDS)
 
 test-slow: setup $(HELM) ## the long tests: whole clusters, the whole conformance matrix, the built wheel
-	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 900
+	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 900 --ignore tests/kernels
+	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 900 $(KERNEL_TESTS)
 
 conformance: setup ## every architecture in every situation against transformers; writes docs/conformance.md
 	@PYTHONPATH=tests/e2e:tests/conformance $(BIN)/python tests/conformance/report.py
