@@ -82,7 +82,7 @@ class SmallCluster:
 
     async def at_rest(self) -> dict[EngineRef, PoolCounts]:
         """The pools of the live engines once all of them are at rest."""
-        readings = await at_rest(self.alive.values())
+        readings = await at_rest(self.alive.values(), WAIT_S)
         return {ref: reading.blocks for ref, reading in zip(self.alive, readings, strict=True)}
 
     def count(self, role: Role, name: str) -> float:

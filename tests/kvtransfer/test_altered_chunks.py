@@ -82,7 +82,7 @@ class Engines:
 
     async def quiet(self) -> None:
         """Nothing is held any more."""
-        await at_rest(self.by_role.values())
+        await at_rest(self.by_role.values(), WAIT_S)
         for role in Role:
             assert self.count(role, "kv_thread_faults_total") == 0
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from rest import at_rest
+from rest import NEWS_S, REST_S, at_rest
 
 from diptych.cluster.config import ModelSettings
 from diptych.cluster.engine.engine import Engine
@@ -160,9 +160,9 @@ class Site:
         await self.sessions.pop(name).stop()
         await asyncio.to_thread(self.engines.pop(name).stop)
 
-    async def at_rest(self, *names: str) -> list[EngineStatus]:
+    async def at_rest(self, *names: str, within_s: float = REST_S) -> list[EngineStatus]:
         """A reading of each engine once all are at rest."""
-        return await at_rest(self.engines[name] for name in names)
+        return await at_rest((self.engines[name] for name in names), within_s)
 
 
 @pytest.fixture
@@ -339,7 +339,7 @@ async def test_random_cancels_leave_both_pools_as_they_were(site: Site) -> None:
         answer = prefill.tokens | decode.tokens
         expected = expected_tokens(req.prompt, req.sampling.max_tokens)
         assert all(expected[index] == token for index, token in answer.items())
-    for name, reading in zip(("p", "d"), await site.at_rest("p", "d"), strict=True):
+    for name, reading in zip(("p", "d"), await site.at_rest("p", "d", within_s=NEWS_S), strict=True):
         counts = reading.blocks
         assert counts.free + counts.cached == counts.total
         mirror = site.sessions[name].mirror
