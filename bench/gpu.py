@@ -238,13 +238,15 @@ def http(bench: Bench) -> None:
 @contextlib.contextmanager
 def serving(bench: Bench, folder: Path) -> Iterator[str]:
     """The URL of a cluster that is ready, or nothing when none came to be, which is noted."""
-    write_model(folder, HTTP_MODEL)
+    model = folder / HTTP_MODEL  # whose name is the model's
+    model.mkdir()
+    write_model(model, HTTP_MODEL)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     log = bench.out / f"{bench.prefix}_serve.log"
     seconds = bench.left_s(150.0)
     with log.open("w", encoding="utf-8") as file:
-        command = (*DIPTYCH, "serve", *serve_options(folder, port))
+        command = (*DIPTYCH, "serve", *serve_options(model, port))
         print(f"== {shlex.join(shown(command))}", flush=True)
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
         try:
@@ -261,7 +263,6 @@ def serving(bench: Bench, folder: Path) -> Iterator[str]:
 def serve_options(folder: Path, port: int) -> list[str]:
     """Settings that differ from the defaults, and why: all requests of a row are let in, and no prefix is found."""
     settings = {
-        f"models.{HTTP_MODEL}.source": str(folder),
         f"models.{HTTP_MODEL}.weights": "random",
         f"models.{HTTP_MODEL}.layout": "colocated",
         f"models.{HTTP_MODEL}.kv.prefix_cache": "false",
@@ -270,7 +271,7 @@ def serve_options(folder: Path, port: int) -> list[str]:
         "router.limits.max_connections": "2048",
         "router.port": str(port),
     }
-    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return ["--model", str(folder), *(part for key, value in settings.items() for part in ("--set", f"{key}={value}"))]
 
 
 def write_model(folder: Path, shape: str) -> None:

@@ -93,6 +93,8 @@ def run_offline(options: OfflineOptions, began: float) -> None:
         result: dict[str, Any] = {"system": system(), "model": name, "startup_s": round(startup_s, 2)}
         result |= _circumstances(settings, model, infos) | {"through": list(through), "path": options.path}
         result["timeline_s"] = _timeline(engines, startup_s)
+        engines.settle()
+        result["settled_s"] = round(time.monotonic() - began, 2)
         for run in runs:
             key = run.workload.name
             if ENGINE in through:
@@ -106,7 +108,7 @@ def run_offline(options: OfflineOptions, began: float) -> None:
             _trace(engines, runs, options, result)
     result["peak_memory_mib"] = memory.peak_bytes >> 20
     stages = ", ".join(f"{stage} {seconds:g}" for stage, seconds in result["timeline_s"].items())
-    print(f"ready after {startup_s:.1f} s: {stages}")
+    print(f"ready after {startup_s:.1f} s: {stages}; nothing left to prepare after {result['settled_s']:.1f} s")
     print(_memory_line(result))
     write_result(result, options.json_out)
 

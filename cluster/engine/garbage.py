@@ -5,6 +5,7 @@ threads. Seldom passes over few objects, and those counted.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 from diptych.protos.ports import Clock
@@ -14,13 +15,20 @@ from diptych.protos.ports import Clock
 _YOUNG, _MIDDLE, _OLD = 50_000, 20, 100
 
 
-def settle() -> None:
-    """Whatever the process holds now stays for good: model, pools and modules are looked through no more. Once, when
-    its engine is warm; not in a process that drops engines and goes on.
+def settle() -> Callable[[], None]:
+    """Whatever the process holds now stays: model, pools and modules are looked through no more. Once, when its engine
+    is warm; a process that drops its engines and goes on calls what this returns, and all is as before.
     """
+    before = gc.get_threshold()
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG, _MIDDLE, _OLD)
+
+    def undo() -> None:
+        gc.unfreeze()
+        gc.set_threshold(*before)
+
+    return undo
 
 
 class Pauses:

@@ -41,6 +41,7 @@ from diptych.protos.types import (
 
 from .compose import Brain, BrainFactory, EngineParts, brain_of
 from .engine import STOP_TIMEOUT_S, build
+from .garbage import settle
 from .inbox import CancelRequest
 from .loop import StepLoop
 from .session import EngineSessions
@@ -145,6 +146,7 @@ class OfflineEngines:
         self._batch: _Batch | None = None
         self._lost: BaseException | None = None  # what ended the step thread of an engine; of the asyncio thread
         self._keys = count(1)
+        self._unsettle: Callable[[], None] = lambda: None
         self.timeline: list[tuple[str, float]] = []  # stage of the start, seconds
 
     def start(self) -> list[EngineInfo]:
@@ -178,6 +180,18 @@ class OfflineEngines:
             thread.begin(partial(self._step, loop, parts))
         self.take_steps()
         return [parts.info for parts in self._parts.values()]
+
+    def settle(self) -> None:
+        """Do now what an engine does when nobody asks for anything, such as graphs of seldom sizes, and have the cycle
+        collector leave alone what stays until `stop`. Once, before the first batch: as an engine that has been up for
+        a few seconds. EngineFault: a step thread has not done so in STALL_S.
+        """
+        for loop, runner in zip(self._loops, self._runners, strict=True):
+            done = threading.Event()
+            loop.call(partial(_do_all, runner, done))
+            if not done.wait(STALL_S):
+                raise EngineFault(f"an engine is not idle after {STALL_S:g} s") from self._lost
+        self._unsettle = settle()
 
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, salt: bytes) -> list[Answered]:
         """Submit all at once, greedy, `num_tokens` each whatever they are; returns when the last token is here.
@@ -305,6 +319,7 @@ class OfflineEngines:
             thread.end(STOP_TIMEOUT_S)
         self._asyncio_thread.end(STOP_TIMEOUT_S)
         self._parts.clear()
+        self._unsettle()
 
     async def _answer(self, requests: Sequence[GenerateRequest]) -> list[Answered]:
         if self._lost is not None:
@@ -406,3 +421,10 @@ def _card_memory() -> dict[str, int]:
         "card_allocated_peak": torch.cuda.max_memory_allocated(),
     }
     return {name: size >> 20 for name, size in taken.items()}
+
+
+def _do_all(runner: TimedRunner, done: threading.Event) -> None:
+    """In the step thread, between two steps."""
+    while runner.idle():
+        pass
+    done.set()

@@ -114,6 +114,9 @@ class StepGraphs:
             except Exception as exc:
                 with contextlib.suppress(RuntimeError):  # that the capture is broken is known
                     graph.capture_end()
+                assert self._pool is not None
+                with contextlib.suppress(RuntimeError):  # a capture that ends badly goes on taking from the pool
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
                 torch.cuda.current_stream().synchronize()
                 raise NotCapturable(f"{type(exc).__name__}: {exc}") from exc
             graph.capture_end()

@@ -121,11 +121,15 @@ def test_a_run_without_time_is_not_begun_and_told(bench: Any) -> None:
 
 
 def test_the_server_is_given_settings_that_there_are(gpu: ModuleType, tmp_path: Path) -> None:
-    options = gpu.serve_options(tmp_path, 8123)
-    config = load_config(None, options[1::2])
-    assert set(options[::2]) == {"--set"}
+    folder = tmp_path / "llama-8b"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    flag, model, *options = gpu.serve_options(folder, 8123)
+    assert (flag, set(options[::2])) == ("--model", {"--set"})
+    config = load_config(None, options[1::2], model)
+    assert list(config.models) == ["llama-8b"]
     settings = config.models["llama-8b"]
-    assert (settings.source, settings.weights, settings.layout) == (str(tmp_path), "random", "colocated")
+    assert (settings.source, settings.weights, settings.layout) == (str(folder), "random", "colocated")
     assert (settings.kv.prefix_cache, config.router.limits.max_running, config.router.port) == (False, 1024, 8123)
 
 

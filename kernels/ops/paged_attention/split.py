@@ -96,7 +96,7 @@ def allocate(
     if prompts is None:
         shape = (head_dim, like.element_size())
         # What was tuned may change between two starts: bits shall not.
-        prompts = nearest(MEASURED["attend_prompts"], shape) if invariant else choose("attend_prompts", shape)
+        prompts = nearest(MEASURED["attend_tiles"], shape) if invariant else choose("attend_prompts", shape)
     found = tuple(sorted({window or 0 for window in windows}))
     group = heads // kv_heads
     held = min(1 << (group - 1).bit_length(), prompts.block_m)  # query heads of a token in an invariant tile

@@ -29,7 +29,7 @@ FIGURES = {
 ABOUT = {
     *("system", "model", "startup_s", "peak_memory_mib", "date", "commit", "dirty", "versions", "machine", "card"),
     *("weights", "layout", "shape", "config", "degraded", "device", "dtype", "engine", "memory_mib", "kv_tokens"),
-    *("through", "timeline_s", "path"),
+    *("through", "timeline_s", "settled_s", "path"),
 }
 
 

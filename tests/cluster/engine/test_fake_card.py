@@ -4,6 +4,7 @@ a card's start does besides computing is the real thing: plans, rehearsal, arena
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 from collections.abc import Iterator
@@ -139,6 +140,22 @@ def test_whole_answers_come_from_engines_that_plan_for_a_card(
     finally:
         engines.stop()
     assert all(0 < info.num_blocks * info.block_tokens <= 1 << 20 for info in infos)
+
+
+def test_settled_engines_have_nothing_left_to_prepare(fake: FakeCard, run_dir: Path, tmp_path: Path) -> None:
+    decode = DecodePoolSettings(step_tokens=64, threads=1, max_running=40)
+    engines = OfflineEngines(make_specs(run_dir, tmp_path, decode=decode))
+    engines.start()
+    try:
+        engines.settle()
+        [runner] = engines._runners
+        assert not runner.idle(), "all graphs are there"
+        assert gc.get_freeze_count() > 0
+        [answer] = engines.generate([[3, 4, 5]], 5, salt=b"")
+        assert answer.num_tokens == 5
+    finally:
+        engines.stop()
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_start_tells_its_stages_and_its_plan(fake: FakeCard, run_dir: Path, tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def test_what_a_settled_process_holds_is_looked_through_no_more() -> None:
 import gc
 from diptych.cluster.engine.garbage import settle
 kept = [[] for _ in range(1000)]
-settle()
+before = gc.get_threshold()
+undo = settle()
 assert gc.get_freeze_count() > 1000, gc.get_freeze_count()
 assert len(gc.get_objects()) < 1000, len(gc.get_objects())
 assert gc.get_threshold()[0] > 10_000
@@ -40,6 +41,9 @@ loop = []
 loop.append(loop)
 del loop
 assert gc.collect() >= 1, "what comes later is still collected"
+undo()
+assert gc.get_freeze_count() == 0
+assert gc.get_threshold() == before
 print("fine")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -235,9 +235,8 @@ def test_no_bit_depends_on_whether_a_long_context_was_cut(
 
 def test_the_tile_is_never_one_that_was_tuned(monkeypatch: pytest.MonkeyPatch, place: torch.device) -> None:
     """A restart after tuning must not change a bit."""
-    monkeypatch.setattr(
-        "diptych.kernels.ops.configs._tuned", {"attend_prompts": {(128, 2): Config(32, 32, 0, 0, 4, 2)}}
-    )
+    tuned = {op: {(128, 2): Config(32, 32, 0, 0, 4, 2)} for op in ("attend_prompts", "attend_tiles")}
+    monkeypatch.setattr("diptych.kernels.ops.configs._tuned", tuned)
     monkeypatch.setattr("diptych.kernels.ops.configs._found", {})
     like = torch.empty(0, device=place, dtype=torch.bfloat16)
     given: dict[str, Any] = {"max_rows": 2, "max_tokens": 8, "heads": 2, "kv_heads": 1, "head_dim": 128}
@@ -245,7 +244,7 @@ def test_the_tile_is_never_one_that_was_tuned(monkeypatch: pytest.MonkeyPatch, p
         allocate(**given, windows=(None,), like=like, programs=8, invariant=invariant).prompts
         for invariant in (True, False)
     ]
-    assert tiles == [MEASURED["attend_prompts"][128, 2], Config(32, 32, 0, 0, 4, 2)]
+    assert tiles == [MEASURED["attend_tiles"][128, 2], Config(32, 32, 0, 0, 4, 2)]
 
 
 def test_the_definition_takes_what_no_kernel_does(place: torch.device) -> None:

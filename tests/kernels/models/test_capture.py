@@ -77,7 +77,7 @@ def test_transformers_models_give_the_same_tokens_by_graphs_and_without(name: st
     model = load_model(folder, dtype="float32", device="cuda:0", by_hand=False)
     found = []
     for graphs in (False, True):
-        runner = runner_of(model, CARD, blocks=6 * 20, step_tokens=90, graphs=graphs)
+        runner = runner_of(model, CARD, blocks=6 * 20, step_tokens=100, graphs=graphs)
         assert bool(runner.graph_shapes) != (not graphs or bool(runner.degraded))
         one, *others = requests_of(4, 60, 8, model.vocab_size)
         found.append([token for token, _ in generate(runner, one, others, 25)])

@@ -39,7 +39,7 @@ def test_tokens_are_the_references(name: str, path: str, tmp_path: Path) -> None
     folder = ARCHITECTURES[name].make(tmp_path / "model")
     model = load_model(folder, dtype="float32", device="cuda:0", **PATHS[path])
     for graphs in (False, True):
-        runner = runner_of(model, CARD, blocks=6 * 25, step_tokens=90, graphs=graphs)
+        runner = runner_of(model, CARD, blocks=6 * 25, step_tokens=100, graphs=graphs)
         one, *others = requests_of(4, 70, 16, model.vocab_size)
         generate(runner, one, others, 25)
         for request in (one, *others):
