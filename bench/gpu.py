@@ -57,6 +57,7 @@ class Bench:
     commit: str | None
     end_at: float  # of time.monotonic
     clients: int
+    rows: Sequence[str] = ()  # of HTTP, by a part of their names; none: all
     failed: list[str] = field(default_factory=list)
 
     def left_s(self, box_s: float) -> float:
@@ -228,6 +229,8 @@ def http(bench: Bench) -> None:
             warm = (*DIPTYCH, "bench", "serve", "--url", url, "--requests", "8", "--output", "8", "--vocab", "100000")
             call(warm, 60.0, Path(folder) / "warm.log")
         for row, requests, rate, tokens_in, tokens_out, most in HTTP_ROWS if url else ():
+            if bench.rows and not any(part in row for part in bench.rows):
+                continue
             command = [*DIPTYCH, "bench", "serve", "--url", url, "--requests", str(requests), "--rate", rate]
             command += ["--input", str(tokens_in), "--output", str(tokens_out), "--seed", "1", "--vocab", "100000"]
             command += ["--concurrency", str(most)] if most else ["--clients", str(bench.clients)]
@@ -332,6 +335,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for all sections")
     parser.add_argument("--clients", type=int, default=max(1, min(4, len(os.sched_getaffinity(0)) // 4)))
+    parser.add_argument("--row", action="append", default=[], help="of http: a part of a row's name; may be repeated")
     parser.add_argument("--commit", default=commit_of(ROOT)[0], help="where the sources lie outside of git")
     parser.add_argument("--list", action="store_true", help="say what there is, and end")
     args = parser.parse_args()
@@ -346,6 +350,7 @@ def main() -> int:
         commit=args.commit,
         end_at=time.monotonic() + args.budget,
         clients=args.clients,
+        rows=args.row,
     )
     for name in args.only or SECTIONS:
         SECTIONS[name](bench)

@@ -7,6 +7,7 @@ On a card what the transfer thread does here is over when the call returns: no s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -68,6 +69,15 @@ class KvArena:
         """
         if tok_to > tok_from:
             kv_unpack(self.storage, blocks, tok_from, self._wire(data, tok_to - tok_from))
+
+    def rehearse(self) -> None:
+        """Pack a position and unpack it again, so that the first transfer finds the kernels for that compiled: a thread
+        that compiles keeps no lease alive. Before any sequence has a block.
+        """
+        position = memoryview(bytearray(self.layout.bytes_per_token))
+        with ThreadPoolExecutor(1, thread_name_prefix="rehearse") as thread:  # whose buffers end with it
+            thread.submit(self.pack, [0], 0, 1, position).result()
+            thread.submit(self.unpack, [0], 0, 1, position).result()
 
     def clear_tail(self, blocks: Sequence[int], num_tokens: int) -> None:
         """Zero what follows position num_tokens - 1 in its block. Attention gives these places weight 0, which does not

@@ -97,6 +97,7 @@ def _card_brain(spec: EngineSpec) -> Brain:
     if is_random:
         card.degraded.append(_RANDOM)
     model = card.load(RANDOM_SEED if is_random else None)
+    transfers = () if spec.settings.layout == "colocated" else (("transfers", KvArena.rehearse),)
     return Brain(
         card.layout,
         model.weights_digest,
@@ -107,7 +108,7 @@ def _card_brain(spec: EngineSpec) -> Brain:
         num_blocks=card.num_blocks,
         spare_blocks=1,
         before_kv=(("kernels", card.wait_kernels),),
-        with_kv=(("graphs", card.capture), ("cost", card.measure)),
+        with_kv=(("graphs", card.capture), ("cost", card.measure), *transfers),
         memory_plan=card.memory_plan,
     )
 

@@ -65,6 +65,10 @@ class Answered:
     cached_tokens: int = 0  # of the prompt, found in a prefix cache
 
 
+class _Enough(Exception):
+    """A batch has shown what it was wanted for."""
+
+
 @dataclass(slots=True)
 class _Batch:
     """Requests in work. Of the asyncio thread alone."""
@@ -254,10 +258,15 @@ class OfflineEngines:
 
     def profile(self, first: int, count: int, batch: Callable[[], None]) -> tuple[int, list[Piece]]:
         """Run `batch`, which generates, and trace its steps number `first` .. first + count - 1 of the last engine, the
-        one that decodes. Gives the number of steps that were traced and what ran in them.
+        one that decodes; the batch ends there. Gives the number of steps that were traced and what ran in them.
         """
         runner, loop = self._runners[-1], self._loops[-1]
-        profile = StepProfile(first=first, count=count, on_card=runner.stream is not None)
+        on_card = runner.stream is not None
+
+        def enough() -> None:
+            self._asyncio_thread.loop.call_soon_threadsafe(self._end_batch, _Enough())
+
+        profile = StepProfile(first=first, count=count, on_card=on_card, on_end=enough)
         profile.warm_up()
         runner.profile = profile
         ended = threading.Event()
@@ -268,7 +277,8 @@ class OfflineEngines:
             ended.set()
 
         try:
-            batch()
+            with contextlib.suppress(_Enough):
+                batch()
         finally:
             loop.call(end)
             ended.wait(STOP_TIMEOUT_S)
@@ -320,6 +330,10 @@ class OfflineEngines:
         self._asyncio_thread.end(STOP_TIMEOUT_S)
         self._parts.clear()
         self._unsettle()
+
+    def _end_batch(self, why: Exception) -> None:
+        if self._batch is not None:
+            self._batch.fail(why)
 
     async def _answer(self, requests: Sequence[GenerateRequest]) -> list[Answered]:
         if self._lost is not None:

@@ -5,6 +5,7 @@ Driven by TimedRunner from the step thread, since torch's profiler sees the thre
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +25,13 @@ class StepProfile:
     no part of it.
     """
 
-    def __init__(self, *, first: int, count: int, on_card: bool) -> None:
+    def __init__(self, *, first: int, count: int, on_card: bool, on_end: Callable[[], None]) -> None:
+        """`on_end` is called from the step thread once the steps were traced."""
         assert count >= 1
         self.num_steps = 0  # traced; complete when the batch is over
         self._first, self._end = first, first + count
         self._on_card = on_card
+        self._on_end = on_end
         self._launched = 0
         self._collected = 0
         self._profiler: Any = None
@@ -66,6 +69,7 @@ class StepProfile:
             self._settle()
             self._is_on = False
             self._profiler.stop()
+            self._on_end()
 
     def pieces(self) -> list[Piece]:
         """What ran. Empty where the batch had no step number `first`."""
@@ -83,7 +87,10 @@ class StepProfile:
 
     def _new(self) -> Any:
         activity = torch.profiler.ProfilerActivity
-        return torch.profiler.profile(activities=[activity.CUDA if self._on_card else activity.CPU])
+        on = activity.CUDA if self._on_card else activity.CPU
+        return torch.profiler.profile(
+            activities=[on], acc_events=True
+        )  # without that it warns of cycles, which we lack
 
     def _settle(self) -> None:
         if self._on_card:

@@ -86,6 +86,7 @@ class StepGraphs:
         self._run = run
         self._on_card = device.type == "cuda"
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph | None] = {}
+        self._broken: list[torch.cuda.CUDAGraph] = []
         self._pool = torch.cuda.graph_pool_handle() if self._on_card else None
 
     @property
@@ -114,9 +115,9 @@ class StepGraphs:
             except Exception as exc:
                 with contextlib.suppress(RuntimeError):  # that the capture is broken is known
                     graph.capture_end()
-                assert self._pool is not None
-                with contextlib.suppress(RuntimeError):  # a capture that ends badly goes on taking from the pool
-                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+                # The allocator still thinks that it captures into this pool, and asks the graph whether it does.
+                self._broken.append(graph)
+                self._pool = torch.cuda.graph_pool_handle()
                 torch.cuda.current_stream().synchronize()
                 raise NotCapturable(f"{type(exc).__name__}: {exc}") from exc
             graph.capture_end()

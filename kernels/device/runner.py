@@ -40,6 +40,7 @@ from .wire import HEADER, NUM_UPDATES, UPDATES_AT, Layout, Packer, Sampling, Tai
 MAX_OUTSTANDING = 2
 _SHORT_PROMPT = 128  # tokens: what it reads of itself hardly counts
 _LONG_STEP = 2048  # tokens
+_CHUNK = 1024  # tokens of a prompt, timed from position 0 on and behind others
 _COPIED_BYTES = 512 << 20  # more than any cache holds
 _TOLD_AT_ONCE = 64  # rows of logprobs: 33 MB of float32 at 128,256 tokens
 
@@ -193,7 +194,10 @@ class DeviceRunner:
             steps = [self._time(self._alike(size)) for size in sorted(sizes)]
             parted = self._alike(longest, decoding=False)
             whole = self._time([sum(parted)])
-            self.cost = fit(steps, whole=whole, parted=self._time(parted), kv_token_s=self._read_s())
+            chunk = max(1, min(_CHUNK, longest // 4))
+            near, far = self._time([chunk]), self._time([chunk], behind=longest - chunk)
+            kv_token_s = self._read_s()
+            self.cost = fit(steps, whole=whole, parted=self._time(parted), near=near, far=far, kv_token_s=kv_token_s)
 
     def idle(self) -> bool:
         """Make one more graph, if one is missing: tens of milliseconds. False: there was nothing to do."""
@@ -307,9 +311,9 @@ class DeviceRunner:
             self._state.tokens_SC[row.slot, row.start + row.num_tokens].fill_(-1)
         self._finish()  # the wire that it may have been reading is written again
 
-    def _rehearse(self, lengths: Sequence[int]) -> None:
+    def _rehearse(self, lengths: Sequence[int], behind: int = 0) -> None:
         """A step of rows of the dummy slot, all in the spare block; rows of one token first."""
-        self._start(StepPlan(0, ()), _dummies(lengths, self._state.dummy))
+        self._start(StepPlan(0, ()), _dummies(lengths, self._state.dummy, behind))
         self._finish()
 
     def _rehearse_choices(self) -> None:
@@ -328,14 +332,14 @@ class DeviceRunner:
         each = min(tokens, self._state.max_context_tokens, max(_SHORT_PROMPT, -(-tokens // self._state.max_slots)))
         return [each] * min(tokens // each, self._state.max_slots)
 
-    def _time(self, lengths: Sequence[int]) -> Timed:
+    def _time(self, lengths: Sequence[int], behind: int = 0) -> Timed:
         """Of the best of two rehearsals; a long step is timed once."""
         seconds = float("inf")
         for _ in range(2 if sum(lengths) <= _LONG_STEP else 1):
             began = time.perf_counter()
-            self._rehearse(lengths)
+            self._rehearse(lengths, behind)
             seconds = min(seconds, time.perf_counter() - began)
-        return Timed(sum(lengths), lengths[0], seconds)
+        return Timed(sum(lengths), lengths[0], seconds, behind)
 
     def _read_s(self) -> float:
         """To read one position's keys and values of all layers, at the rate at which the arena can be copied."""
@@ -407,12 +411,12 @@ def _lost(plan: StepPlan, exc: RuntimeError) -> EngineLost:
     return error
 
 
-def _dummies(lengths: Sequence[int], dummy: int) -> Layout:
-    """Rows of the dummy slot from position 0 on."""
+def _dummies(lengths: Sequence[int], dummy: int, behind: int = 0) -> Layout:
+    """Rows of the dummy slot from position `behind` on."""
     ends = list(accumulate(lengths))
     words: list[int] = []
     for at, (length, end) in enumerate(zip(lengths, ends, strict=True)):
-        words += (dummy, 0, length, end - length, at, 0, 0, 0)  # samples, so that every kernel has run
+        words += (dummy, behind, length, end - length, at, 0, 0, 0)  # samples, so that every kernel has run
     singles = sum(length == 1 for length in lengths)
     is_decode = singles == len(lengths)
     return Layout(

@@ -17,7 +17,7 @@ from diptych.kernels.device.graphs import StepShape, decode_shape, shapes_within
 from diptych.kernels.device.plain import PlainDecoder
 from diptych.kernels.device.runner import DeviceOptions, DeviceRunner
 from diptych.kernels.device.state import DeviceState
-from diptych.kernels.device.testing import BLOCK, GREEDY, Storm, SumDecoder, make_runner, oracle
+from diptych.kernels.device.testing import BLOCK, GREEDY, Storm, SumDecoder, make_runner, nothing_waits, oracle
 from diptych.kernels.model import LoadedModel, load_model
 from diptych.kernels.runner import ModelRunner
 from diptych.kernels.testing import ARCHITECTURES, make_tiny_checkpoint
@@ -425,7 +425,6 @@ def test_rules_that_leave_no_token_are_told_as_model_runner_does(model: LoadedMo
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_launch_waits_for_the_card() -> None:
     """Mixed steps, decode graphs and what is told anew; collect alone may wait."""
     runner, _ = make_runner(torch.device("cuda"))
@@ -433,11 +432,8 @@ def test_no_launch_waits_for_the_card() -> None:
     storm = Storm(3, depth=2)
 
     def launch(plan: StepPlan) -> None:
-        try:
-            torch.cuda.set_sync_debug_mode("error")
+        with nothing_waits():
             runner.launch(plan)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     for _ in range(8):
         storm.add(storm.rng.randint(1, 90), 20)

@@ -67,6 +67,14 @@ def test_a_layout_that_cannot_be_is_refused() -> None:
         layout(layers=0)
 
 
+def test_a_rehearsal_changes_nothing() -> None:
+    arena = KvArena(layout(4), 2)
+    arena.storage.copy_(torch.arange(arena.storage.numel()).view(arena.storage.shape))
+    before = arena.storage.clone()
+    arena.rehearse()
+    assert torch.equal(arena.storage, before)
+
+
 @pytest.mark.gpu
 def test_kv_crosses_between_a_card_and_the_host_and_the_spare_block_is_nobodys() -> None:
     source, target = KvArena(layout(4, "bfloat16"), 6, "cuda:0", spare_blocks=1), KvArena(layout(7, "bfloat16"), 6)

@@ -57,7 +57,7 @@ def result_of(*arguments: object) -> dict[str, object]:
     return found
 
 
-def check_figures(figures: object, tokens_in: int, tokens_out: int) -> None:
+def check_figures(figures: object, tokens_in: int, tokens_out: int, *, on_card: bool = False) -> None:
     assert isinstance(figures, dict)
     assert set(figures) - {"of_engine"} == FIGURES
     low, high = figures["spread_s"]
@@ -67,7 +67,9 @@ def check_figures(figures: object, tokens_in: int, tokens_out: int) -> None:
     assert figures["total_tok_s"] * figures["s"] == pytest.approx(tokens_in + tokens_out, rel=0.05)
     assert (figures["tokens_in"], figures["tokens_out"]) == (tokens_in, tokens_out)
     for mean in figures["steps"].values():
-        assert 0 < mean["host_us"] + mean["device_us"] <= mean["step_us"] * 1.01
+        both = mean["host_us"], mean["device_us"]
+        busy = max(both) if on_card else sum(both)  # where steps follow each other at once, each hides the other
+        assert 0 < busy <= mean["step_us"] * 1.01
 
 
 def test_every_workload_is_run_whole_and_told_on_the_last_line(tiny: Path, tmp_path: Path) -> None:
@@ -249,7 +251,7 @@ def test_on_a_card_both_ways_of_computing_can_be_measured(tiny: Path, path: str)
     assert result["path"] == path
     degraded = " ".join(map(str, result["degraded"]))  # type: ignore[call-overload]
     assert "hand-written" not in degraded, "it was asked for"
-    check_figures(result["4x20x5"], 80, 20)
+    check_figures(result["4x20x5"], 80, 20, on_card=True)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,8 @@ def test_kv_that_does_not_fit_is_refused_before_anything_is_allocated(run_dir: P
 def test_kv_without_a_size_takes_its_share_and_leaves_the_reserve(run_dir: Path, tmp_path: Path, layout: str) -> None:
     share = 0.1 / len(LAYOUTS[layout])  # of the card; both engines of a layout are in this process
     engines = OfflineEngines(make_specs(run_dir, tmp_path, layout, None, gpu_share=share))
+    gc.collect()
+    torch.cuda.empty_cache()  # what earlier tests have left could be taken without reserving more
     before, total = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1]
     infos = engines.start()
     try:

@@ -206,7 +206,7 @@ def test_no_bit_depends_on_company_or_chunks(
         *(
             pytest.param(
                 9000,
-                {"heads": heads, "head_dim": dim, "block_tokens": 16, "tile": None, "programs": 16},
+                {"heads": heads, "head_dim": dim, "block_tokens": 16, "tile": None, "programs": 40},
                 marks=pytest.mark.gpu,
             )
             for heads, dim in (((32, 8), 128), ((9, 3), 64), ((16, 1), 256))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diptych.kernels.device.testing import nothing_waits
 from diptych.kernels.ops.logprobs import cuda, reference
 from diptych.kernels.ops.logprobs.columns import Logprobs
 
@@ -19,13 +20,17 @@ def logits_of(rows: int, vocab: int, seed: int = 0) -> Tensor:
 def check(
     logits: Tensor, rows: list[int], tokens: list[int], most: int, place: torch.device, tile: int = 512
 ) -> Logprobs:
-    """Values to a few roundings, ranks, and alternatives in order: equal ones by id."""
+    """Values to a few roundings, ranks, and alternatives in order: equal ones by id. The definition adds up in float32:
+    of 150,000 tokens that alone is off by more than the kernel is.
+    """
     asked = torch.tensor(rows), torch.tensor(tokens)
     found = cuda.logprobs(logits.to(place), *(one.to(place) for one in asked), most, tile=tile)
     wanted = reference.logprobs(logits, *asked, most)
     is_number = ~wanted.own_R.isnan()
-    torch.testing.assert_close(found.own_R.cpu(), wanted.own_R, atol=2e-6, rtol=1e-6, equal_nan=True)
-    torch.testing.assert_close(found.values_RK.cpu(), wanted.values_RK, atol=2e-6, rtol=1e-6, equal_nan=True)
+    exact_RV = torch.log_softmax(logits[asked[0]].double(), dim=-1).float()
+    own_R, values_RK = exact_RV.gather(1, asked[1][:, None])[:, 0], exact_RV.gather(1, wanted.ids_RK)
+    torch.testing.assert_close(found.own_R.cpu(), own_R, atol=2e-6, rtol=1e-6, equal_nan=True)
+    torch.testing.assert_close(found.values_RK.cpu(), values_RK, atol=2e-6, rtol=1e-6, equal_nan=True)
     assert torch.equal(found.ranks_R.cpu(), wanted.ranks_R)
     assert torch.equal(found.ids_RK.cpu()[is_number], wanted.ids_RK[is_number])
     assert found.ids_RK.dtype is torch.int64
@@ -82,9 +87,6 @@ def test_a_card_tells_what_the_definition_tells_without_being_asked(vocab: int, 
     check(logits, rows.tolist(), tokens.tolist(), 20, place, tile=4096)
     on_card = logits.to(place), rows.to(place), tokens.to(place)
     torch.cuda.synchronize()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
+    with nothing_waits():
         cuda.logprobs(*on_card, 20)
         cuda.logprobs(*on_card, 40)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diptych.kernels.device.testing import nothing_waits
 from diptych.kernels.ops.moe import cuda, launch, reference
 from diptych.kernels.ops.moe.experts import Experts, MoeWorkspace
 
@@ -218,14 +219,10 @@ def test_a_graph_holds_it_and_nothing_asks_the_device(tokens: int, place: torch.
     cuda.moe(x, experts, workspace)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            graph.capture_begin(capture_error_mode="thread_local")
-            parts = cuda.moe(x, experts, workspace)
-            graph.capture_end()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    with torch.cuda.stream(stream), nothing_waits():
+        graph.capture_begin(capture_error_mode="thread_local")
+        parts = cuda.moe(x, experts, workspace)
+        graph.capture_end()
     for seed in range(3):
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
         torch.cuda.synchronize()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from diptych.kernels.device.runner import DeviceRunner
-from diptych.kernels.device.testing import GREEDY, VOCAB, Request, Storm, SumDecoder, make_runner
+from diptych.kernels.device.testing import GREEDY, VOCAB, Request, Storm, SumDecoder, make_runner, nothing_waits
 from diptych.kernels.device.wire import Layout, Wire
 from diptych.kernels.ops import table
 from diptych.protos.errors import EngineFault
@@ -162,7 +162,6 @@ def test_a_slots_next_request_has_rules_of_its_own() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("graphs", [False, True])
 def test_no_launch_of_any_kind_of_row_waits_for_the_card(graphs: bool) -> None:
     """Draws, filters, rules, logprobs of answers and prompts; the tokens are the definition's on a CPU."""
@@ -171,11 +170,8 @@ def test_no_launch_of_any_kind_of_row_waits_for_the_card(graphs: bool) -> None:
     runner.capture()
 
     def launch(plan: StepPlan) -> None:
-        try:
-            torch.cuda.set_sync_debug_mode("error")
+        with nothing_waits():
             runner.launch(plan)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     found = run_storm(runner, 8, 20, launch)
     wanted = run_storm(make_runner(CPU)[0], 8, 20)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diptych.kernels.device.step import LOGITS_NOT_FINITE, RULED_OUT
+from diptych.kernels.device.testing import nothing_waits
 from diptych.kernels.ops.sampling import by_spec, cuda, kernel, launch, reference
 from diptych.kernels.ops.sampling.philox import uniform
 from diptych.kernels.ops.sampling.space import Asking, SampleSpace, Tiling
@@ -401,12 +402,9 @@ def test_a_card_chooses_what_the_definition_chooses(vocab: int, dtype: torch.dty
     again = AskedStep([specs[row] for row in order], [histories[row] for row in order], vocab=vocab, device=place)
     turned = on_card.flip(0)
     torch.cuda.synchronize()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
+    with nothing_waits():
         cuda.choose_largest(turned, again.space, again.tokens_N, again.flags_N)
         cuda.choose_as_asked(turned, again.asking, again.state, again.space, again.tokens_N, again.flags_N)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert again.tokens_N.tolist() == tokens[::-1]
 
 
