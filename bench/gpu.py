@@ -42,6 +42,11 @@ HTTP_ROWS = (
     ("8000/500 at 2.5 requests/s, 80 requests", 80, "2.5", 8000, 500, None),
     ("128/256 one at a time", 16, "inf", 128, 256, 1),
 )
+# Ops in the order of what a step spends on them: a run that is ended early has these.
+KERNELS = (
+    *("moe", "linear", "paged_attention", "silu_mul", "add_norm", "qk_write"),
+    *("sampling", "logprobs", "step_inputs", "kv_pack"),
+)
 LEAST_S = 15.0  # a section with less time than this is not begun
 END_S = 30.0  # for a process to end that was asked to
 LOG_LINES = 40  # of a log that are shown, the last ones
@@ -214,7 +219,8 @@ def generic(bench: Bench) -> None:
 
 
 def kernels(bench: Bench) -> None:
-    bench.run("kernels", (*DIPTYCH, "bench", "kernels"), 240.0, about={"kind": "kernels"})
+    ops = [part for op in KERNELS for part in ("--op", op)]
+    bench.run("kernels", (*DIPTYCH, "bench", "kernels", *ops), 240.0, about={"kind": "kernels"})
 
 
 def tests(bench: Bench) -> None:

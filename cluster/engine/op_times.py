@@ -16,7 +16,7 @@ def time_ops(
     ops: Sequence[str], tell: Callable[[str], None], keep: Callable[[dict[str, Any]], None], *, is_tuned: bool
 ) -> dict[str, Any]:
     """Measure every case of these ops (none: of all): {"ceilings": ..., "op case": figures}, each told as it comes, and
-    what there is so far kept after each op. A case that fails has an "error", and the others go on. With `is_tuned`
+    what there is so far kept after each. A case that fails has an "error", and the others go on. With `is_tuned`
     their launch tables are found first. StartupError: no card, no such op.
     """
     if not torch.cuda.is_available():
@@ -40,7 +40,7 @@ def time_ops(
             figures = too_little_memory(case) or _measured(case, limits)
             result[f"{op} {case.name}"] = figures
             tell(_line(f"{op} {case.name}", figures))
-        keep(result)
+            keep(result)
         torch.cuda.empty_cache()  # of this op's inputs
     return result
 

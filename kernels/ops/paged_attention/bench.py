@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -85,20 +86,21 @@ def _flop(rows: _Rows, heads: int, head_dim: int) -> int:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Decoding by bandwidth, prompts by arithmetic."""
-    for table, counts_flop in ((_DECODE, False), (_PROMPTS, True), (_MIXED, False)):
-        for name, (rows, shape) in table.items():
-            heads, head_dim, _ = shape
-            tokens = sum(num for _, num in rows)
-            kv_bytes = 4 * sum(start + num for start, num in rows) * heads[1] * head_dim
-            run: Callable[..., object] = partial(_ours, head_dim**-0.5, False)
-            alone = counts_flop and len(rows) == 1 and rows[0][0] == 0
-            others = prompt_peers() if alone else decode_peers() if table is _DECODE else {}
-            yield Case(
-                name=f"{'prompts' if counts_flop else 'decode' if table is _DECODE else 'mixed'} {name}",
-                make=partial(_inputs, rows, shape, device),
-                run=run,
-                size_bytes=kv_bytes + 4 * tokens * heads[0] * head_dim,
-                flop=_flop(rows, heads[0], head_dim) if counts_flop else 0,
-                peers=others,
-            )
+    """Decoding by bandwidth, prompts by arithmetic; in turn, so that a run that is ended early has some of each."""
+    of_each = [[(table, name) for name in table] for table in (_DECODE, _PROMPTS, _MIXED)]
+    for table, name in (case for turn in zip_longest(*of_each) for case in turn if case is not None):
+        (rows, shape), counts_flop = table[name], table is _PROMPTS
+        heads, head_dim, _ = shape
+        tokens = sum(num for _, num in rows)
+        kv_bytes = 4 * sum(start + num for start, num in rows) * heads[1] * head_dim
+        run: Callable[..., object] = partial(_ours, head_dim**-0.5, False)
+        alone = counts_flop and len(rows) == 1 and rows[0][0] == 0
+        others = prompt_peers() if alone else decode_peers() if table is _DECODE else {}
+        yield Case(
+            name=f"{'prompts' if counts_flop else 'decode' if table is _DECODE else 'mixed'} {name}",
+            make=partial(_inputs, rows, shape, device),
+            run=run,
+            size_bytes=kv_bytes + 4 * tokens * heads[0] * head_dim,
+            flop=_flop(rows, heads[0], head_dim) if counts_flop else 0,
+            peers=others,
+        )
