@@ -96,6 +96,8 @@ class DecodeScheduler:
             sequence.under_way += share.num_tokens
             sequence.pending += share.samples
             self.all.num_in_flight += 1
+            if share.num_tokens > 1 and sequence.table is not None:
+                sequence.table.foresee(sequence.tokens, sequence.computed + sequence.under_way)
             if sequence.missing <= 1:
                 self.all.prompts.discard(sequence.key)
 

@@ -8,7 +8,7 @@ step thread; it knows nothing of memory, transfers or time.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 
 from diptych.protos.types import BlockHash, PoolCounts
@@ -146,6 +146,7 @@ class BlockTable:
         self._pool = pool
         self._parent = parent  # name of the last block that is named or was committed
         self._num_committed = len(blocks)
+        self._foreseen: deque[BlockHash] = deque()  # names of the blocks behind those
         self._closed = False
 
     def try_grow(self, num_tokens: int) -> bool:
@@ -171,10 +172,23 @@ class BlockTable:
         assert num_tokens <= min(len(tokens), len(self.blocks) * size), (num_tokens, len(tokens), len(self.blocks))
         if not self._pool.prefix_cache:
             return
+        self.foresee(tokens, num_tokens)
         for at in range(self._num_committed, num_tokens // size):
-            self._parent = block_name(self._parent, tokens[at * size : (at + 1) * size])
+            self._parent = self._foreseen.popleft()
             self._pool._name(self._parent, self.blocks[at])
             self._num_committed = at + 1
+
+    def foresee(self, tokens: Sequence[int], num_tokens: int) -> None:
+        """Work out the names that `commit` of these positions will give, 2 us a block, for which nobody waits while a
+        device computes them.
+        """
+        if not self._pool.prefix_cache:
+            return
+        size = self._pool.block_tokens
+        parent = self._foreseen[-1] if self._foreseen else self._parent
+        for at in range(self._num_committed + len(self._foreseen), num_tokens // size):
+            parent = block_name(parent, tokens[at * size : (at + 1) * size])
+            self._foreseen.append(parent)
 
     def extend_prefix(self, tokens: Sequence[int], num_tokens: int, *, max_cached_tokens: int) -> int:
         """Blocks that others have committed since `open`, in place of own ones that hold nothing yet.
@@ -197,6 +211,7 @@ class BlockTable:
             pool._free.append(own)
             self._parent = name
             self._num_committed = at + 1
+            self._foreseen.clear()
         return self._num_committed * size
 
     def close(self) -> None:

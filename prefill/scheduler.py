@@ -152,6 +152,8 @@ class PrefillScheduler:
             job.in_flight += 1
             job.under_way += share.num_tokens
             self.num_in_flight += 1
+            assert job.table is not None
+            job.table.foresee(job.known, job.launched)
             if not job.missing:
                 self.computing.discard(job.key)
 

@@ -77,6 +77,10 @@ class PoolMachine(RuleBasedStateMachine):
         request.valid = upto
         request.table.commit(request.tokens, upto)
 
+    @rule(request=requests, part=st.floats(0, 1))
+    def foresee(self, request: Request, part: float) -> None:
+        request.table.foresee(request.tokens, int(part * len(request.tokens)))
+
     @rule(request=requests)
     def extend_prefix(self, request: Request) -> None:
         valid = request.table.extend_prefix(request.tokens, request.valid, max_cached_tokens=len(request.tokens))
