@@ -1,7 +1,7 @@
 """Markdown tables of what bench/gpu.py measured, beside the figures of bench/peers/: so that no figure is typed.
 
 Of each section the newest file counts. A figure that is not there is a dash; one that failed says so.
-Run: python bench/table.py [RESULT.json ...] [--card h200] [--into README.md] | --steps PROFILE.json
+Run: python bench/table.py [RESULT.json ...] [--card h200] [--part http] [--into README.md] | --steps PROFILE.json
 `--into` replaces what stands between the lines `<!-- figures: CARD -->` and `<!-- end of figures -->` of that file.
 """
 
@@ -26,6 +26,7 @@ WORKLOADS = {  # which figure of a workload counts, and its unit
 }
 _Json = Mapping[str, Any]
 DASH = "-"
+PARTS = ("offline", "start", "session", "http", "deterministic", "generic", "kernels", "missing")
 _SHOWN = 10  # kernels of a step
 
 
@@ -272,21 +273,26 @@ def step_tables(profile: _Json) -> Iterator[str]:
         yield ""
 
 
-def render(results: Results, peers: Peers, *, every: bool = False) -> str:
-    parts = (
-        offline_tables(results, peers),
-        start_table(results, peers),
-        session_table(results),
-        http_table(results, peers),
-        comparison(results, "llama-8b, `deterministic: true`", ("with", "without"), "deterministic", "llama-8b"),
-        *(
-            comparison(results, model, ("transformers' forward", "hand-written"), f"{model}_generic", model)
-            for model in MODELS
-        ),
-        kernel_table(results, peers, every=every),
-        missing(results),
-    )
-    text = "\n".join(line for part in parts for line in part)
+def generic_tables(results: Results) -> Iterator[str]:
+    for model in MODELS:
+        yield from comparison(results, model, ("transformers' forward", "hand-written"), f"{model}_generic", model)
+
+
+def render(results: Results, peers: Peers, parts: Sequence[str] = (), *, every: bool = False) -> str:
+    """All parts where none is named."""
+    exact = "llama-8b, `deterministic: true`"
+    made = {
+        "offline": lambda: offline_tables(results, peers),
+        "start": lambda: start_table(results, peers),
+        "session": lambda: session_table(results),
+        "http": lambda: http_table(results, peers),
+        "deterministic": lambda: comparison(results, exact, ("with", "without"), "deterministic", "llama-8b"),
+        "generic": lambda: generic_tables(results),
+        "kernels": lambda: kernel_table(results, peers, every=every),
+        "missing": lambda: missing(results),
+    }
+    assert tuple(made) == PARTS
+    text = "\n".join(line for part in parts or PARTS for line in made[part]())
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -305,6 +311,7 @@ def main() -> int:
     parser.add_argument("results", nargs="*", type=Path, help="by default all of the card in bench/results")
     parser.add_argument("--card", default="h200")
     parser.add_argument("--peers", type=Path, default=HERE / "peers")
+    parser.add_argument("--part", action="append", choices=PARTS, help="some of the tables; by default all")
     parser.add_argument("--every", action="store_true", help="kernels without a peer too")
     parser.add_argument("--steps", type=Path, help="instead: the kernels of a file of bench offline --profile")
     parser.add_argument("--into", type=Path)
@@ -313,7 +320,7 @@ def main() -> int:
         print("\n".join(step_tables(json.loads(args.steps.read_text(encoding="utf-8")))))
         return 0
     files = args.results or sorted((HERE / "results").glob(f"*_{args.card}_*.json"))
-    figures = render(Results(files), Peers(args.peers, args.card), every=args.every)
+    figures = render(Results(files), Peers(args.peers, args.card), args.part or (), every=args.every)
     if args.into is None:
         print(figures, end="")
         return 0

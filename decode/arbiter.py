@@ -18,7 +18,7 @@ class Goals:
     """Seconds that clients may wait. Defaults: of interactive chat, where 20 ms a token reads faster than anybody."""
 
     itl_target_s: float = 0.020  # a step with decoding sequences, as long as prompts can be served so
-    itl_limit_s: float = 0.053  # the same when prompts would wait too long
+    itl_limit_s: float = 0.05  # the same when prompts would wait too long
     ttft_target_s: float = 0.2  # from arrival to a prompt's last token; beyond, steps are as long as itl_limit_s
     overload: float = 14.0  # backlog, in ttft_target_s, from which on the steps are full: latency is lost then anyway
 

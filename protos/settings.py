@@ -93,7 +93,7 @@ class DecodePoolSettings(Settings):
         0.02, description="pace latency: seconds of a step with running answers, as long as prompts can be served so"
     )
     itl_limit_s: Seconds = Field(
-        0.053,
+        0.05,
         validate_default=True,
         description="pace latency: the same where prompts would wait too long; a backlog of seconds alone goes beyond",
     )

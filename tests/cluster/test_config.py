@@ -57,7 +57,7 @@ def refusal(*overrides: str) -> str:
         ("models.x.decode.pace=fast", "models.x.decode.pace: should be 'latency' or 'throughput', not 'fast'"),
         (
             "models.x.decode.itl_target_s=0.1",
-            "models.x.decode.itl_limit_s: 0.053 is less than itl_target_s, which is 0.1; raise the one or",
+            "models.x.decode.itl_limit_s: 0.05 is less than itl_target_s, which is 0.1; raise the one or",
         ),
         ("models.x.decode.itl_target_s=0", "models.x.decode.itl_target_s: should be greater than 0, not 0"),
         ("models.x.decode.step_tokens=0", "models.x.decode.step_tokens: should be greater than or equal to 1, not 0"),

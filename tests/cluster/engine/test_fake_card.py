@@ -243,7 +243,7 @@ def test_the_pace_decides_whether_the_arbiter_is_asked(fake: FakeCard, run_dir: 
         budget = composed(spec)[0].workers[Role.DECODE]._scheduler._budget  # type: ignore[attr-defined]
         return None if budget is None else (budget._goals.itl_target_s, budget._goals.itl_limit_s)
 
-    assert goals() == (0.02, 0.053)
+    assert goals() == (0.02, 0.05)
     assert goals(itl_target_s=0.01, itl_limit_s=0.03) == (0.01, 0.03)
     assert goals(pace="throughput") is None
 
