@@ -119,10 +119,10 @@ class Bench:
 
 
 def shown(command: Sequence[str]) -> list[str]:
-    """As somebody would type it."""
+    """As somebody would type it, no folder of this machine in it."""
     if tuple(command[: len(DIPTYCH)]) == DIPTYCH:
-        return ["diptych", *command[len(DIPTYCH) :]]
-    return ["python" if part == sys.executable else part for part in command]
+        command = ["diptych", *command[len(DIPTYCH) :]]
+    return ["python" if part == sys.executable else Path(part).name if part[:1] == "/" else part for part in command]
 
 
 def call(command: Sequence[str], seconds: float, log: Path, env: dict[str, str] | None = None) -> str:
@@ -348,6 +348,10 @@ def main() -> int:
     if args.list:
         print("\n".join(SECTIONS))
         return 0
+    rows = [row for row, *_ in HTTP_ROWS]
+    for part in args.row:
+        if not any(part in row for row in rows):
+            parser.error(f"--row {part}: no row of http has that in its name; there are " + "; ".join(rows))
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(
         out=args.out.resolve(),

@@ -119,7 +119,7 @@ def start_table(results: Results, peers: Peers) -> Iterator[str]:
         for section, name in (("start_cold", "no kernel compiled before"), ("start_warm", "kernels compiled before"))
         if section in results.sections
     ]
-    yield from table(("start-up of llama-8b to ready, s", peer, "Diptych"), rows)
+    yield from table(("start-up of a bare engine, llama-8b, to ready, s", peer, "Diptych"), rows)
     yield ""
 
 
@@ -135,7 +135,8 @@ def session_table(results: Results) -> Iterator[str]:
         for workload in WORKLOADS
         if (figures := ours.get(f"{workload} through session"))
     ]
-    yield from table(("through the engine's gRPC session, output tok/s", "bare engine", "session", "of bare"), rows)
+    words = f"through the engine's gRPC session, output tok/s ({provenance(ours)})"
+    yield from table((words, "bare engine", "session", "of bare"), rows)
     yield ""
 
 
@@ -181,7 +182,8 @@ def http_table(results: Results, peers: Peers) -> Iterator[str]:
                 )
         if mine.get("failed"):  # a count, by the client
             rows.append((row, "requests that failed", DASH, number(mine["failed"]), DASH))
-    yield from table(("llama-8b over HTTP", "figure", "peer", "Diptych", "ratio"), rows)
+    at = ", ".join(sorted({provenance(content) for content in measured.values()}))
+    yield from table((f"llama-8b over HTTP ({at})", "figure", "peer", "Diptych", "ratio"), rows)
     yield ""
 
 

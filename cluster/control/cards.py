@@ -17,6 +17,8 @@ from pathlib import Path
 
 _LIBRARY = "libnvidia-ml.so.1"
 _TEXT = 96  # bytes that NVML's names and identifiers need at most
+# Compute capabilities whose multiprocessors hold the tiles of our launch tables (227 KiB of shared memory for a block).
+_TAKEN = ((9, 0), (10, 0), (10, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Card:
     total: int = 0
     free: int = 0
     uuid: str = ""
+    capability: tuple[int, int] = (0, 0)  # of compute; (0, 0) where it is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ def find() -> Cards:
     cards = visible(seen.cards, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not cards:  # somebody's wish
         return Cards((), seen.driver, "CUDA_VISIBLE_DEVICES hides all cards")
-    why = why_unusable()
+    why = why_unusable() or next(filter(None, (why_too_small(card.name, card.capability) for card in cards)), "")
     return Cards(() if why else cards, seen.driver, why, is_hidden=bool(why))
 
 
@@ -111,6 +114,17 @@ def why_unusable() -> str:
     return why_no_compiler()
 
 
+def why_too_small(name: str, capability: tuple[int, int]) -> str:
+    """Why the kernels do not run on a card of this compute capability; empty: they do, or nobody knows."""
+    if capability in (*_TAKEN, (0, 0)):
+        return ""
+    major, minor = capability
+    return (
+        f"{name} has compute capability {major}.{minor}, and the kernels need the shared memory of 9.0 (H100, H200), "
+        "10.0 or 10.3 (B200, B300)"
+    )
+
+
 def why_no_compiler() -> str:
     """Triton compiles a C function for each kernel's signature: it needs a compiler and Python's headers."""
     wanted = os.environ.get("CC")
@@ -130,12 +144,14 @@ def _ask(nvml: ctypes.CDLL) -> Cards:
     nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
     cards = []
     for index in range(count.value):
-        handle, memory = ctypes.c_void_p(), _Memory()
+        handle, memory, major, minor = ctypes.c_void_p(), _Memory(), ctypes.c_int(), ctypes.c_int()
         if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)):
             continue
         nvml.nvmlDeviceGetName(handle, text, _TEXT)
         name = text.value.decode()
         nvml.nvmlDeviceGetUUID(handle, text, _TEXT)
         nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
-        cards.append(Card(name, memory.total, memory.free, text.value.decode()))
+        nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
+        capability = (major.value, minor.value)
+        cards.append(Card(name, memory.total, memory.free, text.value.decode(), capability))
     return Cards(tuple(cards), driver, "" if cards else "the NVIDIA driver finds no card")

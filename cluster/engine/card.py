@@ -36,6 +36,8 @@ def find_card(spec: EngineSpec) -> str:
     if not why and not torch.cuda.is_available():
         listed = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = "torch finds no card" + ("" if listed is None else f", and CUDA_VISIBLE_DEVICES is {listed!r}")
+    if not why:
+        why = cards.why_too_small(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     if why:
         raise StartupError(
             f"models.{spec.model}.device is cuda, and engine {spec.engine_id} cannot compute on a card: {why}. "

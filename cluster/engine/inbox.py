@@ -40,6 +40,7 @@ class Inbox:
         self._max_orders = max_orders
         self._changed = threading.Condition()
         self._closed = False
+        self._woken = False
 
     def try_put(self, item: InboxItem) -> bool:
         """False: the inbox holds `max_orders` orders already, and this is one more."""
@@ -59,12 +60,19 @@ class Inbox:
     def take_all(self, timeout_s: float | None) -> list[InboxItem]:
         """All that arrived, oldest first; waits up to `timeout_s` (None: for ever) for a first item or `close`."""
         with self._changed:
-            if not self._items and not self._closed and timeout_s != 0:
+            if not self._items and not self._closed and not self._woken and timeout_s != 0:
                 self._changed.wait(timeout_s)
+            self._woken = False
             items = list(self._items)
             self._items.clear()
             self._orders = 0
         return items
+
+    def wake(self) -> None:
+        """The reader sleeps no longer, or not the next time."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
 
     def close(self) -> None:
         """Wake the reader now and let it never sleep again."""

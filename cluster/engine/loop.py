@@ -95,6 +95,7 @@ class StepLoop:
     def call(self, action: Callable[[], None]) -> None:
         """Have the step thread run `action` between two turns; from any thread."""
         self._calls.append(action)
+        self._inbox.wake()
 
     def stop(self) -> None:
         """The loop ends after the turn it is in."""

@@ -188,13 +188,17 @@ class OfflineEngines:
     def settle(self) -> None:
         """Do now what an engine does when nobody asks for anything, such as graphs of seldom sizes, and have the cycle
         collector leave alone what stays until `stop`. Once, before the first batch: as an engine that has been up for
-        a few seconds. EngineFault: a step thread has not done so in STALL_S.
+        a few seconds. EngineFault: a step thread has not done so in STALL_S; what ended one is raised as it is.
         """
         for loop, runner in zip(self._loops, self._runners, strict=True):
             done = threading.Event()
             loop.call(partial(_do_all, runner, done))
-            if not done.wait(STALL_S):
-                raise EngineFault(f"an engine is not idle after {STALL_S:g} s") from self._lost
+            deadline = time.monotonic() + STALL_S
+            while not done.wait(0.1):
+                if self._lost is not None:
+                    raise self._lost
+                if time.monotonic() > deadline:
+                    raise EngineFault(f"an engine is not idle after {STALL_S:g} s")
         self._unsettle = settle()
 
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, salt: bytes) -> list[Answered]:
@@ -317,19 +321,21 @@ class OfflineEngines:
 
     def stop(self) -> None:
         """End threads, drivers and servers."""
-        for loop in self._loops:
-            loop.stop()
-        self._asyncio_thread.call(self._unlisten(), STOP_TIMEOUT_S)
-        for parts in self._parts.values():
-            if parts.sender is not None:
-                parts.sender.stop()
-            if parts.receiver is not None:
-                parts.receiver.stop()
-        for thread in self._step_threads:
-            thread.end(STOP_TIMEOUT_S)
-        self._asyncio_thread.end(STOP_TIMEOUT_S)
-        self._parts.clear()
-        self._unsettle()
+        try:
+            for loop in self._loops:
+                loop.stop()
+            self._asyncio_thread.call(self._unlisten(), STOP_TIMEOUT_S)
+            for parts in self._parts.values():
+                if parts.sender is not None:
+                    parts.sender.stop()
+                if parts.receiver is not None:
+                    parts.receiver.stop()
+            for thread in self._step_threads:
+                thread.end(STOP_TIMEOUT_S)
+            self._asyncio_thread.end(STOP_TIMEOUT_S)
+            self._parts.clear()
+        finally:
+            self._unsettle()
 
     def _end_batch(self, why: Exception) -> None:
         if self._batch is not None:

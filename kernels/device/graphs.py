@@ -112,6 +112,7 @@ class StepGraphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 self._run(shape)
+                graph.capture_end()
             except Exception as exc:
                 with contextlib.suppress(RuntimeError):  # that the capture is broken is known
                     graph.capture_end()
@@ -120,7 +121,6 @@ class StepGraphs:
                 self._pool = torch.cuda.graph_pool_handle()
                 torch.cuda.current_stream().synchronize()
                 raise NotCapturable(f"{type(exc).__name__}: {exc}") from exc
-            graph.capture_end()
         self._graphs[shape] = graph
 
     def replay(self, shape: StepShape) -> None:

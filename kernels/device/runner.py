@@ -40,7 +40,8 @@ from .wire import HEADER, NUM_UPDATES, UPDATES_AT, Layout, Packer, Sampling, Tai
 MAX_OUTSTANDING = 2
 _SHORT_PROMPT = 128  # tokens: what it reads of itself hardly counts
 _LONG_STEP = 2048  # tokens
-_CHUNK = 1024  # tokens of a prompt, timed from position 0 on and behind others
+_CHUNK = 1024  # tokens of a prompt, timed from position 0 on and behind others, up to position _BEHIND
+_BEHIND = 8192
 _COPIED_BYTES = 512 << 20  # more than any cache holds
 _TOLD_AT_ONCE = 64  # rows of logprobs: 33 MB of float32 at 128,256 tokens
 
@@ -195,7 +196,8 @@ class DeviceRunner:
             parted = self._alike(longest, decoding=False)
             whole = self._time([sum(parted)])
             chunk = max(1, min(_CHUNK, longest // 4))
-            near, far = self._time([chunk]), self._time([chunk], behind=longest - chunk)
+            behind = min(state.max_context_tokens, _BEHIND) - chunk
+            near, far = self._time([chunk]), self._time([chunk], behind=behind)
             kv_token_s = self._read_s()
             self.cost = fit(steps, whole=whole, parted=self._time(parted), near=near, far=far, kv_token_s=kv_token_s)
 

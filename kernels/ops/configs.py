@@ -107,6 +107,7 @@ MEASURED: dict[str, dict[tuple[int, ...], Config]] = {
     # (rows, head size, bytes a number): attention of rows with one new token; block_n: keys of a tile.
     "attend_rows": {
         (1, 128, 2): Config(16, 128, 0, 0, 4, 3),
+        (1, 136, 2): Config(16, 64, 0, 0, 4, 3),
         (1, 256, 2): Config(16, 64, 0, 0, 4, 3),
         (64, 64, 2): Config(16, 64, 0, 0, 4, 3),
         (64, 128, 2): Config(16, 64, 0, 0, 4, 3),
@@ -120,8 +121,10 @@ MEASURED: dict[str, dict[tuple[int, ...], Config]] = {
     # (head size, bytes a number): attention of prompts; tile of queries and of keys.
     "attend_prompts": {
         (64, 2): Config(64, 64, 0, 0, 4, 3),
-        # Against 64 x 64 in 3 stages 1,079 and 1,120 us at 1 x 8,192; 128 x 128 in 2 stages 1,209.
+        # Against 64 x 64 in 3 stages 1,079 and 1,120 us at 1 x 8,192; 128 x 128 in 2 stages 1,209. It takes nearly all
+        # of a multiprocessor's shared memory, and heads beyond 128 are computed as 256 wide.
         (128, 2): Config(128, 128, 0, 0, 8, 3),
+        (136, 2): Config(64, 64, 0, 0, 4, 3),
         (256, 2): Config(64, 32, 0, 0, 4, 3),
         (64, 4): Config(32, 32, 0, 0, 4, 2),
         (80, 4): Config(16, 16, 0, 0, 4, 2),

@@ -173,3 +173,29 @@ def test_the_verb_itself_runs_as_a_section(gpu: ModuleType, bench: Any, tmp_path
     assert bench.failed == []
     assert found["2x4x2"]["tokens_out"] == 4
     assert found["command"].startswith("diptych bench offline --model ")
+
+
+def test_every_op_that_is_measured_has_its_turn(gpu: ModuleType) -> None:
+    from diptych.kernels.ops.cases import benches
+
+    assert sorted(gpu.KERNELS) == sorted(benches())
+
+
+def test_a_row_that_is_not_there_is_refused_with_those_that_are(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "http", "--row", "9000"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "--row 9000: no row of http" in (told := capsys.readouterr().err)
+    assert "8000/500 at 2.5 requests/s" in told
+
+
+def test_no_folder_of_the_machine_is_shown(gpu: ModuleType) -> None:
+    assert gpu.shown([*gpu.DIPTYCH, "bench", "--profile", "/root/out/a.json"]) == [
+        "diptych",
+        "bench",
+        "--profile",
+        "a.json",
+    ]
+    assert gpu.shown([sys.executable, "-m", "pytest"]) == ["python", "-m", "pytest"]

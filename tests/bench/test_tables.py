@@ -120,6 +120,16 @@ def test_http_kernels_session_and_start_have_tables_of_their_own(files: Path, re
     assert row(text, "no kernel compiled before")[1:] == ["100", "12.5"]
 
 
+def test_some_tables_alone_in_the_order_asked_for(table: ModuleType, files: Path) -> None:
+    start = write(files, "2026-01-02_x_start", {"section": "start_cold", "startup_s": 12.5})
+    session = {"section": "session", "decode-64": {"output_tok_s": 1000.0}}
+    session["decode-64 through session"] = {"output_tok_s": 980.0, "of_engine": 0.98}
+    results = table.Results([start, write(files, "2026-01-02_x_session", session)])
+    text = table.render(results, table.Peers(files, "x"), ("start", "session"))
+    assert 0 <= text.index("start-up of a bare engine") < text.index("gRPC session")
+    assert "bare engine (" not in text.replace("start-up of a bare engine", "")
+
+
 def test_kernels_without_a_peer_are_shown_when_all_are_wanted(table: ModuleType, files: Path) -> None:
     case = {"us": 3.0, "gb_s": 100.0, "of_ceiling": 0.5}
     path = write(files, "2026-01-02_x_kernels", {"section": "kernels", "step_inputs 512 rows": case})

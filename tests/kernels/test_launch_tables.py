@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from diptych.kernels.ops import configs
 from diptych.kernels.ops.configs import LIBRARY, MEASURED, Config, choose, nearest, read_tuned, write_tuned
 
+SHARED_BYTES = 232_448  # of a block on an H100, H200 or B200
 A, B = Config(16, 64, 128, 2, 4, 4), Config(32, 64, 64, 1, 8, 3)
 
 
@@ -39,6 +40,17 @@ def test_the_nearest_row_is_that_of_the_smallest_factors() -> None:
     assert nearest(rows, (1, 10**6)) is A
     assert nearest(rows, (0, 4096)) is A
     assert nearest({(2, 2): A, (8, 2): B}, (4, 2)) is A  # equally near: the first
+
+
+@pytest.mark.parametrize("op", ["attend_rows", "attend_prompts", "attend_tiles"])
+@pytest.mark.parametrize("item", [2, 4])
+def test_the_tiles_of_every_head_size_fit_a_multiprocessor(op: str, item: int) -> None:
+    """Queries and, of each stage, keys and values; compiled for sm_90 the kernels take this and 1 KiB."""
+    for head in range(8, 257, 8):
+        for rows in (1, 64, 512) if op == "attend_rows" else (None,):
+            config = nearest(MEASURED[op], (head, item) if rows is None else (rows, head, item))
+            wide = max(16, 1 << (head - 1).bit_length())
+            assert item * wide * (config.block_m + 2 * config.stages * config.block_n) + 1024 <= SHARED_BYTES
 
 
 @given(st.sampled_from(sorted(MEASURED)), st.data())

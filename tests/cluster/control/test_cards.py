@@ -11,7 +11,7 @@ import pytest
 from diptych.cluster.control import cards
 from diptych.cluster.control.cards import Card
 
-TWO = (Card("A", 10, 9, "GPU-aaaa-1"), Card("B", 20, 19, "GPU-bbbb-2"))
+TWO = (Card("A", 10, 9, "GPU-aaaa-1", (9, 0)), Card("B", 20, 19, "GPU-bbbb-2", (10, 0)))
 
 
 class FakeNvml:
@@ -19,6 +19,7 @@ class FakeNvml:
 
     def __init__(self, broken: str = "", count: int = 2) -> None:
         self.broken, self.count, self.ended = broken, count, 0
+        self.capabilities = [card.capability for card in TWO]
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> int:
@@ -54,6 +55,9 @@ class FakeNvml:
     def _DeviceGetMemoryInfo(self, handle: Any, memory: Any) -> None:
         memory._obj.total, memory._obj.free = TWO[handle.value - 1].total, TWO[handle.value - 1].free
 
+    def _DeviceGetCudaComputeCapability(self, handle: Any, major: Any, minor: Any) -> None:
+        major._obj.value, minor._obj.value = self.capabilities[handle.value - 1]
+
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
@@ -68,6 +72,19 @@ def test_the_drivers_cards_are_told_with_their_memory_and_nvml_is_let_go(nvml: F
     found = cards.find()
     assert found == cards.Cards(TWO, "580.1")
     assert (found.count, nvml.ended) == (2, 1)
+
+
+def test_a_card_that_is_too_small_for_the_kernels_is_refused_by_name_unless_it_is_hidden(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml.capabilities[1] = (8, 9)
+    found = cards.find()
+    assert (found.count, found.is_hidden) == (0, True)
+    assert "B has compute capability 8.9" in found.why_none
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert [card.name for card in cards.find().cards] == ["A"]
+    nvml.broken = "nvmlDeviceGetCudaComputeCapability"
+    assert cards.find().count == 1, "what the driver does not tell the engine finds out"
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,38 @@ def test_a_batch_that_does_not_fit_is_refused_and_its_part_that_did_is_cancelled
     engines.stop()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_traced_batch_ends_with_its_trace_and_the_next_one_is_whole(specs: Specs, layout: str) -> None:
+    engines = OfflineEngines(specs(layout))
+    engines.start()
+    engines.settle()
+    told: list[int] = []
+
+    def batch() -> None:
+        told.extend(one.num_tokens for one in engines.generate([[1, 2, 3]] * 3, 400, salt=b"a"))
+
+    traced, pieces = engines.profile(2, 3, batch)
+    assert (traced, told) == (3, []), "it did not run to its end"
+    assert pieces
+    assert idle(engines)
+    answers = engines.generate([[1, 2, 3]] * 3, 5, salt=b"b")
+    assert [answer.num_tokens for answer in answers] == [5] * 3
+    engines.stop()
+
+
+def test_a_dead_thread_is_told_when_engines_settle(specs: Specs, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = OfflineEngines(specs("colocated"))
+    engines.start()
+
+    def defect() -> bool:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(engines._runners[0].runner, "idle", defect)
+    with pytest.raises(RuntimeError, match="a defect"):
+        engines.settle()
+    engines.stop()
+
+
 def test_an_engine_whose_thread_dies_ends_the_batch_with_its_error(
     specs: Specs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
