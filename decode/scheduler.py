@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from diptych.kvtransfer.pool import BlockPool
-from diptych.protos.step import SlotPool, StepPlan, StepRow
+from diptych.protos.step import MOST_TOLD, SlotPool, StepPlan, StepRow
 
 from .admission import Admission
 from .arbiter import Demand, StepBudget
@@ -214,15 +214,21 @@ class DecodeScheduler:
         if self._budget is not None and decision.shares and len(prompts):
             left = self._budget.prompt_tokens(self._demand(decision, now))
         served: list[Sequence] = []
+        room = MOST_TOLD
         while left and (sequence := prompts.head()) is not None:
             prompts.take(sequence.key)
+            served.append(sequence)
             if not sequence.in_flight:
                 self._extend_prefix(sequence)
             num_tokens = min(left, sequence.missing)
+            if sequence.rows.asks_of_prompt:
+                if not room:
+                    continue
+                num_tokens = min(num_tokens, room)
+                room -= num_tokens
             share = Share(sequence, num_tokens, samples=num_tokens == sequence.missing)
             prompts.charge(sequence.place, share.num_tokens)
             decision.shares.append(share)
-            served.append(sequence)
             left -= share.num_tokens
         for sequence in served:
             prompts.add(sequence.key, sequence, sequence.place)  # until it is launched or leaves

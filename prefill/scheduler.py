@@ -16,7 +16,7 @@ from enum import Enum
 from diptych.kvtransfer.pool import BlockPool, BlockTable
 from diptych.protos.fair_line import FairLine, Place
 from diptych.protos.lifecycle import RowMaker, StageTimer
-from diptych.protos.step import SlotPool, StepPlan, StepRow
+from diptych.protos.step import MOST_TOLD, SlotPool, StepPlan, StepRow
 from diptych.protos.types import GenerateRequest, PoolCounts, PrefillOrder, TransferKey
 
 
@@ -128,20 +128,28 @@ class PrefillScheduler:
 
     def plan(self) -> tuple[StepPlan, list[Share]] | None:
         """The next step: jobs by turn, each as much of its prompt as the budget allows. None: no work."""
-        left = self._step_tokens
+        left, room = self._step_tokens, MOST_TOLD
         shares: list[Share] = []
+        seen: list[Job] = []
         while left and (job := self.computing.head()) is not None:
             self.computing.take(job.key)
+            seen.append(job)
             if not job.in_flight:
                 self._extend_prefix(job)
-            share = Share(job, min(left, job.missing))
+            num_tokens = min(left, job.missing)
+            if job.rows.asks_of_prompt:
+                if not room:
+                    continue
+                num_tokens = min(num_tokens, room)
+                room -= num_tokens
+            share = Share(job, num_tokens)
             self.computing.charge(job.place, share.num_tokens)
             shares.append(share)
             left -= share.num_tokens
         if not shares:
             return None
-        for share in shares:
-            self.computing.add(share.job.key, share.job, share.job.place)  # until it is launched or stopped
+        for job in seen:
+            self.computing.add(job.key, job, job.place)  # until it is launched or stopped
         self._next_step += 1
         return StepPlan(self._next_step, tuple(self._row(share) for share in shares)), shares
 

@@ -117,6 +117,11 @@ class RowMaker:
         """Another engine has computed the prompt and told its logprobs."""
         self._told = self._asked = self._num_prompt - 1
 
+    @property
+    def asks_of_prompt(self) -> bool:
+        """Whether the next row is asked about its positions: no longer than MOST_TOLD with all others of its step."""
+        return self._sampling.prompt_logprobs is not None and self._asked < self._num_prompt - 1
+
     def max_cached_tokens(self, num_tokens: int) -> int:
         """How much of `num_tokens` known ones may come from the prefix cache: the last one is sampled from, and who
         asked for prompt logprobs needs all that were not told.

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 from .types import TokenLogprobs
 
+# Positions of prompts whose logprobs a step is asked for at most: each takes a row of logits, 250 KiB of 128,000 ids.
+MOST_TOLD = 512
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitRules:
@@ -66,7 +69,8 @@ class StepRow:
     # and belongs to the row so long; a runner reads it in `launch` alone.
     blocks: Sequence[int]
     sample: SampleSpec | None  # None: the prompt goes on in a later step
-    prompt_logprobs: int | None = None  # alternatives told with the tokens after each of the row's positions
+    # Alternatives told with the tokens after each of the row's positions, which are MOST_TOLD in a step at most.
+    prompt_logprobs: int | None = None
     next_token: int | None = None  # with prompt_logprobs, where the prompt goes on: its token after the row's last
 
 

@@ -61,7 +61,7 @@ def find() -> Cards:
     cards = visible(seen.cards, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not cards:  # somebody's wish
         return Cards((), seen.driver, "CUDA_VISIBLE_DEVICES hides all cards")
-    why = why_unusable() or next(filter(None, (why_too_small(card.name, card.capability) for card in cards)), "")
+    why = why_unusable() or _why_one_is_too_small(cards)
     return Cards(() if why else cards, seen.driver, why, is_hidden=bool(why))
 
 
@@ -123,6 +123,14 @@ def why_too_small(name: str, capability: tuple[int, int]) -> str:
         f"{name} has compute capability {major}.{minor}, and the kernels need the shared memory of 9.0 (H100, H200), "
         "10.0 or 10.3 (B200, B300)"
     )
+
+
+def _why_one_is_too_small(cards: Sequence[Card]) -> str:
+    """Ray hands out every card that is visible: one that cannot be used has to be hidden."""
+    why = [why_too_small(card.name, card.capability) for card in cards]
+    good = [card.uuid for card, reason in zip(cards, why, strict=True) if not reason]
+    hide = f"; CUDA_VISIBLE_DEVICES={','.join(good)} hides what cannot be used" if good else ""
+    return next((reason + hide for reason in why if reason), "")
 
 
 def why_no_compiler() -> str:

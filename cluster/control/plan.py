@@ -163,11 +163,29 @@ def _equal_share(models: Mapping[str, ModelSettings], count: int) -> float:
             f"gpu_share take {named:g} of that{f', which leaves nothing for {others} more' if left >= 0 else ''}; "
             "lower models.NAME.gpu_share, or use fewer engines"
         )
+    shares = [share for one in models.values() if (share := one.gpu_share) for _ in range(_num_engines(one))]
+    if not _fit(shares, count):
+        raise StartupError(
+            f"the parts of {', '.join(f'{share:g}' for share in shares)} that models.NAME.gpu_share gives engines do "
+            f"not fit on {count} cards: each lies on one card; lower one, or use fewer engines"
+        )
     if not others:
         return 1.0
-    if left >= 1:
-        return math.floor(_SHARES / -(-others // math.floor(left))) / _SHARES
-    return math.floor(_SHARES * left / others) / _SHARES
+    most = math.floor(_SHARES / -(-others // math.floor(left)) if left >= 1 else _SHARES * left / others)
+    while most > 1 and not _fit([*shares, *[most / _SHARES] * others], count):
+        most -= 1
+    return most / _SHARES
+
+
+def _fit(shares: Sequence[float], count: int) -> bool:
+    """Whether so many cards hold these parts of one, the largest placed first."""
+    left = [1.0] * count
+    for share in sorted(shares, reverse=True):
+        at = next((at for at, rest in enumerate(left) if share <= rest + 0.5 / _SHARES), None)
+        if at is None:
+            return False
+        left[at] -= share
+    return True
 
 
 def _num_engines(settings: ModelSettings) -> int:

@@ -19,7 +19,7 @@ import torch
 
 from diptych.cluster.control.host import free_ports
 from diptych.protos.channels import ENGINE_SERVICE, KV_SERVICE, listen, make_server
-from diptych.protos.errors import EngineFault, InvalidRequest
+from diptych.protos.errors import EngineFault, InvalidRequest, StartupError
 from diptych.protos.faults import FaultPlan, Point, plan_of
 from diptych.protos.ports import Runner, Worker
 from diptych.protos.status import EngineInfo, EngineStatus
@@ -262,11 +262,21 @@ def build(
     trust: Trust | None = None,
     faults: FaultPlan | None = None,
 ) -> EngineParts:
-    """The parts of an engine, warm. Call it in the step thread, which alone computes. Raises what `compose` raises."""
+    """The parts of an engine, warm. Call it in the step thread, which alone computes. Raises what `compose` raises, and
+    StartupError where the card has less memory by then than the plan was made with.
+    """
     torch.set_num_threads(spec.threads)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    parts = compose(spec, brain=brain, mark=mark, trust=trust, faults=faults)
-    warm_up(parts.runner, parts.info)
+    try:
+        parts = compose(spec, brain=brain, mark=mark, trust=trust, faults=faults)
+        warm_up(parts.runner, parts.info)
+    except torch.OutOfMemoryError as exc:
+        free, total = torch.cuda.mem_get_info()
+        raise StartupError(
+            f"engine {spec.engine_id} ran out of its card's memory while it started: {free / 2**30:.2f} of "
+            f"{total / 2**30:.2f} GiB are free now; another process has taken some since the plan was made, or the "
+            f"plan is wrong. Lower models.{spec.model}.gpu_share or set --kv-gib ({str(exc).splitlines()[0][:120]})"
+        ) from exc
     mark("warm-up")
     return parts
 

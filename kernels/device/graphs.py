@@ -62,7 +62,7 @@ def shapes_within(max_rows: int, max_tokens: int) -> tuple[list[StepShape], list
     def decode(sizes: Collection[int]) -> list[StepShape]:
         return [decode_shape(rows) for rows in sorted({min(size, max_rows) for size in sizes if size < 2 * max_rows})]
 
-    first = decode(_FIRST_ROWS)
+    first = decode((*_FIRST_ROWS, max_rows))
     fitting = [size for size in sorted((*_FIRST_TOKENS, *_MORE_TOKENS)) if size <= max_tokens]
     alone = [StepShape(0, PROMPT_ROWS, tokens) for tokens in fitting]
     beside = [StepShape(rows, PROMPT_ROWS, size) for rows in _BESIDE for size in fitting if 2 * rows <= size]

@@ -105,7 +105,7 @@ class DeviceRunner:
         self._wires = [Wire(sent.numpy()) for sent in self._sent]
         self._outs = [self._host(2 * max_rows).view(max_rows, 2) for _ in range(MAX_OUTSTANDING)]
         self._turn = 0
-        self._outstanding: deque[Outcome | DiptychError] = deque()
+        self._outstanding: deque[Outcome] = deque()
         self._graphs = StepGraphs(self._compute, device=device)
         self._first: list[StepShape] = []  # graphs still to be captured
         self._later: list[StepShape] = []
@@ -122,17 +122,20 @@ class DeviceRunner:
         """See ports.Runner. A plan that breaks the Protocol's rules is an AssertionError here, not a failed step."""
         assert len(self._outstanding) < MAX_OUTSTANDING, "two steps are outstanding already"
         assert 0 < plan.num_tokens <= self.max_step_tokens, f"a step of {plan.num_tokens} tokens"
-        layout = self._packer.lay_out(plan)
+        try:
+            layout = self._packer.lay_out(plan)
+        except AssertionError:
+            self._packer.forget(plan)  # rows before the wrong one count as told
+            raise
         with self._at_work():
-            outcome: Outcome | DiptychError
             try:
                 outcome = self._start(plan, layout)
             except Exception as exc:
-                outcome = _fault(plan, exc)
                 try:
                     self._give_up(plan)
                 except RuntimeError as lost:
-                    outcome = _lost(plan, lost)
+                    raise _lost(plan, lost) from lost
+                raise _fault(plan, exc) from exc
         self._outstanding.append(outcome)
 
     def collect(self) -> StepResult:
@@ -142,8 +145,6 @@ class DeviceRunner:
         """
         assert self._outstanding, "no step is outstanding"
         outcome = self._outstanding.popleft()
-        if isinstance(outcome, DiptychError):
-            raise outcome
         try:
             self._wait(outcome.turn)
         except RuntimeError as exc:  # it shows where somebody waits for it
@@ -369,7 +370,7 @@ class DeviceRunner:
             self._wire[:words].copy_(self._sent[0][:words], non_blocking=True)
             self._graphs.capture(shape)
             self._finish()
-        except RuntimeError as exc:
+        except Exception as exc:  # Triton's are no RuntimeErrors
             self._give_up_graphs(f"{shape.rows} rows of {shape.tokens} tokens: {exc}")
 
     def _give_up_graphs(self, reason: str) -> None:

@@ -233,9 +233,9 @@ class Packer:
 
     def forget(self, plan: StepPlan) -> None:
         """The plan's step failed: nobody knows what the device has of its slots."""
-        for row in plan.rows:
-            self._mirrors[row.slot] = _Mirror()
-            self._rules.forget(row.slot)
+        for slot in {row.slot for row in plan.rows} & set(range(len(self._mirrors))):
+            self._mirrors[slot] = _Mirror()
+            self._rules.forget(slot)
 
     def _check(self, row: StepRow) -> None:
         assert 0 <= row.slot < self._state.max_slots, f"slot {row.slot}"

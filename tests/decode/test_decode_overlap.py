@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from diptych.decode import scheduler
 from diptych.decode.sequence import State
 from diptych.decode.testing import PEER, DecodeBench
 from diptych.decode.worker import DecodeWorker
@@ -214,6 +215,25 @@ def test_prompt_logprobs_are_asked_for_once_though_chunks_overlap() -> None:
     assert [row[1] for row in asked] == [0, 4, 8, 12, 16, 20]
     bench.assert_complete(key, first_index=0)
     assert len(bench.ledger.prompt_logprobs[key]) == 22
+    bench.assert_idle()
+
+
+def test_a_step_tells_few_positions_of_prompts_and_others_are_not_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a row of logits, for which the memory of a card is planned."""
+    monkeypatch.setattr(scheduler, "MOST_TOLD", 6)
+    bench = DecodeBench(settings=DecodeSettings(step_tokens=40))
+    asking = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    keys = [bench.submit(PROMPT[at:], transfer=False, sampling=asking) for at in range(3)]
+    other = bench.submit(PROMPT[::-1], transfer=False, max_tokens=2)
+    bench.run()
+    told = [sum(len(row[2]) for row in plan if row[5] is not None) for plan in bench.trace]
+    assert max(told) == 6
+    first = next(at for at, plan in enumerate(bench.trace) if any(row[5] is None for row in plan))
+    assert first == 0, "who asks for none is computed at once"
+    for at, key in enumerate(keys):
+        assert len(bench.ledger.prompt_logprobs[key]) == 22 - at
+        bench.assert_complete(key, first_index=0)
+    bench.assert_complete(other, first_index=0)
     bench.assert_idle()
 
 

@@ -223,16 +223,27 @@ def test_a_failed_step_leaves_no_token_to_go_on_from_and_no_false_memory() -> No
     known = [1, 2, run(runner, row_of(0, (1, 2), 0, blocks=blocks), row_of(1, (3,), 0, blocks=other)).tokens[0] or 0]
     decoder.fail = True
     sampling = replace(GREEDY, temperature=0.5, seed=3)
-    runner.launch(StepPlan(1, (row_of(0, None, 2, blocks=blocks, sample=sampling),)))
+    with pytest.raises(EngineFault):
+        runner.launch(StepPlan(1, (row_of(0, None, 2, blocks=blocks, sample=sampling),)))
     decoder.fail = False
     runner.launch(StepPlan(2, (row_of(0, None, 3, blocks=blocks), row_of(1, None, 1, blocks=other))))
-    with pytest.raises(EngineFault):
-        runner.collect()
     result = runner.collect()
     assert result.faults == {0}
     assert result.tokens == (None, oracle((3, oracle((3,)))))
     again = row_of(0, (1, 2, known[2]), 0, blocks=blocks)
     assert run(runner, again).tokens == (oracle(known),)
+
+
+def test_rows_laid_out_before_a_wrong_one_do_not_count_as_told() -> None:
+    """Else the next request of the slot with the same wishes would send none."""
+    runner, _ = make_runner(CPU)
+    sampling = replace(GREEDY, temperature=0.5, seed=5)
+    penalties = LogitRules(num_prompt=0, repetition_penalty=2.0)
+    wrong = row_of(1, (4,), 3, blocks=[8], sample=replace(GREEDY, rules=penalties))
+    with pytest.raises(AssertionError):
+        runner.launch(StepPlan(0, (row_of(0, (1, 2), 0, sample=sampling), wrong)))
+    run(runner, row_of(0, (1, 2), 0, sample=sampling))
+    assert int(runner._state.seed_S[0]) == 5
 
 
 def test_a_device_that_fails_ends_the_engine_not_only_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,9 +259,8 @@ def test_a_device_that_fails_ends_the_engine_not_only_the_step(monkeypatch: pyte
         runner.collect()
     decoder.fail = True
     monkeypatch.setattr(runner, "_finish", fail)
-    runner.launch(StepPlan(1, (row_of(1, (1, 2), 0),)))
     with pytest.raises(EngineLost):
-        runner.collect()
+        runner.launch(StepPlan(1, (row_of(1, (1, 2), 0),)))
 
 
 def test_a_fault_is_its_rows_alone_and_goes_on_with_it() -> None:

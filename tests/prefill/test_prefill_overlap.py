@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from diptych.prefill import scheduler
 from diptych.prefill.testing import PrefillBench
 from diptych.protos.errors import PeerLost
 from diptych.protos.settings import PrefillSettings
@@ -62,6 +63,20 @@ def test_a_cancelled_prompt_computes_no_further_chunk_and_is_not_announced_any_m
     assert bench.worker.counters()["prefill_tokens_total"] == 10 + 23
     assert bench.ledger.tokens == {other: echo_reference(PROMPT[::-1], 1)}
     assert bench.slots.num_free == 16
+    bench.release_sent()
+    bench.assert_idle()
+
+
+def test_a_step_tells_few_positions_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "MOST_TOLD", 6)
+    bench = bench_of()
+    asking = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    keys = [bench.submit(PROMPT[at:], sampling=asking) for at in range(3)]
+    bench.run()
+    told = [sum(len(row[2]) for row in plan if row[5] is not None) for plan in bench.trace]
+    assert max(told) == 6
+    for at, key in enumerate(keys):
+        assert len(bench.ledger.prompt_logprobs[key]) == 22 - at
     bench.release_sent()
     bench.assert_idle()
 

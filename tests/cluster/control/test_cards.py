@@ -81,6 +81,7 @@ def test_a_card_that_is_too_small_for_the_kernels_is_refused_by_name_unless_it_i
     found = cards.find()
     assert (found.count, found.is_hidden) == (0, True)
     assert "B has compute capability 8.9" in found.why_none
+    assert "CUDA_VISIBLE_DEVICES=GPU-aaaa-1 hides" in found.why_none
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert [card.name for card in cards.find().cards] == ["A"]
     nvml.broken = "nvmlDeviceGetCudaComputeCapability"

@@ -92,6 +92,14 @@ def test_a_configured_share_stays_and_others_get_what_it_leaves() -> None:
     assert (big.gpu_share, small.gpu_share) == (0.7, 1.0)
 
 
+def test_every_part_lies_on_one_card() -> None:
+    shares = ("models.a.gpu_share=0.6", *colocated("a", engines=2), *colocated("b"))
+    assert [spec.gpu_share for spec in specs(*shares, names=("a", "b"), num_cards=2)] == [0.6, 0.6, 0.4]
+    three = ("models.a.gpu_share=0.6", *colocated("a", engines=3))
+    with pytest.raises(StartupError, match=r"0\.6, 0\.6, 0\.6 that .* do not fit on 2 cards"):
+        specs(*three, names=("a",), num_cards=2)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

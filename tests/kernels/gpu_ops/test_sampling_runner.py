@@ -131,9 +131,9 @@ def test_a_step_that_fails_leaves_zeros_for_the_next_ones_counts() -> None:
     runner._space.counts_AV.fill_(3)
     runner._space.tickets_N.fill_(1)
     decoder.fail = True
-    runner.launch(StepPlan(0, (StepRow(slot=0, num_tokens=1, tokens=(1,), start=0, blocks=[0], sample=GREEDY),)))
+    row = StepRow(slot=0, num_tokens=1, tokens=(1,), start=0, blocks=[0], sample=GREEDY)
     with pytest.raises(EngineFault):
-        runner.collect()
+        runner.launch(StepPlan(0, (row,)))
     assert not runner._space.counts_AV.any()
     assert not runner._space.tickets_N.any()
 
