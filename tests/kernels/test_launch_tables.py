@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from diptych.kernels.ops import configs
 from diptych.kernels.ops.configs import LIBRARY, MEASURED, Config, choose, nearest, read_tuned, write_tuned
+from diptych.kernels.ops.moe.cuda import DOWN_OP, UP_OP, fitting
 
 SHARED_BYTES = 232_448  # of a block on an H100, H200 or B200
 A, B = Config(16, 64, 128, 2, 4, 4), Config(32, 64, 64, 1, 8, 3)
@@ -51,6 +52,16 @@ def test_the_tiles_of_every_head_size_fit_a_multiprocessor(op: str, item: int) -
             config = nearest(MEASURED[op], (head, item) if rows is None else (rows, head, item))
             wide = max(16, 1 << (head - 1).bit_length())
             assert item * wide * (config.block_m + 2 * config.stages * config.block_n) + 1024 <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("op", [UP_OP, DOWN_OP])
+@pytest.mark.parametrize("item", [2, 4])
+def test_the_tiles_of_experts_fit_a_multiprocessor(op: str, item: int) -> None:
+    """Of each stage tokens and weights, gate's and up's; compiled for sm_90 the kernels take no more than this."""
+    for load in (1, 16, 64, 100, 128, 256, 512, 3000, 4096, 8192, 10**6):
+        config = fitting(op, (load, 1024, 2048), item)
+        weights = (2 if op == UP_OP else 1) * config.block_n
+        assert item * config.stages * config.block_k * (config.block_m + weights) <= SHARED_BYTES
 
 
 @given(st.sampled_from(sorted(MEASURED)), st.data())

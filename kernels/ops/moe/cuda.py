@@ -22,6 +22,7 @@ UP_OP, DOWN_OP = "moe_up", "moe_down"  # shapes: (16 * pairs / experts, outs, in
 FEW = 16  # tokens up to which a block is a pair; the smallest tile of a matrix product
 BLOCKS_FIRST = 1  # as a configuration's `split`: programs are ordered by block of pairs first
 _INVARIANT = Config(16, 64, 64, 0, 4, 3)
+_FLOAT32_TILES = {UP_OP: 64, DOWN_OP: 128}  # outputs at most: wider tiles spill, and fit no multiprocessor
 
 
 class Call(NamedTuple):
@@ -62,10 +63,20 @@ def configurations(call: Call) -> tuple[Config, Config]:
         return _INVARIANT, _INVARIANT
     load = max(1, 16 * call.pairs // call.experts.num_experts)
     hidden, inner = call.experts.hidden, call.experts.intermediate
-    up, down = choose(UP_OP, (load, inner, hidden)), choose(DOWN_OP, (load, hidden, inner))
+    numbers = call.experts.gate_up_EIH.element_size()
+    up, down = fitting(UP_OP, (load, inner, hidden), numbers), fitting(DOWN_OP, (load, hidden, inner), numbers)
     rows = FEW if call.few else up.block_m
     assert FEW <= rows <= LARGEST_BLOCK
     return up._replace(block_m=rows), down._replace(block_m=rows)
+
+
+def fitting(op: str, shape: tuple[int, int, int], number_bytes: int) -> Config:
+    """The table's row, which is for 16-bit numbers; float32 is computed without tensor cores, in smaller tiles."""
+    found = choose(op, shape)
+    if number_bytes == 2:
+        return found
+    tile = min(found.block_n, _FLOAT32_TILES[op])
+    return found._replace(block_n=tile, block_k=found.block_k // 2, stages=min(found.stages, 3))
 
 
 def choose_experts(call: Call, x_TH: Tensor) -> None:

@@ -33,14 +33,17 @@ def _ours(normed: bool, made: PagedStep, rope: RopeTable, weight: Tensor) -> Ten
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """By bandwidth: rows read, queries and keys written back (keys where a prompt needs them), KV written."""
+    """By bandwidth: rows and their rotation read, queries and keys written back (keys where a prompt needs them), KV
+    written.
+    """
     for name, (heads, normed) in _SHAPES.items():
         for tokens in _TOKENS:
             kept = heads[0] + (heads[1] if tokens > 512 else 0)
+            angles = 1 if tokens > 512 else 0  # cosines and sines in float32 of each position; the others share theirs
             numbers = heads[0] + 2 * heads[1] + kept + 2 * heads[1]
             yield Case(
                 name=f"{tokens} tokens, {name}",
                 make=partial(_inputs, tokens, heads, device),
                 run=partial(_ours, normed),
-                size_bytes=2 * tokens * numbers * _HEAD_DIM,
+                size_bytes=tokens * (2 * numbers + 4 * angles) * _HEAD_DIM,
             )

@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused(place: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "shape",
-    [(tokens, 128, 8, 2048, 768) for tokens in (1, 2, 8, 16, 17, 64, 128, 256, 512, 1024, 4096)]
+    [(tokens, 128, 8, 2048, 768) for tokens in (1, 2, 8, 16, 17, 64, 128, 256, 512, 1024, 4096, 8192)]
     + [(tokens, 8, 2, 4096, 14336) for tokens in (1, 16, 64, 512, 2048)]
     + [(300, 64, 6, 1024, 1408), (33, 512, 10, 512, 256), (700, 3, 2, 144, 208)],
     ids=str,
@@ -209,6 +209,14 @@ def test_what_does_not_fit_is_refused(place: torch.device) -> None:
 def test_bfloat16_on_a_card(shape: tuple[int, int, int, int, int], place: torch.device) -> None:
     x, experts = make(shape, torch.bfloat16, place)
     check(x, experts, poisoned(experts, shape[0]), 1.5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 2, 8, 17, 64, 100, 250, 600, 2000, 5000])
+def test_float32_on_a_card(tokens: int, place: torch.device) -> None:
+    """Tiles that fit a multiprocessor in 16 bits need not in 32."""
+    x, experts = make((tokens, 8, 2, 1024, 512), torch.float32, place)
+    check(x, experts, poisoned(experts, tokens), 1e-4)
 
 
 @pytest.mark.gpu
