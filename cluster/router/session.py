@@ -16,6 +16,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import grpc
@@ -38,6 +39,7 @@ from diptych.protos.types import DecodeOrder, Finish, PrefillOrder, PromptLogpro
 
 from .estimate import EngineMeter
 from .faults import faulty_post, pass_point
+from .inbox import Inbox
 from .incident import Incident, raised
 from .mirror import PrefixMirror
 
@@ -269,21 +271,29 @@ class EngineSession:
                     raise EngineLost("the stream has ended") from exc
 
     async def _read_all(self, call: Any) -> None:
-        while True:
-            frame = await self._read(call)
-            kind = frame.WhichOneof("frame")
-            if kind == "tokens":
-                try:
-                    self._deliver(frame.tokens)
-                except ValueError as exc:
-                    self.loss_cause = "ended"
-                    raise EngineLost(f"the engine sent a step that makes no sense: {exc}") from exc
-            elif kind == "status":
-                self.status = status_from_pb(frame.status)
-                self.meter.read(self.status)
-            elif kind == "prefix":
-                change = frame.prefix
-                self.mirror.apply(reset=change.reset, added=change.added, removed=change.removed)
+        inbox = Inbox(partial(self._read, call))
+        try:
+            while True:
+                for frame in await inbox.next():
+                    self._take(frame)
+                inbox.given_out()
+        finally:
+            inbox.close()
+
+    def _take(self, frame: pb.EngineFrame) -> None:
+        kind = frame.WhichOneof("frame")
+        if kind == "tokens":
+            try:
+                self._deliver(frame.tokens)
+            except ValueError as exc:
+                self.loss_cause = "ended"
+                raise EngineLost(f"the engine sent a step that makes no sense: {exc}") from exc
+        elif kind == "status":
+            self.status = status_from_pb(frame.status)
+            self.meter.read(self.status)
+        elif kind == "prefix":
+            change = frame.prefix
+            self.mirror.apply(reset=change.reset, added=change.added, removed=change.removed)
 
     def _deliver(self, step: pb.StepTokens) -> None:
         """Raises ValueError for a message that makes no sense."""
