@@ -1,7 +1,7 @@
 """The router's end of one engine's Session stream: submits and cancels out, step messages in, all multiplexed.
 
     submit/cancel -> outbox -> writer --gRPC--> engine
-    sinks <- one call per token, one wake-up per step <- reader <--gRPC-- engine
+    sinks <- one call per token, one wake-up for what came together <- inbox <--gRPC-- engine
 
 A broken stream fails its open requests at once and is dialled again until the view stops the session. So does one
 that is silent: a stopped process keeps its connections, and nothing but its frames shows that it lives.
@@ -211,7 +211,8 @@ class EngineSession:
                 call.cancel()
 
     async def _pump(self, call: Any) -> None:
-        parts = (self._write_all(call), self._read_all(call), self._watch(), self._ping())
+        inbox = Inbox(partial(self._read, call), self._take, self._clock)
+        parts = (self._write_all(call), inbox.run(), self._watch(), self._ping())
         tasks = [asyncio.create_task(part) for part in parts]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -269,16 +270,6 @@ class EngineSession:
                     await call.write(self._outbox.popleft())
                 except asyncio.InvalidStateError as exc:  # grpc's word for a call that ended before the reader saw it
                     raise EngineLost("the stream has ended") from exc
-
-    async def _read_all(self, call: Any) -> None:
-        inbox = Inbox(partial(self._read, call))
-        try:
-            while True:
-                for frame in await inbox.next():
-                    self._take(frame)
-                inbox.given_out()
-        finally:
-            inbox.close()
 
     def _take(self, frame: pb.EngineFrame) -> None:
         kind = frame.WhichOneof("frame")

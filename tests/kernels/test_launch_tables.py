@@ -60,6 +60,7 @@ def test_the_tiles_of_experts_fit_a_multiprocessor(op: str, item: int) -> None:
     """Of each stage tokens and weights, gate's and up's; compiled for sm_90 the kernels take no more than this."""
     for load in (1, 16, 64, 100, 128, 256, 512, 3000, 4096, 8192, 10**6):
         config = fitting(op, (load, 1024, 2048), item)
+        config = config._replace(block_m=fitting(UP_OP, (load, 1024, 2048), item).block_m)  # of both projections
         weights = (2 if op == UP_OP else 1) * config.block_n
         assert item * config.stages * config.block_k * (config.block_m + weights) <= SHARED_BYTES
 
