@@ -3,6 +3,7 @@ one queue for it; connections that come while no replica accepts wait there, als
 
     replica -> holder   ask (host, port, pid; with a socket that it has already)   accepts   leaves   ends
     holder -> replica   given (with the socket; how replicas before it went) or refused     successor (pid)
+    holder -> holder    inherits                                     its addresses, each with the socket, and an end
 
 A replica that leaves goes on accepting until it is told that another one does. cluster/control/held.py is its end.
 """
@@ -28,6 +29,7 @@ from diptych.protos.trust import Refusals
 MESSAGE_BYTES = 4096
 MAX_REPLICAS = 64
 JOIN_TIMEOUT_S = 5.0
+INHERIT_TIMEOUT_S = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +71,22 @@ class SocketHolder:
         self._thread = threading.Thread(target=self._run, name="socket holder", daemon=True)
 
     def start(self) -> None:
-        """Raises StartupError. A file that an earlier holder left there is replaced."""
+        """Raises StartupError. A file that an earlier holder left there is replaced; one that lives (Serve replaces its
+        replica) shares what it has, or a replica that asks now would get another socket than those before it.
+        """
+        try:
+            self._inherit()
+        except OSError:  # none lives
+            pass
+        except (ValueError, LookupError, TypeError) as exc:  # one of another version
+            log.warning("the socket holder before this one was not understood: %r", exc)
         try:
             self.path.unlink(missing_ok=True)
             self._door.bind(str(self.path))
             self._door.listen(MAX_REPLICAS)
             self._inode = self.path.stat().st_ino
         except OSError as exc:
-            for sock in (self._door, self._wake, self._woken):
+            for sock in (self._door, self._wake, self._woken, *(one.sock for one in self._addresses.values())):
                 sock.close()
             raise StartupError(f"cannot create {self.path}: {exc.strerror or exc}") from exc
         self._door.setblocking(False)
@@ -94,6 +104,28 @@ class SocketHolder:
             if self.path.stat().st_ino == self._inode:  # else a later holder's
                 self.path.unlink()
         self._wake.close()
+
+    def _inherit(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(INHERIT_TIMEOUT_S)
+            connection.connect(str(self.path))
+            connection.send(json.dumps({"inherits": True}).encode())
+            while True:
+                data, fds, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, 1)
+                if not fds:
+                    return
+                sock = socket.socket(fileno=fds[0])
+                sock.set_inheritable(False)
+                told = json.loads(data)
+                key = str(told.pop("host")), int(told.pop("port"))
+                self._addresses[key] = _Address(sock, **told)
+
+    def _bequeath(self, connection: socket.socket) -> None:
+        for (host, port), address in self._addresses.items():
+            told = {"host": host, "port": port, "had_one": address.had_one}
+            told |= {"handed_over": address.handed_over, "died": address.died}
+            socket.send_fds(connection, [json.dumps(told).encode()], [address.sock.fileno()])
+        connection.send(b"{}")
 
     def _run(self) -> None:
         try:
@@ -151,8 +183,10 @@ class SocketHolder:
                 self._drop(connection)
             elif connection in self._places:
                 self._note(connection, str(json.loads(data)["state"]))
+            elif "inherits" in (asked := json.loads(data)):
+                self._bequeath(connection)
             else:
-                self._give(connection, json.loads(data), shown)
+                self._give(connection, asked, shown)
         finally:
             for sock in shown:
                 sock.close()

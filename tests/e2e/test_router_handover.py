@@ -202,6 +202,7 @@ def test_a_killed_router_breaks_what_it_has_in_work_and_refuses_nothing(own: Clu
     async def change(made: Load) -> None:
         nonlocal killed
         os.kill(old, signal.SIGKILL)
+        await until(lambda: not alive({old}), "the killed one does not end")  # until then it has its connections
         killed = time.monotonic()
         await until(lambda: router(own) != old, "no other router")
 

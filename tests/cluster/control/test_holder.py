@@ -71,6 +71,23 @@ def address(server: asyncio.Server) -> tuple[str, int]:
     return str(host), int(port)
 
 
+async def test_a_holder_that_begins_while_the_one_before_lives_has_its_sockets(path: Path) -> None:
+    """As when Serve replaces holder and replicas at once: the next replica may ask before the old holder ends."""
+    old, new = SocketHolder(path), SocketHolder(path)
+    old.start()
+    async with replica(path) as (first, server):
+        await first.accepts()
+        new.start()
+        async with replica(path, "two") as (second, other):
+            assert address(other) == address(server)
+            assert not second.is_first
+            await second.accepts()
+            old.close()
+            await first.leaves()
+            assert await first.successor(PATIENCE_S) == os.getpid()
+    new.close()
+
+
 async def test_all_replicas_of_an_address_accept_from_one_queue(holder: SocketHolder) -> None:
     async with replica(holder.path) as (first, server), replica(holder.path, "two") as (second, other):
         assert first.is_first
