@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
+from diptych.cluster.formats.format import REASONING_FORMATS, TOOL_FORMATS
 from diptych.protos.echo import ECHO
 from diptych.protos.errors import StartupError
 from diptych.protos.faults import FaultSettings
@@ -195,6 +196,14 @@ class ModelSettings(Settings):
         "slower",
     )
     max_context_tokens: int | None = Field(None, ge=2, description="prompt and output; null: what the model allows")
+    tool_format: str = Field(
+        "auto",
+        description="how the model writes tool calls; auto: by its chat template and tokens, none: tools are refused "
+        "where the template knows them",
+    )
+    reasoning_format: str = Field(
+        "auto", description="how it sets its reasoning apart; auto: as for tools, none: reasoning is content"
+    )
     seed: int | None = Field(None, ge=0, description="of requests that name none; null: a fresh one each time")
     layout: Literal["disaggregated", "colocated"] = Field(
         "disaggregated",
@@ -203,6 +212,14 @@ class ModelSettings(Settings):
     kv: KvSettings = Field(KvSettings(), description="of each engine, unless its pool says otherwise")
     prefill: PrefillPoolSettings = PrefillPoolSettings()
     decode: DecodePoolSettings = DecodePoolSettings()
+
+    @field_validator("tool_format", "reasoning_format")
+    @classmethod
+    def _is_format(cls, name: str, info: ValidationInfo) -> str:
+        known = TOOL_FORMATS if info.field_name == "tool_format" else REASONING_FORMATS
+        if name not in {"auto", "none", *known}:
+            raise ValueError(f"there is no format {name!r}; choose auto, none or one of {', '.join(sorted(known))}")
+        return name
 
     @field_validator("weights")
     @classmethod

@@ -52,6 +52,8 @@ class RoutedModel:
     folder: ModelFolder
     max_context_tokens: int | None
     seed: int | None
+    tool_format: str = "auto"
+    reasoning_format: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,14 @@ class RouterDeployment:
             plan = cast("RouterPlan", await plan.router_plan.remote())
         configure_tracing(plan.trace_file, "router")
         models = [
-            ServedModel.load(m.name, m.folder, max_context_tokens=m.max_context_tokens, seed=m.seed)
+            ServedModel.load(
+                m.name,
+                m.folder,
+                max_context_tokens=m.max_context_tokens,
+                seed=m.seed,
+                tool_format=m.tool_format,
+                reasoning_format=m.reasoning_format,
+            )
             for m in plan.models
         ]
         self._names = [model.name for model in models]
@@ -294,7 +303,14 @@ class PoolsDeployment:
 def router_plan(config: DiptychConfig, folders: Mapping[str, ModelFolder], holder: Path) -> RouterPlan:
     """What a router replica of this configuration is told; `folders` by model name, `holder` as in SocketHolder."""
     models = tuple(
-        RoutedModel(name=name, folder=folders[name], max_context_tokens=settings.max_context_tokens, seed=settings.seed)
+        RoutedModel(
+            name=name,
+            folder=folders[name],
+            max_context_tokens=settings.max_context_tokens,
+            seed=settings.seed,
+            tool_format=settings.tool_format,
+            reasoning_format=settings.reasoning_format,
+        )
         for name, settings in config.models.items()
     )
     return RouterPlan(

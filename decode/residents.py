@@ -76,7 +76,13 @@ class Residents:
         sequence.state = State.RUNNING
         self.running[sequence.key] = sequence
         if sequence.missing > 1:
-            self.prompts.add(sequence.key, sequence, sequence.place)
+            self.prompts.add(sequence.key, sequence, sequence.place, front=sequence.is_forced)
+
+    def is_forced(self, sequence: Sequence) -> None:
+        """Tokens that nobody has to sample were added. They are computed like a prompt's, before all others."""
+        sequence.is_forced = True
+        if sequence.state is State.RUNNING and sequence.missing > 1 and sequence.key not in self.prompts:
+            self.prompts.add(sequence.key, sequence, sequence.place, front=True)
 
     def unseat(self, sequence: Sequence) -> None:
         """Out of the steps with all its blocks, to the front of those who are ready."""
@@ -117,6 +123,7 @@ class Residents:
             sequence.table.close()
             sequence.table = None
         sequence.computed = 0
+        sequence.is_forced = False
 
     def _give_slot(self, sequence: Sequence) -> None:
         assert not sequence.in_flight, f"{sequence.key} gives up what a step still uses"

@@ -101,13 +101,19 @@ class DecodeScheduler:
             if sequence.missing <= 1:
                 self.all.prompts.discard(sequence.key)
 
-    def collected(self, share: Share) -> None:
-        """Its step is over, well or not; before `advance`, and also if the sequence has ended meanwhile."""
+    def collected(self, share: Share) -> bool:
+        """Its step is over, well or not; before `advance`, and also if the sequence has ended meanwhile. Whether it has
+        sampled, if all went well, a token that is not known yet.
+        """
         sequence = share.sequence
         sequence.in_flight -= 1
         sequence.under_way -= share.num_tokens
-        sequence.pending -= share.samples
         self.all.num_in_flight -= 1
+        if share.samples and sequence.foretold:
+            sequence.foretold -= 1
+            return False
+        sequence.pending -= share.samples
+        return share.samples
 
     def advance(self, share: Share, token: int | None) -> None:
         """The share is computed, and `token` sampled if it reached the last one."""
@@ -120,6 +126,15 @@ class DecodeScheduler:
         if token is not None:
             sequence.tokens.append(token)
             self.all.line.charge(sequence.place, 1)
+
+    def foretell(self, sequence: Sequence, token: int) -> None:
+        """`token` follows, whatever a step under way may sample."""
+        sequence.tokens.append(token)
+        self.all.line.charge(sequence.place, 1)
+        if sequence.pending:
+            sequence.pending -= 1
+            sequence.foretold += 1
+        self.all.is_forced(sequence)
 
     @property
     def num_in_flight(self) -> int:
@@ -190,7 +205,8 @@ class DecodeScheduler:
     def _extend_decoding(self, decision: Decision) -> None:
         """A block for the last token of each decoding sequence, the most urgent first."""
         for sequence in self._by_urgency():
-            while sequence.state is State.RUNNING and sequence.missing == 1 and not sequence.is_full:
+            # A prompt has its blocks; so has not what a guide was certain of, told since or while it had no seat.
+            while sequence.state is State.RUNNING and sequence.missing > 0 and not sequence.is_full:
                 assert sequence.table is not None
                 if sequence.table.try_grow(sequence.length):
                     break
@@ -218,7 +234,7 @@ class DecodeScheduler:
         while left and (sequence := prompts.head()) is not None:
             prompts.take(sequence.key)
             served.append(sequence)
-            if not sequence.in_flight:
+            if not sequence.in_flight and not sequence.is_forced:
                 self._extend_prefix(sequence)
             num_tokens = min(left, sequence.missing)
             if sequence.rows.asks_of_prompt:
@@ -231,7 +247,8 @@ class DecodeScheduler:
             decision.shares.append(share)
             left -= share.num_tokens
         for sequence in served:
-            prompts.add(sequence.key, sequence, sequence.place)  # until it is launched or leaves
+            # Until it is launched or leaves.
+            prompts.add(sequence.key, sequence, sequence.place, front=sequence.is_forced)
 
     def _demand(self, decision: Decision, now: float) -> Demand:
         prompts = self.all.prompts
@@ -240,12 +257,14 @@ class DecodeScheduler:
         # Who joined first is the oldest, but for those that lost their blocks, who come first anyway.
         waiting = next((one for one in self.all.line if one.state is State.WAITING), head)
         ready = next((one for one in self.all.ready if one.missing > 1), head)
+        # Who has tokens of a guide to be computed has not waited for a first one since it came.
+        since = [one.since for one in (*prompts, waiting, ready) if not one.is_forced]
         return Demand(
             decode_rows=len(decision.shares),
             kv_tokens=sum(share.sequence.launched for share in decision.shares),
             queued_tokens=self.num_queued_tokens,
             prompt_kv=head.launched,
-            oldest_wait_s=now - min(one.since for one in (*prompts, waiting, ready)),
+            oldest_wait_s=now - min(since, default=now),
         )
 
     def _extend_prefix(self, sequence: Sequence) -> None:

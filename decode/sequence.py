@@ -48,6 +48,8 @@ class Sequence:
     computed: int = 0  # positions 0 .. computed - 1 have KV in the table
     under_way: int = 0  # positions from there on whose KV is computed by steps not collected yet
     pending: int = 0  # tokens that these steps sample
+    foretold: int = 0  # rows in these steps whose sample is in `tokens` already: its guide was certain of it
+    is_forced: bool = False  # its guide was certain of tokens since it has the table: more than that had room for
     in_flight: int = 0  # rows that it has in them; slot and blocks stay while there are any
     slot: int | None = None
     charged: bool = False  # its tenant has paid for the known tokens; later ones are paid for as they come

@@ -16,7 +16,9 @@ from diptych.protos.step import SlotPool
 from diptych.protos.testing import (
     EchoRunner,
     FakeClock,
+    FakeGuide,
     FakeReceiver,
+    GuideRule,
     Ledger,
     RequestFields,
     echo_logprobs,
@@ -79,6 +81,8 @@ class DecodeBench:
             max_context_tokens=max_context_tokens,
         )
         self.requests: dict[TransferKey, GenerateRequest] = {}
+        self.guides: dict[TransferKey, FakeGuide] = {}  # of those that were submitted with a rule
+        self._rules: dict[bytes, GuideRule] = {}  # by transfer id
 
     def submit(
         self,
@@ -89,32 +93,42 @@ class DecodeBench:
         sampling: SamplingParams | None = None,
         transfer: bool = True,
         allow_local_prefill: bool = True,
+        rule: GuideRule | None = None,
         **fields: Unpack[RequestFields],
     ) -> TransferKey:
         """A new order; keys count up. Without `transfer` it names no prefill engine. `sampling` but for max_tokens and
-        the stop tokens.
+        the stop tokens. With a `rule` its answer has a guide.
         """
         key = TransferKey((len(self.requests) + 1).to_bytes(16, "big"))
+        if rule is not None:
+            self._rules[key.transfer_id] = rule
         sampling = replace(
             sampling or SamplingParams(max_tokens=1), max_tokens=max_tokens, stop_token_ids=frozenset(stop)
         )
         request = GenerateRequest(key=key, prompt=tuple(prompt), sampling=sampling, **fields)
         peer = PEER if transfer else None
-        return self._order(DecodeOrder(request=request, prefill=peer, allow_local_prefill=allow_local_prefill))
+        return self._order(request, peer, allow_local_prefill=allow_local_prefill)
 
     def again(self, key: TransferKey, resume: Sequence[int]) -> TransferKey:
         """The next attempt at a request, by transfer, of whose answer `resume` exists."""
         again = TransferKey(key.transfer_id, key.attempt + 1)
         request = replace(self.requests[key], key=again, resume=tuple(resume))
-        return self._order(DecodeOrder(request=request, prefill=PEER))
+        return self._order(request, PEER)
 
-    def _order(self, order: DecodeOrder) -> TransferKey:
-        request = order.request
-        self.requests[request.key] = request
-        self.ledger.resumed[request.key] = len(request.resume)
-        self.worker.submit(order)
+    def _order(
+        self, request: GenerateRequest, prefill: EngineRef | None, *, allow_local_prefill: bool = True
+    ) -> TransferKey:
+        key, rule = request.key, self._rules.get(request.key.transfer_id)
+        self.requests[key] = request
+        self.ledger.resumed[key] = len(request.resume)
+        if rule is not None:
+            self.guides[key] = FakeGuide(len(request.prompt), rule, request.resume)
+        guide = self.guides.get(key)
+        self.worker.submit(
+            DecodeOrder(request=request, prefill=prefill, allow_local_prefill=allow_local_prefill, guide=guide)
+        )
         self.pool.check_integrity()
-        return request.key
+        return key
 
     def step(self) -> bool:
         """One step of the worker, while transfers that are under way write into their blocks."""
@@ -184,11 +198,9 @@ class DecodeBench:
         """The whole answer: what the request came with, then all tokens that it should get."""
         request = self.requests[key]
         sampling, resume = request.sampling, request.resume
-        rules = logit_rules(sampling, len(request.prompt))
-        tokens = [
-            *resume,
-            *echo_reference(request.prompt, sampling.max_tokens - len(resume), rules=rules, resume=resume),
-        ]
+        rules, num = logit_rules(sampling, len(request.prompt)), sampling.max_tokens - len(resume)
+        rule = self._rules.get(key.transfer_id)
+        tokens = [*resume, *echo_reference(request.prompt, num, rules=rules, resume=resume, rule=rule)]
         can_end = range(max(sampling.min_tokens, len(resume)), len(tokens))
         ends = [at for at in can_end if tokens[at] in sampling.stop_token_ids]
         return tokens[: ends[0] + 1] if ends else tokens

@@ -7,6 +7,7 @@ The states and who may leave them are drawn in the README.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence as AbstractSequence
 from functools import partial
 from typing import assert_never
 
@@ -94,7 +95,16 @@ class DecodeWorker:
             budget=_budget(settings, step_tokens, pipeline.runner.cost),
         )
         self._sequences: dict[TransferKey, Sequence] = {}  # every state but DONE
-        totals = ("steps", "step_faults", "row_faults", "tokens", "generated_tokens", "preemptions", "local_prefills")
+        totals = (
+            "steps",
+            "step_faults",
+            "row_faults",
+            "tokens",
+            "generated_tokens",
+            "forced_tokens",
+            "preemptions",
+            "local_prefills",
+        )
         self._books = Books(self.role, emit, clock, (*totals, "transfer_failures"))
 
     def submit(self, order: PrefillOrder | DecodeOrder) -> None:
@@ -107,7 +117,7 @@ class DecodeWorker:
             return
         sequence = Sequence(
             order,
-            *self._books.begin(request),
+            *self._books.begin(order),
             tokens=list(request.known),
             state=State.WAITING,
             limit=min(len(request.prompt) + request.sampling.max_tokens, self._max_context_tokens),
@@ -175,14 +185,14 @@ class DecodeWorker:
         self._books.totals["step_faults"] += isinstance(outcome, EngineFault)
         for at, share in enumerate(shares):
             sequence = share.sequence
-            self._scheduler.collected(share)
+            is_news = self._scheduler.collected(share)
             if sequence.state is State.DRAINING:  # it ended while this was under way
                 if not sequence.in_flight:
                     self._forget(sequence)
             elif isinstance(outcome, EngineFault):
                 self._end(sequence, FinishReason.ERROR, outcome)
             else:
-                self._computed(share, plan, outcome, at)
+                self._computed(share, plan, outcome, at, is_news=is_news)
         self._books.flush()  # now: another worker of the engine may have called
         self._books.step_seconds += self._pipeline.seconds_since(began)
 
@@ -247,7 +257,9 @@ class DecodeWorker:
         elif self._scheduler.arrived(sequence):
             sequence.timer.enter("queue", self._clock())
             sequence.tokens.append(event.first_token)
-            self._finish_if_complete(sequence, event.first_token)
+            if not self._finish_if_complete(sequence, event.first_token) and sequence.rows.guide is not None:
+                position = len(sequence.tokens) - 1
+                self._take_forced(sequence, sequence.rows.guide.accept(position, event.first_token))
         else:
             self._failed(sequence, TransferError("the transfer ended before its blocks were granted"))
 
@@ -290,8 +302,9 @@ class DecodeWorker:
         else:
             self._end(sequence, FinishReason.ERROR, error)
 
-    def _computed(self, share: Share, plan: StepPlan, result: StepResult, at: int) -> None:
-        sequence, token = share.sequence, result.tokens[at]
+    def _computed(self, share: Share, plan: StepPlan, result: StepResult, at: int, *, is_news: bool) -> None:
+        """`is_news`: it sampled a token that was not known before."""
+        sequence, token = share.sequence, result.tokens[at] if is_news else None
         if at in result.faults:
             self._books.totals["row_faults"] += at not in result.ruled_out
             self._end(sequence, FinishReason.ERROR, row_fault(plan, result, at))
@@ -307,9 +320,20 @@ class DecodeWorker:
             sequence.timer.enter("decode", self._clock())
         self._books.totals["generated_tokens"] += 1
         self._books.out.add(sequence.key, sequence.num_generated - 1, token, result.logprobs.get(at))
-        self._finish_if_complete(sequence, token)
+        if not self._finish_if_complete(sequence, token):
+            self._take_forced(sequence, result.forced.get(at, ()))
 
-    def _finish_if_complete(self, sequence: Sequence, token: int) -> None:
+    def _take_forced(self, sequence: Sequence, tokens: AbstractSequence[int]) -> None:
+        """Tokens that the guide is certain of are the answer's at once; later steps compute their KV."""
+        for token in tokens:
+            self._scheduler.foretell(sequence, token)
+            self._books.totals["generated_tokens"] += 1
+            self._books.totals["forced_tokens"] += 1
+            self._books.out.add(sequence.key, sequence.num_generated - 1, token)
+            if self._finish_if_complete(sequence, token):
+                break
+
+    def _finish_if_complete(self, sequence: Sequence, token: int) -> bool:
         reason = finish_reason(
             sequence.request.sampling,
             token,
@@ -320,6 +344,7 @@ class DecodeWorker:
         if reason is not None:
             self._finish(sequence, reason)
             self._let_go(sequence)
+        return reason is not None
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: DiptychError) -> None:
         """End a sequence from the outside, in any state. What has ended stays as it ended."""

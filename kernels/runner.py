@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diptych.protos.constraint import mask_words
 from diptych.protos.errors import DiptychError, EngineFault
 from diptych.protos.ports import StepCost
 from diptych.protos.step import SampleSpec, StepPlan, StepResult, StepRow
 from diptych.protos.types import TokenLogprobs
 
+from .device.masks import accept, fill
 from .history import TokenLog
 from .model import LoadedModel
 from .ops.logprobs.columns import Logprobs
@@ -67,6 +70,7 @@ class _Outcome:
     ruled_out_N: Tensor  # rows whose only fault is that their rules left no token
     sampled: Logprobs | None  # of the rows whose spec asks for them
     prompts: Logprobs | None  # of all prompt rows, one after another
+    forced: Mapping[int, tuple[int, ...]]  # by row of the plan
 
 
 class ModelRunner:
@@ -107,6 +111,7 @@ class ModelRunner:
         self._log = TokenLog(model.device)
         self._last_tokens = torch.full((max_slots,), -1, dtype=torch.int64, device=model.device)
         self._outstanding: deque[tuple[StepPlan, _Outcome | DiptychError]] = deque()
+        self._masker = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
     def launch(self, plan: StepPlan) -> None:
         """See ports.Runner. A plan that breaks the Protocol's rules is an AssertionError here, not a failed step."""
@@ -158,6 +163,7 @@ class ModelRunner:
             prompt_logprobs={row: told for row, told in prompts.items() if row not in faults},
             faults=frozenset(faults),
             ruled_out=frozenset(ruled_out - broken),
+            forced={row: tokens for row, tokens in outcome.forced.items() if row not in faults},
         )
 
     def idle(self) -> bool:
@@ -218,8 +224,10 @@ class ModelRunner:
             ids_T[firsts] = last.clamp(min=0)
             missing = places, last < 0
         kept = torch.tensor(inputs.kept, dtype=torch.int64, device=device)
+        masks = self._masker.submit(self._masks, inputs.specs) if any(spec.guide for spec in inputs.specs) else None
         logits_LV = self._model.forward(ids_T, inputs.batch, self._kv, kept)
-        chosen = sample(logits_LV[: len(inputs.specs)], inputs.specs, inputs.histories)
+        given = {} if masks is None else masks.result()
+        chosen = sample(logits_LV[: len(inputs.specs)], inputs.specs, inputs.histories, given)
         sound_R = self._sound_kv(inputs)
         if missing is not None:
             sound_R[missing[0]] &= ~missing[1]
@@ -234,7 +242,15 @@ class ModelRunner:
             rows = torch.tensor([i for p in inputs.prompts for i in p.places], dtype=torch.int64, device=device)
             tokens = torch.tensor([t for p in inputs.prompts for t in p.tokens], dtype=torch.int64, device=device)
             prompts = logprobs(logits_LV, rows, tokens, max(prompt.top for prompt in inputs.prompts))
-        return _Outcome(inputs, chosen.tokens_N, sound_R, ruled_out_N, sampled, prompts)
+        forced = _accept(inputs, chosen.tokens_N, sound_R) if masks is not None else {}
+        return _Outcome(inputs, chosen.tokens_N, sound_R, ruled_out_N, sampled, prompts, forced)
+
+    def _masks(self, specs: Sequence[SampleSpec]) -> dict[int, Tensor]:
+        """What guides allow, while the step is computed."""
+        guided = [(index, spec.guide, spec.position) for index, spec in enumerate(specs) if spec.guide is not None]
+        masks_MW = torch.zeros(len(guided), mask_words(self.vocab_size), dtype=torch.int32)
+        fill(masks_MW, ((guide, position) for _, guide, position in guided))
+        return {index: mask_W for (index, _, _), mask_W in zip(guided, masks_MW.to(self._model.device), strict=True)}
 
     def _sound_kv(self, inputs: _Inputs) -> Tensor:
         """Which rows' tokens have finite keys and values in the last layer, where a NaN of any layer before arrives.
@@ -259,6 +275,15 @@ class ModelRunner:
             return (0,)
         assert len(row.tokens) == row.num_tokens, "num_tokens does not match tokens"
         return row.tokens
+
+
+def _accept(inputs: _Inputs, tokens_N: Tensor, sound_R: Tensor) -> dict[int, tuple[int, ...]]:
+    columns = zip(inputs.order, inputs.specs, tokens_N.tolist(), sound_R.tolist(), strict=False)
+    return accept(
+        (row, spec.guide, spec.position, token if is_sound else None)
+        for row, spec, token, is_sound in columns
+        if spec.guide is not None
+    )
 
 
 def _tops(inputs: _Inputs) -> list[int]:

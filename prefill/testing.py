@@ -12,7 +12,16 @@ from diptych.protos.pipeline import StepPipeline
 from diptych.protos.ports import SendPort
 from diptych.protos.settings import PrefillSettings
 from diptych.protos.step import SlotPool
-from diptych.protos.testing import EchoRunner, FakeClock, FakeSender, Ledger, RequestFields, snapshot
+from diptych.protos.testing import (
+    EchoRunner,
+    FakeClock,
+    FakeGuide,
+    FakeSender,
+    GuideRule,
+    Ledger,
+    RequestFields,
+    snapshot,
+)
 from diptych.protos.types import EngineId, EngineRef, GenerateRequest, PrefillOrder, SamplingParams, TransferKey
 
 from .worker import PrefillWorker
@@ -58,6 +67,8 @@ class PrefillBench:
             max_context_tokens=max_context_tokens,
         )
         self.requests: dict[TransferKey, GenerateRequest] = {}
+        self.guides: dict[TransferKey, FakeGuide] = {}  # of those that were submitted with a rule
+        self.rules: dict[bytes, GuideRule] = {}  # by transfer id
 
     def submit(
         self,
@@ -66,10 +77,15 @@ class PrefillBench:
         max_tokens: int = 8,
         stop: Sequence[int] = (),
         sampling: SamplingParams | None = None,
+        rule: GuideRule | None = None,
         **fields: Unpack[RequestFields],
     ) -> TransferKey:
-        """A new order; keys count up. `sampling` but for max_tokens and the stop tokens."""
+        """A new order; keys count up. `sampling` but for max_tokens and the stop tokens. With a `rule` its answer has a
+        guide.
+        """
         key = TransferKey((len(self.requests) + 1).to_bytes(16, "big"))
+        if rule is not None:
+            self.rules[key.transfer_id] = rule
         sampling = replace(
             sampling or SamplingParams(max_tokens=1), max_tokens=max_tokens, stop_token_ids=frozenset(stop)
         )
@@ -82,11 +98,14 @@ class PrefillBench:
         return self._order(replace(self.requests[key], key=again, resume=tuple(resume)))
 
     def _order(self, request: GenerateRequest) -> TransferKey:
-        self.requests[request.key] = request
-        self.ledger.resumed[request.key] = len(request.resume)
-        self.worker.submit(PrefillOrder(request=request, decode=PEER))
+        key, rule = request.key, self.rules.get(request.key.transfer_id)
+        self.requests[key] = request
+        self.ledger.resumed[key] = len(request.resume)
+        if rule is not None:
+            self.guides[key] = FakeGuide(len(request.prompt), rule, request.resume)
+        self.worker.submit(PrefillOrder(request=request, decode=PEER, guide=self.guides.get(key)))
         self.pool.check_integrity()
-        return request.key
+        return key
 
     def step(self) -> bool:
         """One step of the worker."""

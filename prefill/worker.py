@@ -85,7 +85,7 @@ class PrefillWorker:
         if earlier is not None and earlier.state is not State.DRAINING:
             log.warning("%s: a second prefill order for a request in work is ignored", key)
             return
-        job = Job(order, *self._books.begin(order.request))
+        job = Job(order, *self._books.begin(order))
         error = self._refusal(order.request) if earlier is None else InvalidRequest(f"{key} was used before", "key")
         if error is None:
             self._jobs[key] = job

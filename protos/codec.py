@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable
 
 from . import engine_pb2 as pb
+from .constraint import MAX_GRAMMAR_BYTES, Backend, Constraint, Reasoning
 from .errors import InvalidRequest
 from .status import EngineStatus
+from .strict_json import printable
 from .types import (
     DecodeOrder,
     EngineId,
@@ -104,6 +106,24 @@ def _sampling_from_pb(msg: pb.Sampling) -> SamplingParams:
     )
 
 
+def _constraint_to_pb(constraint: Constraint) -> pb.Constraint:
+    msg = pb.Constraint(grammar=constraint.grammar, backend=constraint.backend.value, prefix=constraint.prefix)
+    if (reasoning := constraint.reasoning) is not None:
+        msg.reasoning.CopyFrom(pb.Reasoning(start=reasoning.start, end=reasoning.end, is_open=reasoning.is_open))
+    return msg
+
+
+def _constraint_from_pb(msg: pb.Constraint) -> Constraint:
+    if msg.backend not in list(Backend):
+        raise InvalidRequest(f"no engine has a backend {printable(msg.backend, 24)} for grammars", "constraint")
+    if len(msg.grammar.encode()) > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest(f"the grammar has more than {MAX_GRAMMAR_BYTES} bytes", "constraint")
+    reasoning = None
+    if msg.HasField("reasoning"):
+        reasoning = Reasoning(msg.reasoning.start, msg.reasoning.end, msg.reasoning.is_open)
+    return Constraint(grammar=msg.grammar, backend=Backend(msg.backend), prefix=msg.prefix, reasoning=reasoning)
+
+
 def logprobs_to_pb(logprobs: TokenLogprobs, row: int = 0) -> pb.Logprobs:
     """One token's, as a message; `row` of the step's columns."""
     return pb.Logprobs(
@@ -147,6 +167,8 @@ def submit_to_pb(handle: int, order: PrefillOrder | DecodeOrder, now: float) -> 
         weight=request.weight,
         resume=request.resume,
     )
+    if request.constraint is not None:
+        msg.constraint.CopyFrom(_constraint_to_pb(request.constraint))
     if isinstance(order, PrefillOrder):
         msg.phase = pb.PHASE_PREFILL
         msg.peer.CopyFrom(ref_to_pb(order.decode))
@@ -187,6 +209,7 @@ def order_from_pb(msg: pb.Submit, now: float) -> PrefillOrder | DecodeOrder:
         tenant=msg.tenant,
         weight=msg.weight or 1.0,
         resume=tuple(msg.resume),
+        constraint=_constraint_from_pb(msg.constraint) if msg.HasField("constraint") else None,
     )
     peer = ref_from_pb(msg.peer) if msg.HasField("peer") else None
     if msg.phase == pb.PHASE_PREFILL:

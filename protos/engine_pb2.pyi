@@ -50,7 +50,7 @@ class Open(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., engine_epoch: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "transfer_id", "attempt", "phase", "prompt", "sampling", "peer", "salt", "timeout_s", "traceparent", "allow_local_prefill", "priority", "tenant", "weight", "resume")
+    __slots__ = ("handle", "transfer_id", "attempt", "phase", "prompt", "sampling", "peer", "salt", "timeout_s", "traceparent", "allow_local_prefill", "priority", "tenant", "weight", "resume", "constraint")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,7 @@ class Submit(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    CONSTRAINT_FIELD_NUMBER: _ClassVar[int]
     handle: int
     transfer_id: bytes
     attempt: int
@@ -81,7 +82,30 @@ class Submit(_message.Message):
     tenant: str
     weight: float
     resume: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, handle: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., peer: _Optional[_Union[EngineRef, _Mapping]] = ..., salt: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., allow_local_prefill: bool = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., weight: _Optional[float] = ..., resume: _Optional[_Iterable[int]] = ...) -> None: ...
+    constraint: Constraint
+    def __init__(self, handle: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., peer: _Optional[_Union[EngineRef, _Mapping]] = ..., salt: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., allow_local_prefill: bool = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., weight: _Optional[float] = ..., resume: _Optional[_Iterable[int]] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ...) -> None: ...
+
+class Constraint(_message.Message):
+    __slots__ = ("grammar", "backend", "prefix", "reasoning")
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    REASONING_FIELD_NUMBER: _ClassVar[int]
+    grammar: str
+    backend: str
+    prefix: str
+    reasoning: Reasoning
+    def __init__(self, grammar: _Optional[str] = ..., backend: _Optional[str] = ..., prefix: _Optional[str] = ..., reasoning: _Optional[_Union[Reasoning, _Mapping]] = ...) -> None: ...
+
+class Reasoning(_message.Message):
+    __slots__ = ("start", "end", "is_open")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    IS_OPEN_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    is_open: bool
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., is_open: bool = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "min_p", "min_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "bias_token_ids", "bias_values", "bad_words", "allowed_token_ids", "logprobs", "prompt_logprobs")

@@ -10,14 +10,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from .constraint import Guide
 from .errors import ContextTooLong, DiptychError, EngineFault, InvalidRequest
 from .fair_line import Place
 from .ports import Clock, Emit
 from .step import LogitRules, SampleSpec, StepPlan, StepResult, StepRow
 from .types import (
+    DecodeOrder,
     Finish,
     FinishReason,
     GenerateRequest,
+    PrefillOrder,
     PromptLogprobs,
     Role,
     SamplingParams,
@@ -97,9 +100,10 @@ class RowMaker:
     position's logprobs.
     """
 
-    __slots__ = ("_asked", "_history_due", "_key", "_num_prompt", "_sampling", "_told", "rules")
+    __slots__ = ("_asked", "_history_due", "_key", "_num_prompt", "_sampling", "_told", "guide", "rules")
 
-    def __init__(self, request: GenerateRequest) -> None:
+    def __init__(self, request: GenerateRequest, guide: Guide | None = None) -> None:
+        self.guide = guide
         self._key = request.key
         self._num_prompt = len(request.prompt)
         self._sampling = request.sampling
@@ -191,18 +195,23 @@ class RowMaker:
             logprobs=sampling.logprobs,
             rules=rules,
             history=history,
+            guide=self.guide,
         )
 
 
 def row_fault(plan: StepPlan, result: StepResult, at: int) -> DiptychError:
     """How the request of row `at` ends, one of the step's faults: InvalidRequest where its rules are to blame."""
     sample = plan.rows[at].sample
-    if at in result.ruled_out and sample is not None and sample.rules is not None:
-        return _no_token_left(sample.rules, sample.position - sample.rules.num_prompt)
+    if at in result.ruled_out and sample is not None:
+        if sample.guide is not None and sample.guide.error is not None:
+            return sample.guide.error
+        if sample.rules is not None:
+            number = sample.position - sample.rules.num_prompt
+            return _no_token_left(sample.rules, number, has_guide=sample.guide is not None)
     return EngineFault("the model's numbers for this request are not finite", "the row came back among the faults")
 
 
-def _no_token_left(rules: LogitRules, num_generated: int) -> InvalidRequest:
+def _no_token_left(rules: LogitRules, num_generated: int, *, has_guide: bool) -> InvalidRequest:
     given = {
         "allowed_token_ids": rules.allowed_token_ids is not None,
         "bad_words": bool(rules.bad_words),
@@ -210,9 +219,10 @@ def _no_token_left(rules: LogitRules, num_generated: int) -> InvalidRequest:
     }
     # Only where nothing bars a token outright can a bias or a penalty have made every logit infinite.
     names = [name for name, is_given in given.items() if is_given] or ["logit_bias"]
+    what = "every one that the form of the answer allows" if has_guide else "every one"
     return InvalidRequest(
         f"no token is left by the rules of this request after {num_generated} generated tokens: "
-        f"{' and '.join(names)} exclude{'s' if len(names) == 1 else ''} every one",
+        f"{' and '.join(names)} exclude{'s' if len(names) == 1 else ''} {what}",
         names[0],
     )
 
@@ -252,11 +262,12 @@ class Books:
         self._emit = emit
         self._clock = clock
 
-    def begin(self, request: GenerateRequest) -> tuple[Place, StageTimer, RowMaker]:
+    def begin(self, order: PrefillOrder | DecodeOrder) -> tuple[Place, StageTimer, RowMaker]:
         """A request that `end` will end."""
         self.totals["requests"] += 1
         self.num_live += 1
-        return Place.of(request, self.totals["requests"]), StageTimer(self._clock()), RowMaker(request)
+        place = Place.of(order.request, self.totals["requests"])
+        return place, StageTimer(self._clock()), RowMaker(order.request, order.guide)
 
     def end(self, finish: Finish, timer: StageTimer, error: DiptychError | None) -> None:
         """The terminal event; its times are the timer's, and its words those of an error that it ends with."""

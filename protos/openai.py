@@ -2,7 +2,7 @@
 
 A field is honoured or refused with an error that names it: the classes list what is honoured, FIXED lists known fields
 of which only the default is accepted, everything else is unknown. Nothing is coerced: "5" is not 5 and true is not 1.
-The fields that choose tokens: openai_sampling.py.
+The fields that choose tokens: openai_sampling.py; of messages, tools, the answer's form, the template: openai_*.py.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import Field, PlainValidator
 
 from .errors import InvalidRequest
+from .openai_messages import Message, read_messages
+from .openai_output import FORM_FIELDS, OutputForm, read_form
 from .openai_sampling import Alternatives, SamplingFields, Wire, validated
+from .openai_template import TEMPLATE_FIELDS, TemplateOptions, read_template
+from .openai_tools import TOOL_FIELDS, ToolUse, read_tools
 from .strict_json import parse_object
 
-MAX_MESSAGES = 4096
 MAX_LABELS = 16
 
 # Known fields that change nothing at their default; any other value is refused.
 FIXED: dict[str, tuple[object, ...]] = {
     "audio": (None,),
-    "function_call": (None, "none"),
-    "functions": (None, []),
+    "chat_template": (None,),
+    "documents": (None, []),
+    "guided_decoding_backend": (None, "auto"),
+    "guided_whitespace_pattern": (None,),
     "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None,),
     "prediction": (None,),
-    "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "skip_special_tokens": (None, True),
     "spaces_between_special_tokens": (None, True),
     "store": (None, False),
     "suffix": (None, ""),
-    "tool_choice": (None, "none"),
-    "tools": (None, []),
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
     "verbosity": (None,),
@@ -42,16 +42,12 @@ FIXED: dict[str, tuple[object, ...]] = {
 }
 MAX_ANSWERS = 128  # of one request, over all its prompts
 _VLLM_FIXED = ("skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens", "use_beam_search")
-# What clients echo back from an answer's message, empty.
-_EMPTY_IN_MESSAGE: dict[str, tuple[object, ...]] = {
-    "annotations": (None, []),
-    "audio": (None,),
-    "function_call": (None,),
-    "name": (None,),
-    "reasoning": (None,),
-    "reasoning_content": (None,),
-    "refusal": (None,),
-    "tool_calls": (None, []),
+# Refused for good, with the reason.
+_REFUSED = {
+    "chat_template": "is refused: a template is a program, and programs come with the model, not with a request",
+    "documents": "is not supported: put the documents' text into a message",
+    "guided_decoding_backend": "is refused: this server has one way to enforce a form; leave it out",
+    "guided_whitespace_pattern": "is refused: whitespace in enforced JSON is the server's, and bounded; leave it out",
 }
 
 
@@ -60,13 +56,6 @@ class StreamOptions(Wire):
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None  # padding against traffic analysis: not offered
-
-
-class Message(Wire):
-    """One turn; `content` is the joined text of its parts."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str
 
 
 def _labels(value: object) -> None:
@@ -87,6 +76,7 @@ class GenerationRequest(SamplingFields):
     """What both endpoints share. None means: not given."""
 
     fixed: ClassVar[frozenset[str]]
+    made: ClassVar[frozenset[str]] = frozenset({"output_form"})  # of several fields of the body, none by its own name
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     stream: bool | None = None
@@ -97,6 +87,7 @@ class GenerationRequest(SamplingFields):
     user: Label | None = None
     safety_identifier: Label | None = None
     metadata: Annotated[None, PlainValidator(_labels)] = None
+    output_form: OutputForm | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -104,44 +95,18 @@ class GenerationRequest(SamplingFields):
         return self.stream_options is not None and self.stream_options.include_usage is True
 
 
-def _messages(value: object) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise InvalidRequest("messages must be a list with at least one message", "messages")
-    if len(value) > MAX_MESSAGES:
-        raise InvalidRequest(f"messages has {len(value)} entries; the limit is {MAX_MESSAGES}", "messages")
-    return tuple(_message(entry, f"messages[{i}]") for i, entry in enumerate(value))
-
-
-def _message(value: object, path: str) -> Message:
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"{path} must be an object", path)
-    fields = _without_fixed(value, _EMPTY_IN_MESSAGE, frozenset(_EMPTY_IN_MESSAGE), f"{path}.")
-    if "content" in fields:
-        fields["content"] = _content(fields["content"], f"{path}.content")
-    return validated(Message, fields, f"{path}.")
-
-
-def _content(value: object, path: str) -> str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise InvalidRequest(f"{path} must be a string or a list of text parts", path)
-    texts = []
-    for i, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise InvalidRequest(f"{path}[{i}] must be a part of type text; this model reads text only", f"{path}[{i}]")
-        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-            raise InvalidRequest(f"{path}[{i}] must have the fields type and text, a string", f"{path}[{i}]")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
     fixed = frozenset(FIXED) - {"suffix"}
+    made = frozenset({"output_form", "tool_use", "template"})
 
-    messages: Annotated[tuple[Message, ...], PlainValidator(_messages)]
+    messages: Annotated[tuple[Message, ...], PlainValidator(read_messages)]
+    tool_use: ToolUse | None = None
+    template: TemplateOptions = TemplateOptions()
+    include_reasoning: bool | None = None  # false: the answer comes without its reasoning
+    schema_in_prompt: bool | None = None  # false: the model is not told the schema that its answer is held to
+    structured: bool | None = None  # events of a stream that tell each finished part of a JSON answer
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
@@ -179,7 +144,7 @@ def _prompt(value: object, path: str) -> str | tuple[int, ...]:
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions. One prompt or several, each a text or token ids; each gets its n choices."""
 
-    fixed = frozenset({"suffix", *_VLLM_FIXED})
+    fixed = frozenset({"suffix", *_VLLM_FIXED, *_REFUSED})
 
     prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_prompts)]
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None  # 0: with echo, to score a prompt
@@ -198,17 +163,41 @@ RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 def parse_chat(body: bytes) -> ChatRequest:
     """The chat request in `body`. Raises InvalidRequest naming the field."""
-    request = _parse(ChatRequest, body)
+    fields = parse_object(body)
+    tools = _taken(fields, TOOL_FIELDS)
+    options = _taken(fields, TEMPLATE_FIELDS)
+    request = _parse(ChatRequest, fields, tool_use=read_tools(tools), template=read_template(options))
     if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
         raise InvalidRequest("max_tokens and max_completion_tokens differ; send one of them", "max_tokens")
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("top_logprobs is for requests with logprobs: true", "top_logprobs")
+    _check_form(request)
+    last = request.messages[-1]
+    if request.template.continue_final and (last.role != "assistant" or not last.content.strip() or last.tool_calls):
+        raise InvalidRequest(
+            "continue_final_message is for conversations that end with an assistant's message with a text and no calls",
+            "continue_final_message",
+        )
     return request
+
+
+def _check_form(request: ChatRequest) -> None:
+    form, tools = request.output_form, request.tool_use
+    if form is not None and form.is_guided and tools is not None and tools.mode == "required":
+        choice = "function_call" if tools.is_legacy else "tool_choice"
+        raise InvalidRequest(
+            f"{form.path} gives the whole answer a form, and {choice} makes it a call: send one of them", form.path
+        )
+    if request.structured and (form is None or not form.is_json or not request.stream):
+        raise InvalidRequest(
+            "structured is for streams (stream: true) of an answer that is JSON (response_format json_schema)",
+            "structured",
+        )
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """The completion request in `body`. Raises InvalidRequest naming the field."""
-    request = _parse(CompletionRequest, body)
+    request = _parse(CompletionRequest, parse_object(body))
     if request.best_of not in (None, request.num_choices):
         raise InvalidRequest(f"best_of must equal n ({request.num_choices}): every choice is returned", "best_of")
     if (total := len(request.prompt) * request.num_choices) > MAX_ANSWERS:
@@ -221,9 +210,11 @@ def parse_completion(body: bytes) -> CompletionRequest:
     return request
 
 
-def _parse(cls: type[RequestT], body: bytes) -> RequestT:
-    fields = _without_fixed(parse_object(body), FIXED, cls.fixed, "")
-    request = validated(cls, fields, "")
+def _parse(cls: type[RequestT], fields: dict[str, Any], **made: ToolUse | TemplateOptions | None) -> RequestT:
+    for name in cls.made & fields.keys():
+        raise InvalidRequest(f"unknown field {name}", name)
+    form = read_form(_taken(fields, FORM_FIELDS))
+    request = validated(cls, {**_without_fixed(fields, cls.fixed), "output_form": form, **made}, "")
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options is for requests with stream: true", "stream_options")
     if request.prompt_logprobs is not None and request.stream:
@@ -231,15 +222,18 @@ def _parse(cls: type[RequestT], body: bytes) -> RequestT:
     return request
 
 
-def _without_fixed(
-    fields: dict[str, Any], table: dict[str, tuple[object, ...]], known: frozenset[str], path: str
-) -> dict[str, Any]:
+def _taken(fields: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    """The fields of these names, which leave `fields`."""
+    return {name: fields.pop(name) for name in names & fields.keys()}
+
+
+def _without_fixed(fields: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
     kept = {}
     for name, value in fields.items():
         if name not in known:
             kept[name] = value
-        elif not any(_same(value, default) for default in table[name]):
-            raise InvalidRequest(f"{path}{name} is not supported yet: leave it out", f"{path}{name}")
+        elif not any(_same(value, default) for default in FIXED[name]):
+            raise InvalidRequest(f"{name} {_REFUSED.get(name, 'is not supported yet: leave it out')}", name)
     return kept
 
 

@@ -20,9 +20,13 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Jso
     }
 
 
-def chat_choice(index: int, text: str, finish_reason: str, logprobs: JsonObject | None) -> JsonObject:
+def chat_message(text: str) -> JsonObject:
+    """An assistant's message that is nothing but text."""
+    return {"role": "assistant", "content": text, "refusal": None}
+
+
+def chat_choice(index: int, message: JsonObject, finish_reason: str, logprobs: JsonObject | None) -> JsonObject:
     """One choice of a whole chat answer."""
-    message = {"role": "assistant", "content": text, "refusal": None}
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
@@ -38,8 +42,12 @@ def completion(
     return {"id": id, "object": kind, "created": created, "model": model, "choices": choices, "usage": use}
 
 
-def model_card(name: str, created: int, max_context_tokens: int, defaults: Mapping[str, float]) -> JsonObject:
-    """One entry of /v1/models; `defaults` hold for sampling fields that a request does not give."""
+def model_card(
+    name: str, created: int, max_context_tokens: int, defaults: Mapping[str, float], capabilities: JsonObject
+) -> JsonObject:
+    """One entry of /v1/models; `defaults` hold for sampling fields that a request does not give. `capabilities`: so
+    that no client needs a list of models' names.
+    """
     return {
         "id": name,
         "object": "model",
@@ -47,6 +55,7 @@ def model_card(name: str, created: int, max_context_tokens: int, defaults: Mappi
         "owned_by": "diptych",
         "max_model_len": max_context_tokens,
         "sampling_defaults": dict(defaults),
+        "capabilities": capabilities,
     }
 
 

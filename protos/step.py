@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .constraint import Guide
 from .types import TokenLogprobs
 
 # Positions of prompts whose logprobs a step is asked for at most: each takes a row of logits, 250 KiB of 128,000 ids.
@@ -51,6 +52,8 @@ class SampleSpec:
     # All ids known so far, prompt first, with the slot's first sample; None later: the runner adds what it samples.
     # Given only where rules.needs_history.
     history: tuple[int, ...] | None = None
+    # Asked for the mask of `position` once the tokens before it are known, and told what was sampled.
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +103,9 @@ class StepResult:
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     faults: frozenset[int] = frozenset()  # rows with numbers not finite or no token left by their rules
-    ruled_out: frozenset[int] = frozenset()  # those of `faults` with sound numbers, whose rules left no token
+    # Those of `faults` with sound numbers, whose rules, or guide, left no token.
+    ruled_out: frozenset[int] = frozenset()
+    forced: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # what its guide says follows a row's token
 
 
 class SlotPool:

@@ -24,7 +24,25 @@ def parse_object(body: bytes) -> dict[str, Any]:
         text = body.decode("utf-8")
     except UnicodeDecodeError as exc:
         raise InvalidRequest(f"the body is not UTF-8 (byte {exc.start})") from None
-    _check_depth(body)
+    return _object(text, body, MAX_CONTAINERS)[0]
+
+
+def parse_inner(text: str, path: str, most_containers: int = MAX_CONTAINERS) -> tuple[dict[str, Any], int]:
+    """The one JSON object in a string of a body that was parsed already, by the same rules, and the number of its
+    objects and lists, 0 where they are few: a body with many such strings has one `most_containers` for all. Raises
+    InvalidRequest, which blames `path`.
+    """
+    try:
+        return _object(text, text.encode(), most_containers)
+    except InvalidRequest as exc:
+        why = exc.message.replace("the body", "the text", 1)
+        if most_containers < MAX_CONTAINERS and why.endswith("lists"):
+            why = f"with the calls before it there are more than {MAX_CONTAINERS} objects and lists"
+        raise InvalidRequest(f"{path} must hold the JSON of an object: {why}", path) from None
+
+
+def _object(text: str, body: bytes, most_containers: int) -> tuple[dict[str, Any], int]:
+    containers = _check_depth(body, most_containers)
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_float)
     except json.JSONDecodeError as exc:
@@ -35,24 +53,25 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise InvalidRequest("the body must be a JSON object")
     if _ESCAPED_SURROGATE.search(body):
         _check_surrogates(value)
-    return value
+    return value, containers
 
 
-def _check_depth(body: bytes) -> None:
+def _check_depth(body: bytes, most_containers: int) -> int:
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
-        return
+        return 0
     depth = containers = 0
     for match in _BRACKET.finditer(body):  # strings match whole, so that brackets in them do not count
         first = body[match.start()]
         if first in b"[{":
             depth += 1
             containers += 1
-            if containers > MAX_CONTAINERS:
-                raise InvalidRequest(f"the body holds more than {MAX_CONTAINERS} objects and lists")
+            if containers > most_containers:
+                raise InvalidRequest(f"the body holds more than {most_containers} objects and lists")
             if depth > MAX_DEPTH:
                 raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
         elif first in b"]}":
             depth -= 1
+    return containers
 
 
 def _check_surrogates(value: dict[str, Any]) -> None:

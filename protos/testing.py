@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
+from .constraint import Guide, mask_words
 from .errors import DiptychError, TransferError
 from .ports import Closed, Committed, Failed, Released, StepCost, WantBlocks
-from .step import LogitRules, StepPlan, StepResult, StepRow
+from .step import LogitRules, SampleSpec, StepPlan, StepResult, StepRow
 from .types import EngineRef, Finish, PromptLogprobs, StepOutput, TokenLogprobs, TransferKey
 
 ECHO_VOCAB = 32_000
@@ -95,11 +97,15 @@ class Ledger:
 
 
 def snapshot(plan: StepPlan) -> tuple[tuple[object, ...], ...]:
-    """A plan as plain values that stay as they are, to compare schedules."""
+    """A plan as plain values that stay as they are, to compare schedules; guides, which do not, left out."""
     return tuple(
-        (row.slot, row.start, row.tokens, tuple(row.blocks), row.sample, row.prompt_logprobs, row.next_token)
+        (row.slot, row.start, row.tokens, tuple(row.blocks), _plain(row.sample), row.prompt_logprobs, row.next_token)
         for row in plan.rows
     )
+
+
+def _plain(sample: SampleSpec | None) -> SampleSpec | None:
+    return sample if sample is None or sample.guide is None else replace(sample, guide=None)
 
 
 def _echo(cells: Sequence[Cell], vocab_size: int) -> int:
@@ -124,6 +130,65 @@ def _obey(rules: LogitRules | None, token: int, num_generated: int, vocab_size: 
     return next((one for at in range(vocab_size) if (one := (token + at) % vocab_size) not in barred), None)
 
 
+def _follow(guide: Guide, position: int, guess: int, vocab_size: int) -> int | None:
+    """The first token from `guess` on, ids wrapping around, that a guide allows."""
+    mask = bytearray(4 * mask_words(vocab_size))
+    guide.fill(position, memoryview(mask))
+    allowed = int.from_bytes(mask, "little") & (1 << vocab_size) - 1
+    if behind := allowed >> guess << guess:
+        allowed = behind
+    return (allowed & -allowed).bit_length() - 1 if allowed else None
+
+
+GuideRule = Callable[[tuple[int, ...]], tuple[Collection[int], tuple[int, ...]]]
+
+
+def talkative(known: tuple[int, ...]) -> tuple[Collection[int], tuple[int, ...]]:
+    """A rule without sense: one to fifty ids, and after every third token up to five that are certain. Never nothing."""
+
+    def number(what: str) -> int:
+        return zlib.crc32(repr((what, known)).encode())
+
+    allowed = {number(f"a{at}") % ECHO_VOCAB for at in range(1 + number("size") % 50)}
+    count = number("run") % 6 if number("turn") % 3 == 0 else 0
+    return allowed, tuple(number(f"f{at}") % ECHO_VOCAB for at in range(count))
+
+
+class FakeGuide:
+    """constraint.Guide after a rule: what may follow the answer's tokens so far, and what is certain to."""
+
+    def __init__(self, num_prompt: int, rule: GuideRule, resume: Sequence[int] = ()) -> None:
+        self.error: DiptychError | None = None
+        self.known: list[int] = []
+        self._num_prompt = num_prompt
+        self._rule = rule
+        for at, token in enumerate(resume):
+            self.accept(num_prompt + at, token)
+
+    def accept(self, position: int, token: int) -> tuple[int, ...]:
+        """See constraint.Guide; what a rule does not allow is a defect of the caller."""
+        at = position - self._num_prompt
+        if at < len(self.known):
+            assert self.known[at] == token, f"token {at} is {self.known[at]}, not {token}"
+            return ()
+        assert at == len(self.known), f"token {at} after {len(self.known)}"
+        assert token in self._rule(tuple(self.known))[0], f"token {at}, {token}, is not allowed"
+        self.known.append(token)
+        forced = self._rule(tuple(self.known))[1]
+        self.known.extend(forced)
+        return forced
+
+    def fill(self, position: int, mask: memoryview) -> None:
+        """See constraint.Guide."""
+        at = position - self._num_prompt
+        if at > len(self.known):
+            mask[:] = b"\xff" * len(mask)
+            return
+        mask[:] = bytes(len(mask))
+        for token in self._rule(tuple(self.known))[0] if at == len(self.known) else (self.known[at],):
+            mask[token // 8] |= 1 << token % 8
+
+
 def _logprobs(guess: int, token: int, top: int, vocab_size: int) -> TokenLogprobs:
     rank = 1 + (token - guess) % vocab_size
     return TokenLogprobs(-float(rank), rank, tuple(((guess + at) % vocab_size, -1.0 - at) for at in range(top)))
@@ -136,12 +201,22 @@ def echo_reference(
     *,
     rules: LogitRules | None = None,
     resume: Sequence[int] = (),
+    rule: GuideRule | None = None,
 ) -> list[int]:
-    """The `n` tokens that one undisturbed EchoRunner generates after `prompt` and `resume`."""
+    """The `n` tokens that one undisturbed EchoRunner generates after `prompt` and `resume`. Fewer where a guide with this
+    `rule` comes to allow nothing.
+    """
     cells = list(enumerate([*prompt, *resume]))
+    guide = None if rule is None else FakeGuide(len(prompt), rule, resume)
     for at in range(len(resume), len(resume) + n):
-        token = _obey(rules, _echo(cells, vocab_size), at, vocab_size)
-        assert token is not None, "the rules leave no token"
+        guess = _echo(cells, vocab_size)
+        if guide is None:
+            token = _obey(rules, guess, at, vocab_size)
+            assert token is not None, "the rules leave no token"
+        elif (token := _follow(guide, len(cells), guess, vocab_size)) is None:
+            break
+        else:
+            guide.accept(len(cells), token)
         cells.append((len(cells), token))
     return [token for _, token in cells[len(prompt) + len(resume) :]]
 
@@ -239,6 +314,7 @@ class EchoRunner:
         logprobs: dict[int, TokenLogprobs] = {}
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         ruled_out = set()
+        forced: dict[int, tuple[int, ...]] = {}
         for at, row in enumerate(plan.rows):
             if at in faults:
                 continue
@@ -250,6 +326,8 @@ class EchoRunner:
             guess, rules = _echo(cells, self.vocab_size), row.sample.rules
             num_generated = 0 if rules is None else row.sample.position - rules.num_prompt
             token = _obey(rules, guess, num_generated, self.vocab_size)
+            if row.sample.guide is not None:
+                token = _follow(row.sample.guide, row.sample.position, guess, self.vocab_size)
             if token is None:
                 ruled_out.add(at)
                 prompt_logprobs.pop(at, None)
@@ -259,8 +337,10 @@ class EchoRunner:
             if row.sample.logprobs is not None:
                 logprobs[at] = _logprobs(guess, token, row.sample.logprobs, self.vocab_size)
             self._last_token[row.slot] = sampled[at] = token
+            if row.sample.guide is not None and (tokens := row.sample.guide.accept(row.sample.position, token)):
+                forced[at] = tokens
         return StepResult(
-            plan.step_id, tuple(sampled), logprobs, prompt_logprobs, faults | ruled_out, frozenset(ruled_out)
+            plan.step_id, tuple(sampled), logprobs, prompt_logprobs, faults | ruled_out, frozenset(ruled_out), forced
         )
 
     def _of_prompt(self, row: StepRow, top: int) -> tuple[TokenLogprobs, ...]:

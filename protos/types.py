@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
 
+from .constraint import Constraint, Guide
+
 EngineId = NewType("EngineId", str)
 BlockId = NewType("BlockId", int)
 BlockHash = NewType("BlockHash", bytes)  # 32 bytes, names a block's content and everything before it
@@ -89,6 +91,7 @@ class GenerateRequest:
     tenant: str = ""  # whose share of the engine it uses up
     weight: float = 1.0  # of the tenant: twice the weight is twice the share, while both have work
     resume: tuple[int, ...] = ()  # generated elsewhere already; the next token is number len(resume) of the answer
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         assert 0 < self.weight < math.inf
@@ -105,6 +108,7 @@ class PrefillOrder:
 
     request: GenerateRequest
     decode: EngineRef
+    guide: Guide | None = None  # the engine's, of the request's constraint; it knows the tokens of `resume`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +121,7 @@ class DecodeOrder:
     request: GenerateRequest
     prefill: EngineRef | None
     allow_local_prefill: bool = True  # when the transfer fails, compute the prompt here instead of failing
+    guide: Guide | None = None  # as of a PrefillOrder
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from diptych.protos.errors import EngineFault
 from diptych.protos.types import FinishReason, TokenLogprobs
 
 from .logprobs import Entry
+from .reading import AnswerReader
 from .text import TextStream
 
 MAX_PENDING = 64  # pieces of several choices that wait for a slow client
@@ -38,6 +39,7 @@ class Choice:
     index: int
     call: GenerateCall
     text: TextStream
+    reader: AnswerReader | None = None  # of a chat answer that may hold more than content
     leads: bool = True  # the first one of its prompt
     keep_end: bool = False  # an end token's own text is shown
     is_scoring: bool = False  # its one token is made for the prompt's logprobs only and is not part of the answer

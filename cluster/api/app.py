@@ -26,6 +26,7 @@ from diptych.protos.strict_json import printable
 from diptych.protos.types import Role
 
 from .access import Access, Doorkeeper, GuardedRoute, guarded_default
+from .capabilities import capabilities_of
 from .chat import ChatEndpoint
 from .completions import CompletionEndpoint
 from .errors import on_error
@@ -57,7 +58,7 @@ class _Pages:
 
     def _card(self, model: ServedModel) -> JsonObject:
         room = min(model.max_context_tokens, self._router.view.capacity_tokens(model.name) or model.max_context_tokens)
-        return model_card(model.name, model.created, room, model.defaults.given())
+        return model_card(model.name, model.created, room, model.defaults.given(), capabilities_of(model, room))
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diptych.protos.openai import ChatRequest, GenerationRequest, parse_chat
-from diptych.protos.openai_replies import JsonObject, chat_choice, completion
+from diptych.protos.openai_replies import JsonObject, chat_choice, chat_message, completion
 
 from .answer import Choice, Piece
 from .generation import Answer, Whole
 from .logprobs import Entry, chat_logprobs, prompt_logprobs
+from .prepared import Prepared, prepare_chat
 from .served import ServedModel
 from .text import TokenTable
 
@@ -25,11 +26,10 @@ class ChatEndpoint:
         """The checked body."""
         return parse_chat(body)
 
-    async def prompts(self, request: GenerationRequest, model: ServedModel, room: int) -> list[tuple[int, ...]]:
+    async def prepare(self, request: GenerationRequest, model: ServedModel, room: int) -> Prepared:
         """The rendered conversation, which is one; special tokens come from the template alone."""
         assert isinstance(request, ChatRequest)
-        text = model.renderer.chat_text(request.messages)
-        return [await model.renderer.encode(text, add_special=False, max_tokens=room, param="messages")]
+        return await prepare_chat(request, model, room)
 
     def max_tokens(self, request: GenerationRequest) -> tuple[str, int] | None:
         """Under either of its two names."""
@@ -60,7 +60,7 @@ class ChatEndpoint:
             id=answer.id,
             created=answer.created,
             model=answer.request.model,
-            choices=[chat_choice(w.choice.index, w.text, w.choice.finish_reason, w.logprobs) for w in choices],
+            choices=[_shaped(whole) for whole in choices],
             use=answer.usage(),
         )
         first, num_top = choices[0].choice, answer.request.prompt_logprobs
@@ -68,3 +68,14 @@ class ChatEndpoint:
             table = answer.model.renderer.table
             reply["prompt_logprobs"] = prompt_logprobs(first.call.prompt, first.prompt_logprobs, num_top, table)
         return reply
+
+
+def _shaped(whole: Whole) -> JsonObject:
+    reader, reason = whole.choice.reader, whole.choice.finish_reason
+    if reader is None:
+        shaped = chat_choice(whole.choice.index, chat_message(whole.text), reason, whole.logprobs)
+    else:
+        shaped = chat_choice(whole.choice.index, reader.message(), reader.finish_reason(reason), whole.logprobs)
+    if whole.faults:
+        shaped["schema_errors"] = whole.faults
+    return shaped

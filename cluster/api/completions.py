@@ -11,6 +11,7 @@ from diptych.protos.openai_replies import JsonObject, completion, text_choice
 from .answer import Choice, Piece
 from .generation import Answer, Whole
 from .logprobs import Entry, prompt_logprobs, text_logprobs
+from .prepared import Prepared, prepare_completion
 from .sampling import check_token_ids
 from .served import ServedModel
 from .text import TextStream, TokenTable
@@ -27,7 +28,7 @@ class CompletionEndpoint:
         """The checked body."""
         return parse_completion(body)
 
-    async def prompts(self, request: GenerationRequest, model: ServedModel, room: int) -> list[tuple[int, ...]]:
+    async def prepare(self, request: GenerationRequest, model: ServedModel, room: int) -> Prepared:
         """Token ids as given, or a text's, with what the tokenizer puts around a text."""
         assert isinstance(request, CompletionRequest)
         found = []
@@ -37,7 +38,7 @@ class CompletionEndpoint:
             else:
                 check_token_ids(prompt, model.vocab_size, "prompt")
             found.append(prompt)
-        return found
+        return await prepare_completion(request, model, found)
 
     def max_tokens(self, request: GenerationRequest) -> tuple[str, int] | None:
         """As asked."""
@@ -85,6 +86,8 @@ class CompletionEndpoint:
         for whole in choices:
             choice, top = whole.choice, answer.request.prompt_logprobs
             shaped.append(text_choice(choice.index, whole.text, choice.finish_reason, whole.logprobs))
+            if whole.faults:
+                shaped[-1]["schema_errors"] = whole.faults
             if top is not None and choice.prompt_logprobs is not None:
                 told = prompt_logprobs(choice.call.prompt, choice.prompt_logprobs, top, answer.model.renderer.table)
                 shaped[-1] |= {"prompt_logprobs": told}

@@ -32,6 +32,8 @@ from .answer import Choice, Piece, run
 from .body import header, label, read_body, refuse_body
 from .errors import BodyTimeout, public
 from .logprobs import Entry
+from .prepared import Prepared
+from .reading import AnswerReader
 from .sampling import of_choice, sampling_of
 from .served import ServedModel
 from .sse import DONE, EventEncoder, error_event
@@ -55,8 +57,8 @@ class Endpoint(Protocol):
     def parse(self, body: bytes) -> GenerationRequest:
         """The checked body. Raises InvalidRequest."""
 
-    async def prompts(self, request: GenerationRequest, model: ServedModel, room: int) -> list[tuple[int, ...]]:
-        """Token ids of each; `room` is the context's size in tokens."""
+    async def prepare(self, request: GenerationRequest, model: ServedModel, room: int) -> Prepared:
+        """The prompts in token ids, `room` being the context's size, and what is known of the answers."""
 
     def max_tokens(self, request: GenerationRequest) -> tuple[str, int] | None:
         """The field by which the client asked for a number of tokens, and the number; None where it named none."""
@@ -84,6 +86,7 @@ class Answer:
     request: GenerationRequest
     model: ServedModel
     choices: list[Choice]
+    prepared: Prepared
     id: str
     created: int
 
@@ -110,11 +113,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A finished choice."""
+    """A finished choice. `faults`: see Prepared.faults."""
 
     choice: Choice
     text: str
     logprobs: JsonObject | None
+    faults: list[str]
 
 
 class GenerationApp:
@@ -151,7 +155,8 @@ class GenerationApp:
             raise UnknownModel(f"the model {printable(request.model)} is not served; there is: {known}", "model")
         room = min(model.max_context_tokens, self._router.view.capacity_tokens(model.name) or model.max_context_tokens)
         choices: list[Choice] = []
-        for prompt in await self._endpoint.prompts(request, model, room):
+        prepared = await self._endpoint.prepare(request, model, room)
+        for prompt in prepared.prompts:
             max_tokens = self._max_tokens(request, len(prompt), room)
             call = GenerateCall(
                 model=model.name,
@@ -164,10 +169,16 @@ class GenerationApp:
                 priority=request.priority or 0,
                 tenant=tenant,
                 session=session,
+                constraint=prepared.constraint,
             )
             for place in range(request.num_choices):
-                choices.append(_choice(len(choices), place, request, model, call, is_scoring=max_tokens == 0))
-        return Answer(request, model, choices, self._endpoint.id_prefix + os.urandom(12).hex(), int(time.time()))
+                choice = _choice(len(choices), place, request, model, call, is_scoring=max_tokens == 0)
+                if prepared.reading is not None:
+                    choice.reader = AnswerReader(prepared.reading)
+                    choice.text = _text_stream(request, model, call, is_marked=True)
+                choices.append(choice)
+        answer_id = self._endpoint.id_prefix + os.urandom(12).hex()
+        return Answer(request, model, choices, prepared, answer_id, int(time.time()))
 
     async def _sampling(
         self, request: GenerationRequest, model: ServedModel, prompt: tuple[int, ...], max_tokens: int
@@ -213,7 +224,10 @@ class GenerationApp:
             echoed = self._echo(answer, choice)
             text = echoed.text + "".join(texts[choice.index])
             told = [*echoed.entries, *_moved(entries[choice.index], choice.echoed)]
-            whole.append(Whole(choice, text, self._logprobs(answer, told)))
+            if choice.reader is not None:
+                choice.reader.feed(text)
+                choice.reader.finish()
+            whole.append(Whole(choice, text, self._logprobs(answer, told), self._faults(answer, choice, text)))
         reply = self._endpoint.answer(answer, whole)
         if (explanation := answer.explanation()) is not None:
             reply["diptych"] = explanation
@@ -222,6 +236,7 @@ class GenerationApp:
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"x-request-id", answer.id.encode()),
+            *answer.prepared.headers,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
@@ -239,10 +254,11 @@ class GenerationApp:
 
     async def _stream(self, answer: Answer, send: Send) -> None:
         start: dict[str, Any] = {"type": "http.response.start", "status": 200}
-        start["headers"] = [*_SSE_HEADERS, (b"x-request-id", answer.id.encode())]
+        start["headers"] = [*_SSE_HEADERS, (b"x-request-id", answer.id.encode()), *answer.prepared.headers]
         encoders = [self._encoder(answer, choice.index) for choice in answer.choices]
         leads = [encoder.role() for encoder in encoders]  # each goes out with its choice's first text, in one write
         seen: set[int] = set()
+        texts: list[list[str]] = [[] for _ in answer.choices]  # of answers that are checked
         try:
             async with aclosing(run(self._router, answer.choices)) as events:
                 async for choice, piece in events:
@@ -251,11 +267,13 @@ class GenerationApp:
                     i, data = choice.index, b""
                     if i not in seen:
                         seen.add(i)
-                        data = leads[i] + self._encoded(answer, encoders[i], self._echo(answer, choice))
+                        data = leads[i] + self._encoded(answer, encoders[i], self._echo(answer, choice), None)
                     if piece is None:
-                        data += encoders[i].finish(choice.finish_reason)
+                        data += self._end(answer, choice, encoders[i], "".join(texts[i]))
                     else:
-                        data += self._encoded(answer, encoders[i], piece, choice.echoed)
+                        if answer.prepared.checks is not None:
+                            texts[i].append(piece.text)
+                        data += self._encoded(answer, encoders[i], piece, choice)
                     if data:
                         await send({"type": "http.response.body", "body": data, "more_body": True})
             end = b""
@@ -280,29 +298,53 @@ class GenerationApp:
             index=index,
         )
 
-    def _encoded(self, answer: Answer, encoder: EventEncoder, piece: Piece, echoed: int = 0) -> bytes:
-        logprobs = self._logprobs(answer, _moved(piece.entries, echoed)) if piece.entries else None
+    def _encoded(self, answer: Answer, encoder: EventEncoder, piece: Piece, choice: Choice | None) -> bytes:
+        """`choice` None: the piece is no part of its answer."""
+        moved = _moved(piece.entries, choice.echoed) if choice is not None else piece.entries
+        logprobs = self._logprobs(answer, moved) if moved else None
+        if choice is not None and choice.reader is not None:
+            return encoder.deltas(choice.reader.feed(piece.text), logprobs)
         return encoder.text(piece.text, logprobs) if piece.text or logprobs else b""
+
+    def _end(self, answer: Answer, choice: Choice, encoder: EventEncoder, text: str) -> bytes:
+        """What the end of a choice settles, and the chunk that tells why it ended."""
+        reader = choice.reader
+        if reader is None:
+            return encoder.finish(choice.finish_reason, self._faults(answer, choice, text))
+        data = encoder.deltas(reader.finish(), None)
+        return data + encoder.finish(reader.finish_reason(choice.finish_reason), self._faults(answer, choice, text))
+
+    def _faults(self, answer: Answer, choice: Choice, text: str) -> list[str]:
+        """How a complete answer fails its form: the engines' grammar cannot express all of every schema."""
+        if choice.finish_reason != "stop" or choice.text.stopped:
+            return []
+        faults = answer.prepared.faults(choice.reader, text)
+        if faults:
+            self._router.metrics.counters["answers_out_of_form"].labels(model=answer.model.name).inc()
+        return faults
 
 
 def _choice(
     index: int, place: int, request: GenerationRequest, model: ServedModel, call: GenerateCall, *, is_scoring: bool
 ) -> Choice:
-    include = request.include_stop_str_in_output is True
-    text = TextStream(
-        model.renderer.table,
-        request.stop,
-        prompt=call.prompt,
-        include_stop=include,
-        min_tokens=call.sampling.min_tokens,
-    )
     return Choice(
         index=index,
         call=dataclasses.replace(call, sampling=of_choice(call.sampling, place)),
-        text=text,
+        text=_text_stream(request, model, call, is_marked=False),
         leads=place == 0,
-        keep_end=include,
+        keep_end=request.include_stop_str_in_output is True,
         is_scoring=is_scoring,
+    )
+
+
+def _text_stream(request: GenerationRequest, model: ServedModel, call: GenerateCall, *, is_marked: bool) -> TextStream:
+    """`is_marked`: the markers of the model's format are part of the text, special tokens or not."""
+    return TextStream(
+        model.marked_table if is_marked else model.renderer.table,
+        request.stop,
+        prompt=call.prompt,
+        include_stop=request.include_stop_str_in_output is True,
+        min_tokens=call.sampling.min_tokens,
     )
 
 

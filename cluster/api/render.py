@@ -1,27 +1,37 @@
 """Messages to token ids: the model's chat template in a sandbox, then its tokenizer. One Renderer per served model.
 
-The sandbox and its bounds are template.py's.
+The sandbox and its bounds are template.py's; how a conversation is put so that a template can say it: turns.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import hashlib
 import json
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from diptych.protos.errors import ContextTooLong, InvalidRequest, StartupError
-from diptych.protos.openai import Message
+from diptych.protos.openai_messages import Message
+from diptych.protos.openai_template import FLAGS, TemplateOptions
+from diptych.protos.openai_tools import ToolUse
+from diptych.protos.strict_json import printable
+from diptych.protos.wire_checks import compact
 
-from .template import TooMuch, compile_template, render
+from .template import REFUSALS, Budget, TooMuch, compile_template, render, template_data
+from .template_facts import facts_of
 from .text import TokenTable
+from .turns import attempts, is_system_told, tools_in_words, turns_of, with_instruction
 
+AS_USUAL = TemplateOptions()
+_ANYWHERE = FLAGS | {"reasoning_effort"}  # means nothing to a model that does not reason, and is taken there too
+_ASKED = "a question of no weight"
 INLINE_CHARS = 8 << 10  # longer texts are tokenised in a thread: 8 KiB take about 2 ms
 
 
@@ -40,8 +50,11 @@ class Renderer:
         tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.table = TokenTable(tokenizer)
-        self._template = None if template is None else compile_template(template)
         self._variables = variables or {}
+        self._template = None if template is None else compile_template(template)
+        self._facts = None
+        if template is not None and self._template is not None:
+            self._facts = facts_of(self._template, template, self._variables)
         self._clock = clock
         # A byte-level token stands for at most as many characters as its string has; others may swallow any number.
         is_plain = self.table.is_byte_level and tokenizer.normalizer is None
@@ -61,23 +74,98 @@ class Renderer:
         """End the tokenising thread."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def chat_text(self, messages: Sequence[Message]) -> str:
-        """The conversation as the model's template writes it, ready for the assistant's turn.
+    @property
+    def has_template(self) -> bool:
+        """Whether conversations can be written for this model at all."""
+        return self._template is not None
 
-        Raises InvalidRequest when there is no template or it refuses the messages.
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template itself tells the model of tools. Where it does not, a system instruction does, and the
+        model is asked to write calls in the generic form, `{"name": ..., "arguments": {...}}`.
         """
-        if self._template is None:
+        return self._facts is not None and self._facts.knows_tools
+
+    def chat_text(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: ToolUse | None = None,
+        options: TemplateOptions = AS_USUAL,
+        instruction: str | None = None,
+    ) -> str:
+        """The conversation as the model's template writes it, ready for the assistant's turn or what `options` say.
+
+        `tools` reach the prompt unless no call is allowed; `instruction` joins the first system message or is one. A
+        template that refuses the conversation gets it in other turns, as turns.py tells. Raises InvalidRequest when
+        there is no template, when it refuses the messages in every form, takes too long or writes too much.
+        """
+        if self._template is None or self._facts is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions")
-        turns = [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-            for message in messages
-        ]
+        variables = self._told(options)
+        if tools is not None and tools.mode == "none":
+            tools = None
+        mark = _mark(messages[-1].content) if options.continue_final else ""
+        if mark:
+            last = messages[-1]
+            messages = [*messages[:-1], last.model_copy(update={"content": last.content + mark})]
+        words = [instruction] if instruction else []
+        if tools is not None and not self._facts.knows_tools:
+            words.insert(0, tools_in_words(tools))
+        turns = functools.reduce(with_instruction, words, turns_of(messages, self._facts))
+        offered = tools.tools if tools is not None and self._facts.knows_tools else ()
+        budget = Budget(_size(messages, tools, options) + sum(map(len, words)), self._clock)
+        refusal: Exception | None = None
+        silent: str | None = None  # what a template wrote that leaves a system message out
+        for form, entries in attempts(turns, offered, self._facts):
+            data = template_data(form, variables, tools=entries, generation_prompt=options.generation_prompt)
+            try:
+                text = render(self._template, data, budget)
+            except TooMuch:
+                raise InvalidRequest("the chat template makes too much of these messages", "messages") from None
+            except REFUSALS as exc:
+                refusal = refusal or exc
+                continue
+            if is_system_told(form, text):
+                silent = text
+                break
+            silent = silent or text
+        if silent is not None:
+            return _cut(silent, mark, messages[-1]) if mark else silent
+        why = printable(str(refusal), 300)
+        raise InvalidRequest(f"the model's chat template refuses these messages: {why}", "messages") from refusal
+
+    def answer_lead(self, text: str, messages: Sequence[Message], options: TemplateOptions = AS_USUAL) -> str:
+        """The end of the rendered prompt `text` that is the answer's own beginning: the text that the answer goes on
+        with, or what the template writes behind a user's turn. Empty where the prompt ends in another way.
+        """
+        if self._template is None or self._facts is None:
+            return ""
+        if options.continue_final:
+            return messages[-1].content
+        turns = turns_of([Message(role="user", content=_ASKED)], self._facts)
+        form, _ = next(attempts(turns, (), self._facts))
+        data = template_data(form, self._told(options), generation_prompt=options.generation_prompt)
         try:
-            return render(self._template, turns, self._variables, self._clock)
-        except TooMuch:
-            raise InvalidRequest("the chat template makes too much of these messages", "messages") from None
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as exc:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {exc}", "messages") from exc
+            small = render(self._template, data, Budget(0, self._clock))
+        except (TooMuch, *REFUSALS):
+            return ""
+        _, found, lead = small.rpartition(_ASKED)
+        return lead if found and text.endswith(lead) else ""
+
+    def _told(self, options: TemplateOptions) -> Mapping[str, object]:
+        assert self._facts is not None
+        given, reads = options.variables, self._facts.reads
+        for name in given:
+            if name not in reads and name not in _ANYWHERE:
+                raise InvalidRequest(
+                    f"chat_template_kwargs.{name}: this model's chat template reads no such variable",
+                    f"chat_template_kwargs.{name}",
+                )
+        switches: dict[str, object] = {}
+        if given.get("reasoning_effort") == "none":  # the switch that templates have for it
+            switches = {name: False for name in FLAGS if name in reads}
+        return {**self._variables, **switches, **given}
 
     async def encode(self, text: str, *, add_special: bool, max_tokens: int, param: str) -> tuple[int, ...]:
         """Token ids; long texts in a thread. Raises ContextTooLong early when `text` cannot fit into `max_tokens`."""
@@ -105,6 +193,38 @@ class Renderer:
         else:
             encodings = await asyncio.get_running_loop().run_in_executor(self._pool, batch, self.tokenizer)
         return tuple(dict.fromkeys(tuple(encoding.ids) for encoding in encodings if encoding.ids))
+
+
+def ends_inside(text: str, start_marker: str, end_marker: str) -> bool:
+    """Whether `text` ends between the two markers. To be asked of an `answer_lead`: a whole prompt also holds what
+    users write about markers.
+    """
+    return text.rfind(start_marker) > text.rfind(end_marker)
+
+
+def _size(messages: Sequence[Message], tools: ToolUse | None, options: TemplateOptions) -> int:
+    size = sum(len(str(value)) for value in options.variables.values())
+    for message in messages:
+        size += len(message.content) + len(message.reasoning_content or "") + len(message.name or "")
+        size += sum(len(call.id) + len(call.name) + len(call.text) for call in message.tool_calls)
+    return size + (0 if tools is None else sum(len(compact(tool.told())) for tool in tools.tools))
+
+
+def _mark(text: str) -> str:
+    """A word that no text can hold which it is made of; its space shows whether the template keeps a text's spaces."""
+    return f"continue-{hashlib.sha256(text.encode()).hexdigest()} "
+
+
+def _cut(text: str, mark: str, last: Message) -> str:
+    """The rendering up to the mark; without the spaces before it where the template takes spaces from a text's end."""
+    place = text.rfind(mark.strip())
+    kept = text[: max(place, 0)]
+    if text[place : place + len(mark)] != mark:
+        kept = kept.rstrip()
+    if place < 0 or not kept.rstrip().endswith(last.content.removesuffix(mark).strip()):
+        told = "the model's chat template does not write the last message as it is, so that no answer can go on with it"
+        raise InvalidRequest(f"continue_final_message: {told}", "continue_final_message")
+    return kept
 
 
 def _special_tokens(file: Path) -> dict[str, str]:

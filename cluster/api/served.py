@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from diptych.cluster.formats.detect import detect, named
+from diptych.cluster.formats.format import Format
 from diptych.cluster.models import NO_DEFAULTS, ModelFolder, SamplingDefaults
 
 from .render import Renderer
+from .text import TokenTable
+
+NO_FORMAT = Format()
+AUTO, NONE = "auto", "none"  # formats: as the template and the tokens tell; not read at all
 
 log = logging.getLogger(__name__)
 
@@ -24,23 +31,50 @@ class ServedModel:
     eos_token_ids: frozenset[int]
     seed: int | None = None
     defaults: SamplingDefaults = NO_DEFAULTS
+    format: Format = NO_FORMAT  # in which it writes reasoning and calls
+    markers: Mapping[str, int] = field(default_factory=dict)  # those of the format that are one token, and this token
+    marked_table: TokenTable = field(init=False)  # which shows them, special or not
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
+
+    def __post_init__(self) -> None:
+        table = self.renderer.table.showing(self.markers.values())
+        object.__setattr__(self, "marked_table", table)
 
     @classmethod
     def load(
-        cls, name: str, folder: ModelFolder, *, max_context_tokens: int | None = None, seed: int | None = None
+        cls,
+        name: str,
+        folder: ModelFolder,
+        *,
+        max_context_tokens: int | None = None,
+        seed: int | None = None,
+        tool_format: str = AUTO,
+        reasoning_format: str = AUTO,
     ) -> ServedModel:
-        """From a resolved model folder. Raises StartupError."""
+        """From a resolved model folder; formats by name, `none`, or `auto`. Raises StartupError."""
         facts = folder.facts
         if facts.defaults.ignored:
             keys = ", ".join(facts.defaults.ignored)
             log.info("%s: these keys of its generation_config.json have no effect here: %s", name, keys)
+        renderer = Renderer.load(folder.path, facts.chat_template)
+        vocabulary = renderer.tokenizer.get_vocab()
+        format = _format(facts.chat_template, vocabulary, tool_format, reasoning_format)
         return cls(
             name=name,
-            renderer=Renderer.load(folder.path, facts.chat_template),
+            renderer=renderer,
             vocab_size=facts.vocab_size,
             max_context_tokens=min(max_context_tokens or facts.max_context_tokens, facts.max_context_tokens),
             eos_token_ids=frozenset(facts.eos_token_ids),
             seed=seed,
             defaults=facts.defaults,
+            format=format,
+            markers={text: vocabulary[text] for text in format.markers if text in vocabulary},
         )
+
+
+def _format(template: str | None, vocabulary: Mapping[str, int], tools: str, reasoning: str) -> Format:
+    found = detect(template, vocabulary)
+    wanted = named(None if tools in (AUTO, NONE) else tools, None if reasoning in (AUTO, NONE) else reasoning)
+    return Format(
+        found.tools if tools == AUTO else wanted.tools, found.reasoning if reasoning == AUTO else wanted.reasoning
+    )

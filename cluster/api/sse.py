@@ -6,7 +6,7 @@ One event per engine step: prefix + escaped text + suffix.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diptych.protos.errors import DiptychError
@@ -41,10 +41,18 @@ class EventEncoder:
         self._before, self._after = before, after
 
     def _chunk(
-        self, delta: dict[str, Any] | str, finish_reason: str | None, logprobs: dict[str, Any] | None = None
+        self,
+        delta: dict[str, Any] | str,
+        finish_reason: str | None,
+        logprobs: dict[str, Any] | None = None,
+        *,
+        faults: Sequence[str] = (),
     ) -> bytes:
         key = "delta" if self._chat else "text"
-        choice = {"index": self._index, key: delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice: dict[str, Any] = {"index": self._index, key: delta, "logprobs": logprobs}
+        choice["finish_reason"] = finish_reason
+        if faults:
+            choice["schema_errors"] = list(faults)
         return _event({**self._head, "choices": [choice], **self._tail})
 
     def role(self) -> bytes:
@@ -57,9 +65,21 @@ class EventEncoder:
             return self._chunk({"content": text} if self._chat else text, None, logprobs)
         return self._before + _escape(text).encode() + self._after
 
-    def finish(self, reason: str) -> bytes:
-        """The chunk that says why the answer ended."""
-        return self._chunk({} if self._chat else "", reason)
+    def deltas(self, deltas: Sequence[dict[str, Any]], logprobs: dict[str, Any] | None) -> bytes:
+        """Pieces of a chat answer, one event each; the logprobs go with the first, or alone."""
+        if logprobs is None:
+            return b"".join([self._delta(delta) for delta in deltas])
+        first, *rest = deltas or [{}]
+        return self._chunk(first, None, logprobs) + b"".join([self._delta(delta) for delta in rest])
+
+    def _delta(self, delta: dict[str, Any]) -> bytes:
+        if len(delta) == 1 and "content" in delta:
+            return self.text(delta["content"])
+        return self._chunk(delta, None)
+
+    def finish(self, reason: str, faults: Sequence[str] = ()) -> bytes:
+        """The chunk that says why the answer ended, and how it fails its form, if it does."""
+        return self._chunk({} if self._chat else "", reason, faults=faults)
 
     def end(self, use: dict[str, Any] | None, explanation: dict[str, Any] | None) -> bytes:
         """The last chunk, without choices, for clients that asked for token counts or for an explanation."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +50,16 @@ class TokenTable:
         self._pieces: dict[int, bytes | str | int | None] = {}
         self._spellings: dict[int, bytes] = {}
         self.scheme = _scheme(spec["decoder"])
+
+    def showing(self, tokens: Iterable[int]) -> TokenTable:
+        """The same, but for special tokens that are part of the text as they are written."""
+        shown = frozenset(tokens) & self._special
+        if not shown:
+            return self
+        table = copy(self)
+        table._special = self._special - shown
+        table._pieces, table._spellings = {}, {}
+        return table
 
     @property
     def is_byte_level(self) -> bool:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from diptych.cluster.security import engine_name
 from diptych.decode.worker import DecodeWorker
@@ -21,6 +22,7 @@ from diptych.kvtransfer.receive import ReceiveDriver
 from diptych.kvtransfer.send import SendDriver
 from diptych.prefill.worker import PrefillWorker
 from diptych.protos.channels import ENGINE_SERVICE, KV_SERVICE
+from diptych.protos.constraint import Backend
 from diptych.protos.echo import ECHO
 from diptych.protos.faults import FaultPlan
 from diptych.protos.pipeline import StepPipeline
@@ -31,6 +33,9 @@ from diptych.protos.trust import Refusals, Trust
 from diptych.protos.types import Role
 
 from .faults import FaultyRunner, faulty_delivery
+from .guides.guides import Guides
+from .guides.matcher import Backend as GrammarBackend
+from .guides.matcher import Llguidance
 from .inbox import Inbox, TransferNews
 from .outbox import Outbox
 from .spec import EngineSpec, check_cpu
@@ -74,6 +79,7 @@ class EngineParts:
     clock: Clock
     trust: Trust
     refused: dict[str, Refusals]  # calls, by gRPC service
+    guides: Guides
     faults: FaultPlan | None = None
     memory_plan: str = ""  # of its card, for people
     workers: dict[Role, Worker] = field(default_factory=dict)
@@ -184,6 +190,8 @@ def compose(
     Without `trust` the engine talks to this process alone.
     """
     slots = SlotPool(spec.max_slots)
+    guides = _guides(spec, clock)
+    guides.warm_up()
     loaded = brain(spec)
     mark("weights")
     for stage, wait in loaded.before_kv:
@@ -218,6 +226,7 @@ def compose(
         clock=clock,
         trust=trust or Trust.alone(engine_name(spec.possible_roles)),
         refused={name: Refusals(f"engine {spec.engine_id} ({name})") for name in (ENGINE_SERVICE, KV_SERVICE)},
+        guides=guides,
         faults=faults,
         memory_plan=loaded.memory_plan(),
     )
@@ -226,6 +235,22 @@ def compose(
     if Role.DECODE in spec.possible_roles:
         _add_decode(parts, spec, arena, compat)
     return parts
+
+
+def _guides(spec: EngineSpec, clock: Clock) -> Guides:
+    ends = tuple(spec.facts.eos_token_ids)
+    file, vocab_size = spec.folder / "tokenizer.json", spec.facts.vocab_size
+    backends: dict[Backend, Callable[[], GrammarBackend]] = {
+        Backend.LLGUIDANCE: partial(Llguidance, file, vocab_size=vocab_size, end_tokens=ends),
+        Backend.XGRAMMAR: partial(_xgrammar, file, vocab_size=vocab_size, end_tokens=ends),
+    }
+    return Guides(backends, end_tokens=ends, clock=clock)
+
+
+def _xgrammar(file: Path, *, vocab_size: int, end_tokens: tuple[int, ...]) -> GrammarBackend:
+    from .guides.xgrammar_matcher import Xgrammar
+
+    return Xgrammar(file, vocab_size=vocab_size, end_tokens=end_tokens)
 
 
 def _delivery(parts: EngineParts, role: Role) -> Callable[[SendEvent | ReceiveEvent], None]:

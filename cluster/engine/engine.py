@@ -106,6 +106,7 @@ class Engine:
             possible_roles=self._spec.possible_roles,
             prefix_root=parts.pool.prefix_root,
             abandon=parts.sender.abort if parts.sender is not None else None,
+            guides=parts.guides,
             faults=self._faults,
             clock=time.monotonic,
         )
@@ -139,6 +140,7 @@ class Engine:
         counters["engine_collector_passes_total"] = float(self._pauses.passes)
         counters["engine_collector_seconds_total"] = self._pauses.seconds
         counters["engine_routers_lost_total"] = float(self._sessions.routers_lost)
+        counters |= self._parts.guides.counters()
         if self._faults is not None:
             counters |= self._faults.counters()
         counters["engine_refused_calls_total"] = float(self._parts.refused[ENGINE_SERVICE].total)
@@ -225,6 +227,7 @@ class Engine:
         if self._parts.receiver is not None:
             self._parts.receiver.stop()
         self._loop.stop()
+        self._parts.guides.close()
         self._step_thread.end(STOP_TIMEOUT_S)
         self._asyncio_thread.end(STOP_TIMEOUT_S)
 

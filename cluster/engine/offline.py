@@ -233,6 +233,7 @@ class OfflineEngines:
             outbox=parts.outbox,
             reading=loop.reading,
             prefix_root=parts.pool.prefix_root,
+            guides=parts.guides,
         )
         trust = Trust(secret, engine_name(parts.info.roles))
         server = self._asyncio_thread.call(self._serve(parts, sessions, trust), STOP_TIMEOUT_S)

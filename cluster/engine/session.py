@@ -11,7 +11,7 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -20,9 +20,11 @@ from diptych.cluster.observability.tracing import record_phase
 from diptych.protos import codec, engine_pb2_grpc
 from diptych.protos import engine_pb2 as pb
 from diptych.protos.errors import (
+    Cancelled,
     CapacityError,
     DiptychError,
     EngineError,
+    EngineFault,
     InvalidRequest,
     Overloaded,
     ShuttingDown,
@@ -30,9 +32,10 @@ from diptych.protos.errors import (
 from diptych.protos.faults import FaultPlan
 from diptych.protos.ports import Clock
 from diptych.protos.status import EngineInfo, EngineStatus
-from diptych.protos.types import Finish, FinishReason, Role, StepOutput, TransferKey
+from diptych.protos.types import DecodeOrder, Finish, FinishReason, PrefillOrder, Role, StepOutput, TransferKey
 
 from .faults import FaultyFrames, FaultyLine
+from .guides.guides import Guides
 from .inbox import CancelRequest, Inbox
 from .outbox import Outbox
 
@@ -146,9 +149,12 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         possible_roles: Collection[Role] = (),  # that it may have later; empty: the present ones
         prefix_root: bytes = b"",
         abandon: Callable[[TransferKey, DiptychError], None] | None = None,
+        guides: Guides | None = None,
         faults: FaultPlan | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
+        self._guides = guides
+        self._held: dict[tuple[Role, TransferKey], asyncio.Task[None]] = {}  # orders whose guides are being made
         self._abandon = abandon  # SendPort.abort, where there is one
         self._info = info
         self._open_roles = info.roles  # those that take orders
@@ -177,6 +183,8 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
+        for task in self._held.values():
+            task.cancel()
         for session in self._sessions:
             session.fail(grpc.StatusCode.UNAVAILABLE, f"engine {self._info.ref.engine_id} is shutting down")
 
@@ -206,7 +214,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             if route.session in self._sessions:  # what the worker still says of it reaches a handle that nobody holds
                 route.session.give_up(route.handle, key)
                 route.session.send(self._refusal(route.handle, role, lost))
-            self._inbox.put(CancelRequest(role, key))
+            self._take_back(role, key)
 
     async def take_roles(self, info: EngineInfo) -> None:
         """The engine is what `info` says from now on."""
@@ -318,8 +326,8 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
                 raise ShuttingDown(f"engine {self._info.ref.engine_id} takes no new {role} requests")
             if self.draining:
                 raise ShuttingDown(f"engine {self._info.ref.engine_id} takes no new requests: it is shutting down")
-            if not self._inbox.try_put(order):
-                raise Overloaded(f"the inbox of engine {self._info.ref.engine_id} is full")
+            if order.request.constraint is None:
+                self._put(order)
         except DiptychError as error:
             if isinstance(error, CapacityError):  # a copy of the order must not find room where this one did not
                 session.give_up(msg.handle, key)
@@ -328,7 +336,48 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             session.send(self._refusal(msg.handle, role, error))
             return
         session.handles[msg.handle] = (role, key)
-        self._routes[role][key] = _Route(session, msg.handle, order.request.traceparent, time.time_ns())
+        self._routes[role][key] = route = _Route(session, msg.handle, order.request.traceparent, time.time_ns())
+        if order.request.constraint is not None:
+            self._held[role, key] = asyncio.create_task(self._guide(order, role, route))
+
+    def _put(self, order: PrefillOrder | DecodeOrder) -> None:
+        if not self._inbox.try_put(order):
+            raise Overloaded(f"the inbox of engine {self._info.ref.engine_id} is full")
+
+    async def _guide(self, order: PrefillOrder | DecodeOrder, role: Role, route: _Route) -> None:
+        """The worker gets an order with a constraint once its guide is there."""
+        key = order.request.key
+        try:
+            if self._guides is None:
+                raise InvalidRequest(f"engine {self._info.ref.engine_id} keeps to no constraints")
+            guide = await self._guides.open(order.request)
+            self._put(replace(order, guide=guide))
+        except DiptychError as error:
+            self._end_held(role, key, route, error)
+        except asyncio.CancelledError:
+            self._end_held(role, key, route, Cancelled("the request was cancelled"))
+        except Exception:
+            log.exception("%s: its guide could not be made", key)
+            self._end_held(role, key, route, EngineFault("the form of the answer could not be prepared"))
+        finally:
+            self._held.pop((role, key), None)
+
+    def _end_held(self, role: Role, key: TransferKey, route: _Route, error: DiptychError) -> None:
+        """An order that no worker has seen ends."""
+        self._routes[role].pop(key, None)
+        is_held = route.handle in route.session.handles  # else it was given away, and its router told
+        route.session.give_up(route.handle, key)
+        if role is Role.PREFILL and self._abandon is not None:
+            self._abandon(key, error)
+        if is_held and route.session in self._sessions:
+            route.session.send(self._refusal(route.handle, role, error))
+
+    def _take_back(self, role: Role, key: TransferKey) -> None:
+        """End an order wherever it is; an unknown one is no error."""
+        if (task := self._held.get((role, key))) is not None:
+            task.cancel()
+        else:
+            self._inbox.put(CancelRequest(role, key))
 
     def _is_duplicate(self, session: _Session, msg: pb.Submit, role: Role) -> bool:
         """Whether this order came before. One that has ended since does not begin again."""
@@ -348,13 +397,13 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         for role, routes in self._routes.items():
             route = routes.get(key)
             if route is not None and route.session is session:
-                self._inbox.put(CancelRequest(role, key))
+                self._take_back(role, key)
 
     def _refusal(self, handle: int, role: Role, error: DiptychError) -> pb.EngineFrame:
         finish = Finish(
             key=TransferKey(b""),
             role=role,
-            reason=FinishReason.ERROR,
+            reason=FinishReason.CANCELLED if isinstance(error, Cancelled) else FinishReason.ERROR,
             error_code=error.code,
             error_message=error.message,
         )
@@ -364,7 +413,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         # Routes stay until the workers' terminal events: the keys are in use until then, their output goes nowhere.
         self._sessions.discard(session)
         for role, key in session.handles.values():
-            self._inbox.put(CancelRequest(role, key))
+            self._take_back(role, key)
 
     # ---- step outputs to frames ----
 

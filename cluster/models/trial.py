@@ -18,11 +18,35 @@ from diptych.protos.errors import StartupError
 MEMORY_BYTES = 64 << 20
 CPU_S = 1.0
 WAIT_S = 60.0  # for a machine that is busy; the limit that ends a template is that of CPU time
-_ASK = [{"role": "user", "content": "hello"}]
-_CONVERSATIONS = (
-    _ASK,
-    [{"role": "system", "content": "be brief"}, *_ASK],
-    [*_ASK, {"role": "assistant", "content": "hello"}, *_ASK],
+_ASK: dict[str, object] = {"role": "user", "content": "hello"}
+_TOOLS: list[dict[str, object]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "description": "Looks.",
+            "parameters": {"type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]},
+        },
+    }
+]
+_CALL: dict[str, object] = {
+    "type": "function",
+    "id": "abcdefgh1",
+    "function": {"name": "look", "arguments": {"at": "it"}},
+}
+_CONVERSATIONS: tuple[tuple[list[dict[str, object]], list[dict[str, object]] | None], ...] = (
+    ([_ASK], None),
+    ([{"role": "system", "content": "be brief"}, _ASK], None),
+    ([_ASK, {"role": "assistant", "content": "hello", "reasoning_content": "well"}, _ASK], None),
+    ([_ASK], _TOOLS),
+    (
+        [
+            _ASK,
+            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+            {"role": "tool", "content": "seen", "tool_call_id": "abcdefgh1", "name": "look"},
+        ],
+        _TOOLS,
+    ),
 )
 _HUNGRY = f"takes more than {CPU_S:g} s of computing for a conversation of three turns"
 _REMEDY = "Use a template that others can vouch for, or remove it: /v1/completions needs none."
@@ -50,21 +74,21 @@ def check_template(source: str) -> None:
 
 def _try(source: str) -> str:
     """Why the template is refused; empty when it is not."""
-    from jinja2 import TemplateError
     from jinja2.exceptions import SecurityError
 
-    from diptych.cluster.api.template import TooMuch, compile_template, render
+    from diptych.cluster.api.template import REFUSALS, Budget, TooMuch, compile_template, render, template_data
 
     _limit()
     try:
         template = compile_template(source)
-        for turns in _CONVERSATIONS:
+        for turns, tools in _CONVERSATIONS:
+            data = template_data(turns, {"bos_token": "", "eos_token": ""}, tools=tools)
             try:
-                render(template, turns, {"bos_token": "", "eos_token": ""}, time.process_time)
+                render(template, data, Budget(len(str(data)), time.process_time))
             except SecurityError as exc:
                 return f"the chat template does what no template may: {exc}"
-            except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError):
-                continue  # it wants other turns, or tools: a request will be told
+            except REFUSALS:
+                continue  # it wants other turns: a request will be told
     except StartupError as exc:
         return str(exc)
     except TooMuch:

@@ -103,6 +103,12 @@ ROUTER_METRICS: dict[str, MetricSpec] = {
     "disagreements": MetricSpec(
         "diptych_disagreements_total", "counter", "Answers of which two engines told different tokens"
     ),
+    "answers_out_of_form": MetricSpec(
+        "diptych_answers_out_of_form_total",
+        "counter",
+        "Complete answers that failed the schema they were asked to match; the client was told",
+        ("model",),
+    ),
     "quarantined": MetricSpec(
         "diptych_quarantined_total", "counter", "Requests refused from then on because engines died with them"
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diptych.protos.constraint import Constraint
 from diptych.protos.types import FinishReason, SamplingParams, StageTimes, TokenLogprobs
 
 from .placement import Placement
@@ -24,6 +25,7 @@ class GenerateCall:
     tenant: str = ""  # its weight is the configuration's; "" is a tenant too
     session: str = ""  # requests of one session go to the same engines where the policy says so
     pin: Placement | None = None  # engines to take while they live, without asking the policy
+    constraint: Constraint | None = None  # what the answer must match
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

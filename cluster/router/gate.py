@@ -127,5 +127,5 @@ class Quarantine:
 
 def _fingerprint(call: GenerateCall) -> bytes:
     # Without the seed: the API draws one for every request that names none.
-    told = (call.model, call.prompt, replace(call.sampling, seed=0))
+    told = (call.model, call.prompt, replace(call.sampling, seed=0), call.constraint)
     return hashlib.sha256(repr(told).encode()).digest()

@@ -159,6 +159,7 @@ class Router:
             key=TransferKey(self._rng.randbytes(16)),
             prompt=call.prompt,
             sampling=call.sampling,
+            constraint=call.constraint,
             salt=call.salt,
             deadline=deadline,
             traceparent=traceparent,

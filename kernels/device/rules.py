@@ -13,6 +13,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
+from diptych.protos.constraint import mask_words
 from diptych.protos.step import LogitRules
 
 HEAD = 16  # words
@@ -21,11 +22,6 @@ _OF_SLOT = 256  # words of a record beside its bits that there is room for in ev
 _OF_ALL = 1 << 14  # and of one that takes more
 
 Words = NDArray[np.int32]
-
-
-def mask_words(vocab: int) -> int:
-    """Words of the bits of allowed tokens."""
-    return -(-vocab // 32)
 
 
 def rule_words(*, max_slots: int, vocab: int) -> int:

@@ -11,9 +11,9 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from ..ops.step_inputs.launch import apply_updates, build_inputs, publish
 from .buffers import StepBuffers
 from .cost import Timed, fit
 from .graphs import PROMPT_ROWS, StepGraphs, StepShape, decode_shape, shapes_within
+from .masks import MaskBuffers, accept_all
 from .outcome import Outcome
 from .state import DeviceState
 from .step import StepTensors
@@ -57,6 +58,18 @@ class DeviceOptions:
 def max_step_rows(max_slots: int) -> int:
     """Rows of a step at most, padding included."""
     return max_slots + PROMPT_ROWS
+
+
+class _Computing(NamedTuple):
+    """A step that computes, and whose tokens are still to be chosen."""
+
+    plan: StepPlan
+    layout: Layout
+    turn: int
+    step: StepTensors
+    logits_NV: Tensor
+    tail: Tail
+    tail_parts: tuple[Tensor, ...]  # on the device, but the last one
 
 
 class DeviceRunner:
@@ -105,7 +118,8 @@ class DeviceRunner:
         self._wires = [Wire(sent.numpy()) for sent in self._sent]
         self._outs = [self._host(2 * max_rows).view(max_rows, 2) for _ in range(MAX_OUTSTANDING)]
         self._turn = 0
-        self._outstanding: deque[Outcome] = deque()
+        self._outstanding: deque[Outcome | _Computing | DiptychError] = deque()
+        self._masks = MaskBuffers(turns=MAX_OUTSTANDING, max_rows=max_rows, vocab=vocab_size, device=device)
         self._graphs = StepGraphs(self._compute, device=device)
         self._first: list[StepShape] = []  # graphs still to be captured
         self._later: list[StepShape] = []
@@ -127,16 +141,11 @@ class DeviceRunner:
         except AssertionError:
             self._packer.forget(plan)  # rows before the wrong one count as told
             raise
-        with self._at_work():
-            try:
-                outcome = self._start(plan, layout)
-            except Exception as exc:
-                try:
-                    self._give_up(plan)
-                except RuntimeError as lost:
-                    raise _lost(plan, lost) from lost
-                raise _fault(plan, exc) from exc
-        self._outstanding.append(outcome)
+        # A guide that is still to be told its last token is asked when that is known.
+        must_wait = bool(layout.guided and self._outstanding)
+        with self._at_work(), self._blaming(plan):
+            step = self._start(plan, layout)
+            self._outstanding.append(step if must_wait else self._choose(step))
 
     def collect(self) -> StepResult:
         """See ports.Runner and ModelRunner.collect: the same tokens, faults and logprobs.
@@ -144,12 +153,11 @@ class DeviceRunner:
         EngineLost: a kernel did what no process recovers from; every later step would end like this.
         """
         assert self._outstanding, "no step is outstanding"
-        outcome = self._outstanding.popleft()
         try:
-            self._wait(outcome.turn)
-        except RuntimeError as exc:  # it shows where somebody waits for it
-            raise _lost(outcome.plan, exc) from exc
-        return outcome.result()
+            return self._read(self._outstanding.popleft())
+        finally:  # guides know now what they will know, also where this step failed
+            if self._outstanding and isinstance(following := self._outstanding[0], _Computing):
+                self._outstanding[0] = self._choose_late(following)
 
     def use_arena(self, kv: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Compute in this arena from now on. Before any step that is not a rehearsal, and before graphs are there:
@@ -220,7 +228,19 @@ class DeviceRunner:
         """Shapes of the steps that run as a graph."""
         return self._graphs.shapes
 
-    def _start(self, plan: StepPlan, layout: Layout) -> Outcome:
+    @contextlib.contextmanager
+    def _blaming(self, plan: StepPlan) -> Iterator[None]:
+        """Whatever goes wrong is the plan's fault."""
+        try:
+            yield
+        except Exception as exc:
+            try:
+                self._give_up(plan)
+            except RuntimeError as lost:
+                raise _lost(plan, lost) from lost
+            raise _fault(plan, exc) from exc
+
+    def _start(self, plan: StepPlan, layout: Layout) -> _Computing:
         turn = self._turn
         self._turn = (turn + 1) % MAX_OUTSTANDING
         shape = self._graphs.shape_for(layout)
@@ -235,7 +255,7 @@ class DeviceRunner:
         if spilled is None:
             apply_updates(self._wire, self._state, layout.updates.count)
         steps = self._steps
-        asked_A, told_L, places_P, tokens_P, kept_N = self._tail_of(words, tail)
+        *tail_parts, kept_N = self._tail_of(words, tail)
         if shape is not None:
             logits_NV, step = steps.logits(shape.rows), steps.shaped_step(shape)
             if shape in self._graphs.shapes:
@@ -249,8 +269,15 @@ class DeviceRunner:
             self._forward(step, logits_NV)
             count = len(layout.sampling)
             self._choose_largest(logits_NV[:count])
+        return _Computing(plan, layout, turn, step, logits_NV, tail, tuple(tail_parts))
+
+    def _choose(self, computing: _Computing) -> Outcome:
+        """The tokens of a step that has its largest logits. Guides know the tokens before."""
+        plan, layout, turn, step, logits_NV, tail, (asked_A, masked_A, told_L, places_P, tokens_P) = computing
+        steps = self._steps
         if asking := layout.asking:
-            self._choose_as_asked(logits_NV, Asking(asking, self._wire, asked_A))
+            masks_MW = self._masks.put(turn, layout.guided)
+            self._choose_as_asked(logits_NV, Asking(asking, self._wire, asked_A, masked_A, masks_MW))
         published = layout.num_rows + layout.gap
         out_R2 = steps.out_R2[:published]
         publish(self._wire, self._state, step.flags_R, steps.tokens_R, steps.token_flags_R, out_R2)
@@ -266,6 +293,26 @@ class DeviceRunner:
         if self._on_card:
             self._events[turn].record()
         return Outcome(plan, layout, turn, told_R2, sampled, prompts)
+
+    def _read(self, outcome: Outcome | _Computing | DiptychError) -> StepResult:
+        """What came of a step, after its event. Guides are told."""
+        if isinstance(outcome, DiptychError):
+            raise outcome
+        assert isinstance(outcome, Outcome), "its tokens were chosen when the step before was collected"
+        try:
+            self._wait(outcome.turn)
+        except RuntimeError as exc:  # it shows where somebody waits for it
+            raise _lost(outcome.plan, exc) from exc
+        result, guided = outcome.result(), outcome.layout.guided
+        return replace(result, forced=accept_all(guided, result.tokens)) if guided else result
+
+    def _choose_late(self, computing: _Computing) -> Outcome | DiptychError:
+        """The same, of a step that was launched ahead of what its guides had to know."""
+        try:
+            with self._at_work(), self._blaming(computing.plan):
+                return self._choose(computing)
+        except DiptychError as error:
+            return error
 
     def _tail_of(self, words: int, tail: Tail) -> tuple[Tensor, ...]:
         """The wire's last lists, where they lie on the device."""
@@ -324,7 +371,8 @@ class DeviceRunner:
         rules = LogitRules(num_prompt=0, repetition_penalty=2.0, presence_penalty=1.0)
         asking = Sampling(0, 0, 0, self._state.dummy, SampleSpec(1.0, 0.5, 1, 0, 1, min_p=0.5, rules=rules))
         logits_NV = self._steps.logits(1)
-        self._choose_as_asked(logits_NV, Asking([asking], self._wire, self._steps.out_R2.new_zeros(1)))
+        none = self._steps.out_R2.new_zeros(1)
+        self._choose_as_asked(logits_NV, Asking([asking], self._wire, none, none - 1, self._masks.put(0, [])))
         _tell(logits_NV, self._steps.tokens_R[:1] * 0, self._steps.tokens_R[:1], 1)
         self._finish()
 

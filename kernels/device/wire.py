@@ -23,6 +23,7 @@ HEADER = 16  # words before the rows
 ROW = 8  # words of a row
 NUM_UPDATES, UPDATES_AT = 0, 1  # words of the header: how many, and where they begin
 Words = NDArray[np.int32]
+_FREE = LogitRules(num_prompt=0)  # of a row with a guide and no rules: its logits are copied to be masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Tail(NamedTuple):
     """The lists at the end of a wire."""
 
     asked: list[int]  # rows, by number, that want more than their largest logit
+    masked: list[int]  # of each of these, the number of its guide's mask, or -1
     told: list[int]  # places of rows that sample and tell their logprobs
     prompts: list[int]  # places before tokens of prompts that are told
     tokens: list[int]  # those
@@ -79,9 +81,14 @@ class Layout:
 
     @property
     def asking(self) -> list[Sampling]:
-        """Rows that draw or have rules."""
+        """Rows that draw, or have rules or a guide."""
         special = [self.sampling[at] for at in self.special]
-        return [one for one in special if one.spec.temperature != 0 or one.spec.rules is not None]
+        return [one for one in special if one.spec.temperature != 0 or one.spec.rules or one.spec.guide]
+
+    @property
+    def guided(self) -> list[Sampling]:
+        """Rows that a guide has a mask for, in the order of the masks."""
+        return [one for one in self.asking if one.spec.guide is not None]
 
     @property
     def telling(self) -> list[Sampling]:
@@ -92,12 +99,17 @@ class Layout:
     @property
     def tail(self) -> Tail:
         """In the order of `sampling` and `prompts`."""
-        asked = [one.at for one in self.asking if one.is_told]
+        numbers = iter(range(len(self.special)))
+        numbered = [(one, next(numbers) if one.spec.guide is not None else -1) for one in self.asking]
+        asked = [one.at for one, _ in numbered if one.is_told]
+        masked = [number for one, number in numbered if one.is_told]
         if self.gap:
             asked = [at if at < self.singles else at + self.gap for at in asked]
         told = [one.place for one in self.telling]
         prompts = [place for prompt in self.prompts for place in prompt.places]
-        return Tail(asked, told, prompts, [token for prompt in self.prompts for token in prompt.tokens], self.kept)
+        return Tail(
+            asked, masked, told, prompts, [token for prompt in self.prompts for token in prompt.tokens], self.kept
+        )
 
     @property
     def is_decode(self) -> bool:
@@ -209,7 +221,7 @@ class Packer:
             is_told = self._tell(row, updates)
             spec = row.sample
             if spec is not None:
-                if spec.temperature != 0 or spec.rules is not None or spec.logprobs is not None:
+                if spec.temperature != 0 or spec.rules or spec.logprobs is not None or spec.guide is not None:
                     special.append(len(sampling))
                 sampling.append(Sampling(index, at, place, row.slot, spec, is_told))
             words += (row.slot, row.start, row.num_tokens, first, place, 0, 0, 0)
@@ -256,7 +268,8 @@ class Packer:
         spec = row.sample
         history, is_told = None, True
         if spec is not None:
-            is_told = self._tell_rules(row.slot, spec.rules, updates)
+            rules = _FREE if spec.rules is None and spec.guide is not None else spec.rules
+            is_told = self._tell_rules(row.slot, rules, updates)
             self._tell_params(row.slot, spec, mirror, updates)
             history = _recall(row.slot, spec, mirror)
         tokens = state.offsets["tokens"] + row.slot * state.tokens_stride
@@ -332,7 +345,7 @@ def _kind(spec: SampleSpec) -> int:
     kind = GREEDY
     if spec.temperature != 0:
         kind = FILTERED if spec.top_k > 0 or spec.top_p < 1 or spec.min_p > 0 else DRAW
-    if spec.rules is not None:
+    if spec.rules is not None or spec.guide is not None:
         kind |= WITH_RULES
     return kind if spec.logprobs is None else kind | WITH_LOGPROBS
 
@@ -368,7 +381,7 @@ class Wire:
         memory[HEADER:at] = layout.rows
         count, spilled = layout.updates.count, None
         tail = layout.tail
-        last = [*tail.asked, *tail.told, *tail.prompts, *tail.tokens, *tail.kept]
+        last = [*tail.asked, *tail.masked, *tail.told, *tail.prompts, *tail.tokens, *tail.kept]
         if _aligned(at + 2 * count) + len(last) > len(memory):
             count, spilled = 0, layout.updates
         memory[NUM_UPDATES], memory[UPDATES_AT] = count, at
@@ -387,4 +400,10 @@ def _aligned(words: int) -> int:
 
 def wire_words(*, max_rows: int, max_step_tokens: int) -> int:
     """Size of a Wire's memory: every row, every token given, told and kept, and a good deal of block tables beside."""
-    return HEADER + ROW * max_rows + 2 * (2 * max_step_tokens + 64 * max_rows) + 3 * (max_step_tokens + max_rows)
+    return (
+        HEADER
+        + ROW * max_rows
+        + 2 * (2 * max_step_tokens + 64 * max_rows)
+        + 3 * (max_step_tokens + max_rows)
+        + max_rows
+    )

@@ -13,11 +13,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from diptych.protos.echo import END, NUM_WORDS, STOP, VOCAB_SIZE
 from diptych.protos.step import LogitRules, SampleSpec
 from diptych.protos.types import TokenLogprobs
 
 from ..ops.sampling.philox import uniform
+from .form import Allowed, is_free, shortest
 
 RANKS = 64
 _LN2 = math.log(2.0)
@@ -64,8 +67,16 @@ def first_of(known: Sequence[int]) -> int | None:
     return None
 
 
-def choose(guess: Guess, spec: SampleSpec, known: Sequence[int]) -> int | None:
-    """The token that `spec` samples after the tokens `known`; None when its rules leave none."""
+def choose(guess: Guess, spec: SampleSpec, known: Sequence[int], allowed: Allowed | None = None) -> int | None:
+    """The token that `spec` samples after the tokens `known`, of those that its guide allows; None when its rules leave
+    none.
+    """
+    if allowed is not None:
+        barred = _barred(spec, known)
+        if barred is not None:
+            allowed = allowed & ~barred
+        free = choose(guess, spec, known) if is_free(allowed) else None
+        return free if free is not None and allowed[free] else shortest(allowed, spec.position)
     if spec.rules is None:
         if spec.temperature == 0:
             return guess.token(0)
@@ -81,9 +92,7 @@ def choose(guess: Guess, spec: SampleSpec, known: Sequence[int]) -> int | None:
 
 def _ruled(guess: Guess, spec: SampleSpec, rules: LogitRules, known: Sequence[int]) -> list[tuple[float, int]]:
     """(logit, token) after the rules, the largest first, lower ids first among equals."""
-    forbidden = {word[-1] for word in rules.bad_words if word and _ends_in(known, word[:-1])}
-    if spec.position - rules.num_prompt < rules.min_tokens:
-        forbidden.update(rules.stop_token_ids)
+    forbidden = _forbidden(spec, rules, known)
     bias: dict[int, float] = {}
     for token, value in rules.logit_bias:
         bias[token] = bias.get(token, 0.0) + value
@@ -106,6 +115,25 @@ def _ruled(guess: Guess, spec: SampleSpec, rules: LogitRules, known: Sequence[in
         if logit != -math.inf:
             found.append((logit, token))
     return sorted(found, key=lambda item: (-item[0], item[1]))
+
+
+def _forbidden(spec: SampleSpec, rules: LogitRules, known: Sequence[int]) -> set[int]:
+    forbidden = {word[-1] for word in rules.bad_words if word and _ends_in(known, word[:-1])}
+    if spec.position - rules.num_prompt < rules.min_tokens:
+        forbidden.update(rules.stop_token_ids)
+    return forbidden
+
+
+def _barred(spec: SampleSpec, known: Sequence[int]) -> Allowed | None:
+    """What rules exclude outright."""
+    if spec.rules is None:
+        return None
+    barred = np.zeros(VOCAB_SIZE, bool)
+    if spec.rules.allowed_token_ids is not None:
+        barred[:] = True
+        barred[[token for token in spec.rules.allowed_token_ids if 0 <= token < VOCAB_SIZE]] = False
+    barred[[token for token in _forbidden(spec, spec.rules, known) if 0 <= token < VOCAB_SIZE]] = True
+    return barred
 
 
 def _draw(ordered: Sequence[tuple[float, int]], spec: SampleSpec) -> int:

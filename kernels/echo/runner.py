@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from diptych.protos.constraint import mask_words
 from diptych.protos.echo import BAD, STOP, VOCAB_SIZE
 from diptych.protos.ports import StepCost
-from diptych.protos.step import StepPlan, StepResult, StepRow
+from diptych.protos.step import SampleSpec, StepPlan, StepResult, StepRow
 from diptych.protos.types import TokenLogprobs
 
 from .choice import Guess, choose, first_of
+from .form import Allowed
 from .hashing import POISON, ROOT, U64, favourite_array, share_array
 from .memory import EchoMemory, Int, chain
 
@@ -84,6 +86,7 @@ class EchoRunner:
         self._busy_until = clock()
         self._last_tokens = [_NO_TOKEN] * max_slots
         self._outstanding: deque[tuple[float, StepResult]] = deque()
+        self._mask = np.zeros(mask_words(VOCAB_SIZE), np.int32)
 
     def launch(self, plan: StepPlan) -> None:
         """See ports.Runner. A plan that breaks the Protocol's rules is an AssertionError here, not a failed step."""
@@ -94,6 +97,7 @@ class EchoRunner:
         if read.bad_R.any():
             self._poison(inputs, read)
         step_s, token_s = self._cost
+        # Before the choice: masks are filled while a device would compute.
         ready = self._busy_until = max(self._clock(), self._busy_until) + step_s + token_s * plan.num_tokens
         self._outstanding.append((ready, self._answer(plan, inputs, read)))
 
@@ -199,6 +203,7 @@ class EchoRunner:
         logprobs: dict[int, TokenLogprobs] = {}
         prompts: dict[int, tuple[TokenLogprobs, ...]] = {}
         ruled_out = set()
+        forced: dict[int, tuple[int, ...]] = {}
         for index, row in enumerate(plan.rows):
             if row.prompt_logprobs is not None:
                 prompts[index] = self._of_prompt(row, index, inputs, read)
@@ -207,14 +212,14 @@ class EchoRunner:
             if spec is None or index in inputs.lost:
                 continue
             assert spec.position == row.start + row.num_tokens, f"{spec} after {row.start} + {row.num_tokens}"
-            simple = spec.rules is None and spec.temperature == 0 and spec.logprobs is None
+            simple = spec.rules is None and spec.guide is None and spec.temperature == 0 and spec.logprobs is None
             if simple and not bad[index] and not stops[index]:
                 token: int | None = favourites[index]
             else:
                 begin = int(inputs.first_R[index]) * self._size
                 known: list[int] = read.tokens[begin : int(ends[index])].tolist()
                 guess = Guess(favourites[index], BAD if bad[index] else first_of(known) if stops[index] else None)
-                token = BAD if bad[index] else choose(guess, spec, known)
+                token = BAD if bad[index] else choose(guess, spec, known, self._allowed(spec))
                 if token is None:
                     ruled_out.add(index)
                     continue
@@ -222,9 +227,18 @@ class EchoRunner:
                     logprobs[index] = guess.told(token, spec.logprobs)
             assert token is not None
             sampled[index] = self._last_tokens[row.slot] = token
+            if spec.guide is not None and (tokens := spec.guide.accept(spec.position, token)):
+                forced[index] = tokens
         faults = inputs.lost | ruled_out
         prompts = {index: told for index, told in prompts.items() if index not in faults}
-        return StepResult(plan.step_id, tuple(sampled), logprobs, prompts, faults, frozenset(ruled_out))
+        return StepResult(plan.step_id, tuple(sampled), logprobs, prompts, faults, frozenset(ruled_out), forced)
+
+    def _allowed(self, spec: SampleSpec) -> Allowed | None:
+        """Whether a token may come, by what the row's guide says; None: every one may."""
+        if spec.guide is None:
+            return None
+        spec.guide.fill(spec.position, memoryview(self._mask).cast("B"))
+        return np.unpackbits(self._mask.view(np.uint8), count=VOCAB_SIZE, bitorder="little").astype(bool)
 
     def _of_prompt(self, row: StepRow, index: int, inputs: _Inputs, read: _Read) -> tuple[TokenLogprobs, ...]:
         assert row.tokens is not None, "a prompt's token cannot come from the slot"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from diptych.decode.testing import DecodeBench
 from diptych.protos.errors import PeerLost, TransferTimeout
 from diptych.protos.settings import DecodeSettings
+from diptych.protos.testing import echo_reference, talkative
 from diptych.protos.types import FinishReason, SamplingParams, TransferKey
 
 OPERATIONS = 1000
@@ -81,6 +82,7 @@ class Storm:
 
     def submit(self) -> None:
         rng = self.rng
+        rule = talkative if rng.random() < 0.3 else None
         sampling = SamplingParams(
             max_tokens=1,
             frequency_penalty=rng.choice([0.0, 0.0, 0.5]),
@@ -88,13 +90,17 @@ class Storm:
             prompt_logprobs=rng.choice([None, None, None, 1]),
             min_tokens=rng.choice([0, 0, 3]),
         )
+        if rule is not None:
+            sampling = SamplingParams(max_tokens=1)  # else no token would be certain
         prompt = [rng.randrange(2)] * rng.choice([0, 4, 12]) + [rng.randrange(9)] * rng.choice([1, 2, 4, 7])
         max_tokens = rng.choice([1, 2, 5, 20, 20])
         num_resumed = rng.randrange(min(max_tokens, 8)) if rng.random() < 0.4 else 0
+        resume = [rng.randrange(9) for _ in range(num_resumed)]
         self.bench.submit(
             prompt,
             max_tokens=max_tokens,
-            resume=tuple(rng.randrange(9) for _ in range(num_resumed)),
+            resume=tuple(resume if rule is None else echo_reference(prompt, num_resumed, rule=rule)),
+            rule=rule,
             stop=range(0, 32_000, 10) if rng.random() < 0.2 else [],
             salt=rng.choice([b"", b"", b"x"]),
             deadline=self.bench.clock() + rng.choice([0.0, 3.0, 30.0]) if rng.random() < 0.3 else None,
@@ -174,7 +180,7 @@ def test_random_operations_give_right_tokens_end_once_and_leak_nothing(seed: int
 def test_the_storm_reaches_every_way_to_end_and_every_turn() -> None:
     """Otherwise the property above would say little."""
     seen: dict[str, float] = {}
-    for seed in range(12):
+    for seed in range(16):
         bench = storm(seed).bench
         for finish in bench.ledger.finishes.values():
             name = finish.error_code or finish.reason.value
@@ -195,7 +201,8 @@ def test_the_storm_reaches_every_way_to_end_and_every_turn() -> None:
         "peer_lost",
         "no_kv_blocks",
     }
-    turns = {f"decode_{name}_total" for name in ("preemptions", "local_prefills", "cached_tokens", "transfer_failures")}
+    counted = ("preemptions", "local_prefills", "cached_tokens", "transfer_failures", "forced_tokens")
+    turns = {f"decode_{name}_total" for name in counted}
     assert all(seen.get(name, 0) > 20 for name in {*ways, *turns, "from 1", "resumed"}), seen
 
 

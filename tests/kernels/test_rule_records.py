@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from diptych.kernels.device.rules import HEAD, RuleStore, mask_words, record, rule_words
+from diptych.kernels.device.rules import HEAD, RuleStore, record, rule_words
+from diptych.protos.constraint import mask_words
 from diptych.protos.step import LogitRules
 
 

@@ -136,7 +136,7 @@ def test_penalties_count_what_the_runner_sampled(model: LoadedModel, theirs: Any
             with torch.inference_mode():
                 logits = theirs(torch.tensor([known])).logits[:, -1]
             spec = replace(sample, position=len(known))
-            assert token == int(reference.sample(logits, [spec], {0: torch.tensor(known)}).tokens_N[0])
+            assert token == int(reference.sample(logits, [spec], {0: torch.tensor(known)}, {}).tokens_N[0])
             known.append(token)
 
 

@@ -32,7 +32,7 @@ def spec(
 
 
 def choose(module: ModuleType, logits: Tensor, specs: list[SampleSpec]) -> list[int]:
-    chosen = module.sample(logits, specs, {})
+    chosen = module.sample(logits, specs, {}, {})
     assert chosen.sound_N.all()
     tokens: list[int] = chosen.tokens_N.tolist()
     return tokens
@@ -189,7 +189,7 @@ def test_a_row_without_finite_numbers_gets_no_token_and_the_others_theirs(
     broken = logits.clone()
     broken[1] = value
     broken[3, 699] = float("nan")
-    chosen = module.sample(broken, specs, {})
+    chosen = module.sample(broken, specs, {}, {})
     assert chosen.sound_N.tolist() == [True, False, True, False, True]
     assert chosen.tokens_N.tolist() == [expected[0], 0, expected[2], 0, expected[4]]
 

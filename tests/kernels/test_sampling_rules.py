@@ -148,8 +148,8 @@ def test_a_row_whose_rules_leave_nothing_gets_no_token_and_the_others_theirs(
 ) -> None:
     nothing = LogitRules(num_prompt=4, allowed_token_ids=(7, 8), bad_words=((7,),), min_tokens=1, stop_token_ids=(8,))
     specs = [SampleSpec(temperature, 1.0, 0, 1, 4, rules=rules) for rules in (None, nothing, None)]
-    chosen = module.sample(logits_of(3), specs, {})
-    plain = module.sample(logits_of(3), [specs[0]] * 3, {})
+    chosen = module.sample(logits_of(3), specs, {}, {})
+    plain = module.sample(logits_of(3), [specs[0]] * 3, {}, {})
     assert chosen.sound_N.tolist() == [True, False, True]
     assert chosen.ruled_out_N.tolist() == [False, True, False]
     assert chosen.tokens_N.tolist() == [int(plain.tokens_N[0]), 0, int(plain.tokens_N[2])]
@@ -160,7 +160,7 @@ def test_numbers_that_a_mask_would_hide_are_found(module: ModuleType) -> None:
     logits = logits_of(1)
     logits[0, 50] = float("nan")
     spec = SampleSpec(0.0, 1.0, 0, 1, 4, rules=LogitRules(num_prompt=4, allowed_token_ids=(7, 8)))
-    chosen = module.sample(logits, [spec], {})
+    chosen = module.sample(logits, [spec], {}, {})
     assert chosen.sound_N.tolist() == [False]
     assert chosen.ruled_out_N.tolist() == [False], "the numbers are to blame, not the rules"
 
@@ -174,7 +174,7 @@ def test_logits_are_left_as_they_were(module: ModuleType) -> None:
         num_prompt=2, repetition_penalty=1.5, presence_penalty=1.0, logit_bias=((3, 9.0),), allowed_token_ids=(3, 4)
     )
     module.sample(
-        logits, [SampleSpec(t, 0.9, 5, 1, 20, 0.1, rules=rules) for t in (0.0, 1.0)], {0: history, 1: history}
+        logits, [SampleSpec(t, 0.9, 5, 1, 20, 0.1, rules=rules) for t in (0.0, 1.0)], {0: history, 1: history}, {}
     )
     assert torch.equal(logits, before)
 
@@ -226,7 +226,7 @@ def test_cpu_equals_the_reference_and_no_row_depends_on_its_company(
     for row, spec in enumerate(specs):
         changed = [m.apply_rules(logits[row].float(), spec, histories.get(row)) for m in (cpu, reference)]
         assert torch.equal(*changed)
-    wanted = reference.sample(logits, specs, histories)
+    wanted = reference.sample(logits, specs, histories, {})
     order = list(range(len(specs)))
     data.shuffle(order)
     order = order[: data.randint(1, len(order))]

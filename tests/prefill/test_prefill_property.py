@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from diptych.prefill.testing import PrefillBench
 from diptych.protos.errors import DiptychError, PeerLost, TransferTimeout
 from diptych.protos.settings import PrefillSettings
-from diptych.protos.testing import echo_logprobs, echo_reference
+from diptych.protos.testing import echo_logprobs, echo_reference, talkative
 from diptych.protos.types import FinishReason, SamplingParams, TransferKey
 
 OPERATIONS = 1000
@@ -41,20 +41,24 @@ class Storm:
                 prompt = [rng.randrange(2) for _ in range(rng.choice([1, 2, 4, 7, 12, 25]))]
                 max_tokens = rng.choice([1, 5])
                 num_resumed = rng.randrange(max_tokens) if rng.random() < 0.4 else 0
+                rule = talkative if rng.random() < 0.3 else None
                 resume = tuple(rng.randrange(2) for _ in range(num_resumed))
-                stop = echo_reference(prompt, 1, resume=resume) if rng.random() < 0.1 else []
+                if rule is not None:
+                    resume = tuple(echo_reference(prompt, num_resumed, rule=rule))
+                stop = echo_reference(prompt, 1, resume=resume, rule=rule) if rng.random() < 0.1 else []
                 deadline = bench.clock() + rng.choice([0.0, 1.0, 30.0]) if rng.random() < 0.3 else None
                 salt = rng.choice([b"", b"x"])
                 key = bench.submit(
                     prompt,
                     max_tokens=max_tokens,
                     resume=resume,
+                    rule=rule,
                     stop=stop,
                     salt=salt,
                     deadline=deadline,
                     sampling=SamplingParams(
                         max_tokens=1,
-                        presence_penalty=rng.choice([0.0, 0.0, 0.5]),
+                        presence_penalty=rng.choice([0.0, 0.0, 0.5]) if rule is None else 0.0,
                         logprobs=rng.choice([None, 1]),
                         prompt_logprobs=rng.choice([None, None, 1]),
                     ),
@@ -99,7 +103,8 @@ class Storm:
         assert set(ledger.finishes) == set(self.prompts), "exactly one finish per order"
         for key, tokens in ledger.tokens.items():
             sampling, resume = self.bench.requests[key].sampling, self.bench.requests[key].resume
-            assert tokens == echo_reference(self.prompts[key], 1, resume=resume), "a wrong token"
+            rule = self.bench.rules.get(key.transfer_id)
+            assert tokens == echo_reference(self.prompts[key], 1, resume=resume, rule=rule), "a wrong token"
             assert ledger.first_index[key] == len(resume)
             known = [*self.prompts[key], *resume, *tokens]
             if sampling.logprobs is not None:

@@ -28,7 +28,9 @@ Array = npt.NDArray[Any]
 ROUNDING = 1e-9  # relative; float64 sums of some 100,000 numbers differ by less than 1e-10 between orders
 
 
-def sample(logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[int, Tensor]) -> Sampled:
+def sample(
+    logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[int, Tensor], masks: Mapping[int, Tensor]
+) -> Sampled:
     """See reference.py."""
     floats_NV = logits_NV.float()
     values_NV = floats_NV.numpy()
@@ -36,12 +38,12 @@ def sample(logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[in
     sound_N = np.isfinite(values_NV[np.arange(len(specs)), tokens_N])
     ruled_out_N = np.zeros_like(sound_N)
     for row, spec in enumerate(specs):
-        ruled = spec.rules is not None and _changes(spec.rules, spec.position)
+        ruled = row in masks or (spec.rules is not None and _changes(spec.rules, spec.position))
         if not sound_N[row] or not (ruled or spec.temperature != 0):
             continue
         row_V = floats_NV[row]
         if ruled:
-            row_V = apply_rules(row_V, spec, histories.get(row))
+            row_V = apply_rules(row_V, spec, histories.get(row), masks.get(row))
             tokens_N[row] = best = row_V.numpy().argmax()
             sound_N[row] = np.isfinite(row_V.numpy()[best])
             ruled_out_N[row] = not sound_N[row]
@@ -61,13 +63,18 @@ def _changes(rules: LogitRules, position: int) -> bool:
     )
 
 
-def apply_rules(logits_V: Tensor, spec: SampleSpec, history: Tensor | None) -> Tensor:
+def apply_rules(logits_V: Tensor, spec: SampleSpec, history: Tensor | None, mask_W: Tensor | None = None) -> Tensor:
     """See reference.py."""
     rules = spec.rules
-    if rules is None:
+    if rules is None and mask_W is None:
         return logits_V
     row_V: Array = logits_V.numpy().copy()
     vocab = len(row_V)
+    if mask_W is not None:
+        bits = np.unpackbits(mask_W.numpy().view(np.uint8), count=vocab, bitorder="little")
+        row_V[bits == 0] = -np.inf
+    if rules is None:
+        return torch.from_numpy(row_V)
     if rules.allowed_token_ids is not None:
         allowed = _within(rules.allowed_token_ids, vocab)
         kept = row_V[allowed]

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from diptych.protos.constraint import mask_words
 from diptych.protos.step import SampleSpec
 
-from ...device.rules import HEAD, mask_words
+from ...device.rules import HEAD
 from ...device.state import WITH_RULES
 from ...device.step import LOGITS_NOT_FINITE, RULED_OUT
 from ...device.wire import HEADER, ROW
@@ -31,9 +32,11 @@ _BLOCK = 1024
 _WORDS = 128
 
 
-def sample(logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[int, Tensor]) -> Sampled:
+def sample(
+    logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[int, Tensor], masks: Mapping[int, Tensor]
+) -> Sampled:
     """See launch.py. By the definition: whoever has no slots on the device has time to ask it."""
-    return reference.sample(logits_NV, specs, histories)
+    return reference.sample(logits_NV, specs, histories, masks)
 
 
 def choose_largest(logits_NV: Tensor, space: SampleSpace, tokens_N: Tensor, flags_N: Tensor) -> None:
@@ -55,13 +58,13 @@ def choose_as_asked(
     """See launch.py. Rows whose rules the device was not told are chosen by the definition: then the host waits."""
     told = [one for one in asking.rows if one.is_told]
     for begin in range(0, len(told), space.rows):
-        piece = _Piece(
-            logits_NV, asking.wire_W, asking.where_A[begin : begin + space.rows], state, space, tokens_N, flags_N
-        )
+        end = begin + space.rows
+        masked = asking.masked_A[begin:end], asking.masks_MW
+        piece = _Piece(logits_NV, asking.wire_W, asking.where_A[begin:end], *masked, state, space, tokens_N, flags_N)
         _choose(piece, _work_of(told[begin : begin + space.rows], logits_NV.shape[1]))
     if len(told) < len(asking.rows):
         rest = [one for one in asking.rows if not one.is_told]
-        by_spec.choose_by_spec(logits_NV, rest, state, tokens_N, flags_N)
+        by_spec.choose_by_spec(logits_NV, rest, asking.masks_of(rest), state, tokens_N, flags_N)
 
 
 class _Piece(NamedTuple):
@@ -70,6 +73,8 @@ class _Piece(NamedTuple):
     logits_NV: Tensor
     wire_W: Tensor
     where_A: Tensor
+    masked_A: Tensor
+    masks_MW: Tensor
     state: DeviceState
     space: SampleSpace
     tokens_N: Tensor
@@ -93,7 +98,7 @@ def _work_of(rows: Sequence[Sampling], vocab: int) -> _Work:
     ruled = [(one.spec, one.spec.rules) for one in rows if one.spec.rules is not None]
     return _Work(
         draws=bool(drawing),
-        rules=bool(ruled),
+        rules=bool(ruled) or any(one.spec.guide is not None for one in rows),
         repetition=max((spec.position for spec, rules in ruled if rules.repetition_penalty != 1), default=0),
         generated=max(
             (
@@ -122,15 +127,16 @@ def _choose(piece: _Piece, work: _Work) -> None:
 
 
 def _rule(piece: _Piece, work: _Work) -> None:
-    logits_NV, wire_W, where_A, state, space, tokens_N, flags_N = piece
+    logits_NV, wire_W, where_A, masked_A, masks_MW, state, space, tokens_N, flags_N = piece
     rows, vocab = len(where_A), logits_NV.shape[1]
     of_rules = (state.kind_S, flags_N, state.rules_W, state.record_S)
     launch(
         rules_kernel.copy_allowed,
         (rows, space.num_segments, 1),
-        (logits_NV, wire_W, where_A, space.weights_AV, *of_rules),
+        (logits_NV, wire_W, where_A, masked_A, masks_MW, space.weights_AV, *of_rules),
         RULED=WITH_RULES,
         HEAD=HEAD,
+        MASK=mask_words(vocab),
         HEADER=HEADER,
         ROW=ROW,
         LOGITS_STRIDE=logits_NV.stride(0),
@@ -171,7 +177,7 @@ def _rule(piece: _Piece, work: _Work) -> None:
 
 
 def _weigh(piece: _Piece) -> None:
-    logits_NV, wire_W, where_A, state, space, _, flags_N = piece
+    logits_NV, wire_W, where_A, _, _, state, space, _, flags_N = piece
     launch(
         kernel.weigh,
         (len(where_A), space.num_segments, 1),
@@ -189,7 +195,7 @@ def _weigh(piece: _Piece) -> None:
 
 
 def _narrow(piece: _Piece, wanted_S: Tensor, *, is_mass: bool) -> None:
-    logits_NV, wire_W, where_A, state, space, _, flags_N = piece
+    logits_NV, wire_W, where_A, _, _, state, space, _, flags_N = piece
     constants = {**_of_wire(space), **_shares(space, logits_NV.shape[1])}
     rows = (wire_W, where_A, space.weights_AV, flags_N, state.temperature_S, wanted_S, space.pivots_A, space.extras_A)
     between = (space.parts_2AP8, space.intervals_2A2, space.masses_2A2)
@@ -208,7 +214,7 @@ def _narrow(piece: _Piece, wanted_S: Tensor, *, is_mass: bool) -> None:
 
 
 def _draw(piece: _Piece, *, is_filtered: bool) -> None:
-    logits_NV, wire_W, where_A, state, space, tokens_N, flags_N = piece
+    logits_NV, wire_W, where_A, _, _, state, space, tokens_N, flags_N = piece
     constants = {**_of_wire(space), **_shares(space, logits_NV.shape[1])}
     rows = (wire_W, where_A, space.weights_AV, flags_N, state.temperature_S, state.min_p_S)
     if is_filtered:

@@ -19,7 +19,9 @@ from .philox import uniform
 from .sampled import Sampled
 
 
-def sample(logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[int, Tensor]) -> Sampled:
+def sample(
+    logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[int, Tensor], masks: Mapping[int, Tensor]
+) -> Sampled:
     """See launch.py. A row without a finite largest logit, before or after its rules, is not sound and gets no token.
 
     NaN counts as largest. A row that has one before its rules and none after them is `ruled_out`: say, every allowed
@@ -27,7 +29,7 @@ def sample(logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[in
     """
     tokens, sound, ruled_out = [], [], []
     for index, (row_V, spec) in enumerate(zip(logits_NV.float(), specs, strict=True)):
-        ruled_V = apply_rules(row_V, spec, histories.get(index))
+        ruled_V = apply_rules(row_V, spec, histories.get(index), masks.get(index))
         is_finite = bool(row_V.max().isfinite())
         sound.append(is_finite and bool(ruled_V.max().isfinite()))
         ruled_out.append(is_finite and not sound[-1])
@@ -40,16 +42,19 @@ def sample(logits_NV: Tensor, specs: Sequence[SampleSpec], histories: Mapping[in
     )
 
 
-def apply_rules(logits_V: Tensor, spec: SampleSpec, history: Tensor | None) -> Tensor:
-    """Float32 logits after the row's rules, in this order; ids that the vocabulary lacks have no effect.
+def apply_rules(logits_V: Tensor, spec: SampleSpec, history: Tensor | None, mask_W: Tensor | None = None) -> Tensor:
+    """Float32 logits after the row's guide and rules, in this order; ids that the vocabulary lacks have no effect.
 
-    allowed_token_ids: all others become -inf. logit_bias: added. bad_words: the last token of a word becomes -inf where
-    the sequence ends in the tokens before it (an empty word forbids nothing). min_tokens: stop_token_ids become -inf
-    for the first min_tokens generated tokens. repetition_penalty: logits of tokens in the sequence, prompt included,
-    are divided by it if positive, else multiplied. frequency_penalty times the count in the generated part is
-    subtracted, then presence_penalty where that count is not 0.
+    mask: tokens whose bit is not set become -inf. allowed_token_ids: all others become -inf. logit_bias: added.
+    bad_words: the last token of a word becomes -inf where the sequence ends in the tokens before it (an empty word
+    forbids nothing). min_tokens: stop_token_ids become -inf for the first min_tokens generated tokens.
+    repetition_penalty: logits of tokens in the sequence, prompt included, are divided by it if positive, else
+    multiplied. frequency_penalty times the count in the generated part is subtracted, then presence_penalty where that
+    count is not 0.
     """
     rules = spec.rules
+    if mask_W is not None:
+        logits_V = torch.where(bits_of(mask_W, len(logits_V)), logits_V, -torch.inf)
     if rules is None:
         return logits_V
     logits_V, vocab = logits_V.clone(), len(logits_V)
@@ -74,6 +79,12 @@ def apply_rules(logits_V: Tensor, spec: SampleSpec, history: Tensor | None) -> T
         counts_V = torch.bincount(history[rules.num_prompt :], minlength=vocab).float()
         logits_V = logits_V - rules.frequency_penalty * counts_V - rules.presence_penalty * (counts_V > 0)
     return logits_V
+
+
+def bits_of(mask_W: Tensor, vocab: int) -> Tensor:
+    """Boolean [V] of a guide's mask, int32 words."""
+    shifts = torch.arange(32, dtype=torch.int32, device=mask_W.device)
+    return ((mask_W[:, None] >> shifts) & 1).bool().flatten()[:vocab]
 
 
 def ends_in(known: Sequence[int], tokens: Sequence[int]) -> bool:

@@ -18,6 +18,8 @@ def copy_allowed(
     logits,
     wire,
     where,
+    masked,
+    masks,
     scratch,
     kinds,
     flags,
@@ -25,6 +27,7 @@ def copy_allowed(
     records,
     RULED: tl.constexpr,
     HEAD: tl.constexpr,
+    MASK: tl.constexpr,
     HEADER: tl.constexpr,
     ROW: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr,
@@ -33,17 +36,21 @@ def copy_allowed(
     SPAN: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Grid (A, segments): the logits, -inf where a token is not allowed."""
+    """Grid (A, segments): the logits, -inf where a token is not allowed, by the record or by a guide's mask."""
     i = tl.program_id(0)
     at = wire + HEADER + ROW * tl.load(where + i)
     slot, place = tl.load(at), tl.load(at + 4).to(tl.int64)
     if ((tl.load(kinds + slot) & RULED) != 0) & (tl.load(flags + place) == 0):
         rule = rules + tl.load(records + slot)
         masked_end = tl.where(tl.load(rule + 5) != 0, V, 0)
+        number = tl.load(masked + i).to(tl.int64)
+        guided_end = tl.where(number >= 0, V, 0)
+        guide = masks + number * MASK
         for begin in range(0, SPAN, TILE):
             v = tl.program_id(1) * SPAN + begin + tl.arange(0, TILE)
             x = tl.load(logits + place * LOGITS_STRIDE + v, mask=v < V, other=0.0).to(tl.float32)
             word = tl.load(rule + HEAD + v // 32, mask=v < masked_end, other=-1)
+            word &= tl.load(guide + v // 32, mask=v < guided_end, other=-1)
             x = tl.where(((word >> (v % 32)) & 1) != 0, x, float("-inf"))
             tl.store(scratch + i.to(tl.int64) * STRIDE + v, x, mask=v < V)
 

@@ -36,6 +36,13 @@ class Asking:
     rows: Sequence[Sampling]
     wire_W: Tensor  # the step's wire, on the device
     where_A: Tensor  # int32: which of its rows they are; rows whose rules the device was not told are left out
+    masked_A: Tensor  # int32: of these, the number of the mask, -1 where a row has no guide
+    masks_MW: Tensor  # int32: what guides allow, in the order of the rows that have one
+
+    def masks_of(self, rows: Sequence[Sampling]) -> dict[int, Tensor]:
+        """By number in `rows`, some of these."""
+        guided = [one.place for one in self.rows if one.spec.guide is not None]
+        return {at: self.masks_MW[guided.index(one.place)] for at, one in enumerate(rows) if one.place in guided}
 
 
 class SampleSpace:

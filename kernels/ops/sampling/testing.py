@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diptych.protos.step import SampleSpec, StepPlan, StepRow
 
+from ...device.masks import MaskBuffers
 from ...device.state import DeviceState
 from ...device.wire import Packer, Wire, wire_words
 from ..step_inputs.launch import apply_updates
@@ -57,7 +58,10 @@ class AskedStep:
         wire_W = memory.to(device)
         apply_updates(wire_W, self.state, count)
         begin = words - sum(map(len, tail))
-        self.asking = Asking(layout.asking, wire_W, wire_W[begin : begin + len(tail.asked)])
+        middle = begin + len(tail.asked)
+        asked, masked = wire_W[begin:middle], wire_W[middle : middle + len(tail.asked)]
+        masks = MaskBuffers(turns=1, max_rows=num, vocab=vocab, device=device)
+        self.asking = Asking(layout.asking, wire_W, asked, masked, masks.put(0, layout.guided))
         self.space = SampleSpace(max_rows=num, vocab=vocab, device=device, tiling=tiling)
         self.tokens_N = torch.full((num,), -7, dtype=torch.int64, device=device)
         self.flags_N = torch.full((num,), -7, dtype=torch.int32, device=device)

@@ -23,7 +23,7 @@ from diptych.kernels.device.step import LOGITS_NOT_FINITE, RULED_OUT
 from diptych.kernels.device.testing import nothing_waits
 from diptych.kernels.ops.sampling import by_spec, cuda, kernel, launch, reference
 from diptych.kernels.ops.sampling.philox import uniform
-from diptych.kernels.ops.sampling.space import Asking, SampleSpace, Tiling
+from diptych.kernels.ops.sampling.space import SampleSpace, Tiling
 from diptych.kernels.ops.sampling.testing import AskedStep
 from diptych.protos.step import LogitRules, SampleSpec
 
@@ -336,7 +336,7 @@ def test_the_definition_here_is_the_reference_but_for_the_rounding_of_exp() -> N
     for seed in range(4):
         logits = logits_of(64, 1003, seed, torch.float32 if seed % 2 else torch.bfloat16)
         known = {row: torch.tensor(history) for row, history in enumerate(histories) if specs[row].rules is not None}
-        wanted = reference.sample(logits, specs, known)
+        wanted = reference.sample(logits, specs, known, {})
         mine = [definition(*row)[0] for row in zip(logits, specs, histories, strict=True)]
         assert mine == wanted.tokens_N.tolist()
 
@@ -349,7 +349,8 @@ def test_what_does_not_fit_together_is_refused(place: torch.device) -> None:
         launch.choose_largest(torch.zeros(3, 97, device=place), step.space, tokens, flags)
     with pytest.raises(ValueError, match=r"flags of torch\.int64"):
         launch.choose_largest(logits, step.space, tokens, tokens)
-    few, wide = Asking(asking.rows, asking.wire_W, asking.where_A[:0]), torch.zeros(2, 101, device=place)
+    few = replace(asking, where_A=asking.where_A[:0])
+    wide = torch.zeros(2, 101, device=place)
     with pytest.raises(ValueError, match="rows of the wire for 1"):
         launch.choose_as_asked(logits, few, step.state, step.space, tokens, flags)
     with pytest.raises(ValueError, match="space for 100"):
@@ -391,7 +392,7 @@ def test_a_card_chooses_what_the_definition_chooses(vocab: int, dtype: torch.dty
     on_card = logits.to(place)
     tokens, flags = step.choose(cuda, on_card)
     looking = [row for row, one in enumerate(specs) if one.rules is not None and one.rules.needs_history]
-    wanted = reference.sample(logits, specs, {row: torch.tensor(histories[row]) for row in looking})
+    wanted = reference.sample(logits, specs, {row: torch.tensor(histories[row]) for row in looking}, {})
     assert flags == [0] * 96
     differing = [row for row in range(96) if tokens[row] != int(wanted.tokens_N[row])]
     print(f"{len(differing)} of 96 rows at an edge")

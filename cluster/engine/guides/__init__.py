@@ -1,0 +1,1 @@
+"""Constraints made into guides: compiled beside the step loop, followed in it."""

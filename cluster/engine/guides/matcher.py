@@ -1,0 +1,142 @@
+"""What a guide needs of a grammar library: one matcher follows one text, token by token. Knows no requests.
+
+`Llguidance` makes matchers of the library of that name, which is bounded by fuel in all it does and lets other threads
+run while it compiles; xgrammar.py has the other backend.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+from diptych.protos.constraint import mask_words
+from diptych.protos.errors import InvalidRequest, StartupError
+
+Words = NDArray[np.int32]
+
+# What one token may cost the step loop. Of 33,893 masks of real schemas over 49,152 tokens the slowest took 3 ms with
+# four times these limits, and none of them needed more than these.
+_STEP_FUEL = 50_000  # of the lexer, about 14,000 a millisecond
+_STEP_ITEMS = 12_500  # of the parser, about 20,000 a millisecond
+
+
+class Matcher(Protocol):
+    """Follows one text. Once `error` says something it stays so, and nothing may follow."""
+
+    @property
+    def error(self) -> str:
+        """Why the text cannot go on, in the library's words; empty while it can."""
+
+    def consume(self, token: int) -> bool:
+        """Whether `token` may come; then it has."""
+
+    def fill(self, mask_W: Words) -> None:
+        """The tokens that may come next, ends of the answer included, into int32 [mask_words(vocab)]."""
+
+    def forced(self) -> list[int]:
+        """The tokens that must follow, as the tokenizer would write them."""
+
+    def is_over(self) -> bool:
+        """Whether nothing but the end may follow."""
+
+    def consume_text(self, text: str) -> bool:
+        """Whether `text` may come; then it has."""
+
+
+class Compiled(Protocol):
+    """A compiled grammar."""
+
+    def start(self) -> Matcher:
+        """A matcher at the beginning of a text; microseconds."""
+
+
+class Backend(Protocol):
+    """A grammar library over one model's tokens."""
+
+    def compile(self, grammar: str) -> Compiled:
+        """Raises InvalidRequest in the library's words. Takes milliseconds, and lets other threads run meanwhile."""
+
+    def close(self) -> None:
+        """End what it has started."""
+
+
+def limits() -> llguidance.LLParserLimits:
+    """What keeps every call short, whatever the grammar."""
+    return llguidance.LLParserLimits(
+        step_lexer_fuel=_STEP_FUEL, step_max_items=_STEP_ITEMS, max_lexer_states=50_000, verbose_errors=False
+    )
+
+
+class Llguidance:
+    """Tokens of a tokenizer.json. `vocab_size`: rows of the model's logits, which may be more or fewer than tokens."""
+
+    def __init__(self, tokenizer_file: Path, *, vocab_size: int, end_tokens: tuple[int, ...]) -> None:
+        self._vocab_size = vocab_size
+        try:
+            self._tokenizer = self._load(str(tokenizer_file), end_tokens)
+        except Exception as exc:  # the library raises ValueError, and what its Rust side panics with
+            raise StartupError(f"{tokenizer_file} cannot be used for constrained answers: {exc}") from exc
+
+    def _load(self, file: str, end_tokens: tuple[int, ...]) -> llguidance.LLTokenizer:
+        plain = llguidance.LLTokenizer(file)
+        size = max(self._vocab_size, plain.vocab_size)
+        return llguidance.LLTokenizer(file, n_vocab=size, eos_token=list(end_tokens) or None)
+
+    def compile(self, grammar: str) -> Compiled:
+        """See Backend. `grammar`: Lark in the library's dialect, or its own JSON form."""
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits())
+        if matcher.is_error():
+            raise InvalidRequest(f"the form of the answer cannot be enforced: {_first_line(matcher.get_error())}")
+        return _LlguidanceGrammar(matcher, self._tokenizer, self._vocab_size)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class _LlguidanceGrammar:
+    def __init__(self, matcher: llguidance.LLMatcher, tokenizer: llguidance.LLTokenizer, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+
+    def start(self) -> Matcher:
+        return _LlguidanceMatcher(self._matcher.deep_copy(), self._tokenizer, self._vocab_size)
+
+
+class _LlguidanceMatcher:
+    def __init__(self, matcher: llguidance.LLMatcher, tokenizer: llguidance.LLTokenizer, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._tokenizer = tokenizer
+        words = mask_words(tokenizer.vocab_size)
+        # A tokenizer may know more tokens than the model has logits.
+        self._wide = np.zeros(words, np.int32) if words > mask_words(vocab_size) else None
+
+    @property
+    def error(self) -> str:
+        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else ""
+
+    def consume(self, token: int) -> bool:
+        return self._matcher.consume_token(token)
+
+    def fill(self, mask_W: Words) -> None:
+        target = mask_W if self._wide is None else self._wide
+        self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
+        if self._wide is not None:
+            mask_W[:] = self._wide[: len(mask_W)]
+
+    def forced(self) -> list[int]:
+        return self._matcher.compute_ff_tokens()
+
+    def is_over(self) -> bool:
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def consume_text(self, text: str) -> bool:
+        return self._matcher.consume_tokens(self._tokenizer.tokenize_str(text))
+
+
+def _first_line(error: str) -> str:
+    return error.strip().split("\n", 1)[0][:300]
