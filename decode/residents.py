@@ -75,14 +75,8 @@ class Residents:
         sequence.rows.new_slot()
         sequence.state = State.RUNNING
         self.running[sequence.key] = sequence
-        if sequence.missing > 1:
-            self.prompts.add(sequence.key, sequence, sequence.place, front=sequence.is_forced)
-
-    def is_forced(self, sequence: Sequence) -> None:
-        """Tokens that nobody has to sample were added. They are computed like a prompt's, before all others."""
-        sequence.is_forced = True
-        if sequence.state is State.RUNNING and sequence.missing > 1 and sequence.key not in self.prompts:
-            self.prompts.add(sequence.key, sequence, sequence.place, front=True)
+        if sequence.missing > 1 and not sequence.is_forced:
+            self.prompts.add(sequence.key, sequence, sequence.place)
 
     def unseat(self, sequence: Sequence) -> None:
         """Out of the steps with all its blocks, to the front of those who are ready."""

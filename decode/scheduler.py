@@ -9,7 +9,7 @@ clocks and finishes: it reports what the worker must tell to others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from diptych.kvtransfer.pool import BlockPool
 from diptych.protos.step import MOST_TOLD, SlotPool, StepPlan, StepRow
@@ -34,8 +34,12 @@ class DecodeScheduler:
         step_tokens: int,
         watermark: float,
         budget: StepBudget | None = None,
+        max_runs: Callable[[int], int],
     ) -> None:
-        """`budget`: who decides how much of `step_tokens` goes to prompts; None: all that decoding leaves."""
+        """`budget`: who decides how much of `step_tokens` goes to prompts; None: all that decoding leaves. `max_runs`:
+        see ports.Runner.
+        """
+        self._max_runs = max_runs
         self.all = Residents(pool=pool, slots=slots)
         # A decoding sequence takes one token of each step: with no more seats than tokens, all of them run in every
         # step, and what is left goes to prompts.
@@ -134,7 +138,7 @@ class DecodeScheduler:
         if sequence.pending:
             sequence.pending -= 1
             sequence.foretold += 1
-        self.all.is_forced(sequence)
+        sequence.is_forced = True
 
     @property
     def num_in_flight(self) -> int:
@@ -155,7 +159,7 @@ class DecodeScheduler:
     def num_queued_tokens(self) -> int:
         """Tokens to be computed here before their sequences decode: waiting, ready or in computation."""
         waiting = (one for one in self.all.line if one.state is State.WAITING)
-        holding = (one for one in self.all.victims() if one.missing > 1)
+        holding = (one for one in self.all.victims() if one.missing > 1 and not one.is_forced)
         return sum(one.missing for one in (*waiting, *holding))
 
     # ---- a round ----------------------------------------------------------------------------------
@@ -218,23 +222,30 @@ class DecodeScheduler:
                 decision.preempt(self.all, victim)
 
     def _share_decoding(self, decision: Decision) -> None:
-        decision.shares.extend(
-            Share(sequence, 1, samples=True)
-            for sequence in self._by_urgency()
-            if sequence.missing == 1 and not sequence.is_full
-        )
+        """A token of each decoding sequence; of those with tokens that nobody samples as many as the step takes."""
+        decoding = [
+            one
+            for one in self._by_urgency()
+            if (one.missing == 1 or (one.is_forced and one.missing > 1)) and not one.is_full
+        ]
+        runs, spare = self._max_runs(len(decoding)), self._step_tokens - len(decoding)
+        for sequence in decoding:
+            num_tokens = min(sequence.missing, 1 + spare) if runs > 0 else 1
+            runs -= num_tokens > 1
+            spare -= num_tokens - 1
+            decision.shares.append(Share(sequence, num_tokens, samples=num_tokens == sequence.missing))
 
     def _share_prompts(self, decision: Decision, now: float) -> None:
         """Prompts by turn, each as much as the budget allows."""
-        prompts, left = self.all.prompts, self._step_tokens - len(decision.shares)
+        prompts, left = self.all.prompts, self._step_tokens - sum(share.num_tokens for share in decision.shares)
         if self._budget is not None and decision.shares and len(prompts):
-            left = self._budget.prompt_tokens(self._demand(decision, now))
+            left = min(left, self._budget.prompt_tokens(self._demand(decision, now)))
         served: list[Sequence] = []
         room = MOST_TOLD
         while left and (sequence := prompts.head()) is not None:
             prompts.take(sequence.key)
             served.append(sequence)
-            if not sequence.in_flight and not sequence.is_forced:
+            if not sequence.in_flight:
                 self._extend_prefix(sequence)
             num_tokens = min(left, sequence.missing)
             if sequence.rows.asks_of_prompt:
@@ -247,8 +258,7 @@ class DecodeScheduler:
             decision.shares.append(share)
             left -= share.num_tokens
         for sequence in served:
-            # Until it is launched or leaves.
-            prompts.add(sequence.key, sequence, sequence.place, front=sequence.is_forced)
+            prompts.add(sequence.key, sequence, sequence.place)  # until it is launched or leaves
 
     def _demand(self, decision: Decision, now: float) -> Demand:
         prompts = self.all.prompts

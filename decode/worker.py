@@ -93,6 +93,7 @@ class DecodeWorker:
             step_tokens=step_tokens,
             watermark=settings.watermark,
             budget=_budget(settings, step_tokens, pipeline.runner.cost),
+            max_runs=pipeline.runner.max_runs,
         )
         self._sequences: dict[TransferKey, Sequence] = {}  # every state but DONE
         totals = (
@@ -285,7 +286,7 @@ class DecodeWorker:
         for sequence in (*decision.started, *decision.unseated, *decision.preempted):
             if sequence.state is not State.RUNNING:
                 sequence.timer.enter("queue", now)
-            elif sequence.missing == 1 and sequence.num_new:
+            elif sequence.num_new and (sequence.missing == 1 or sequence.is_forced):
                 sequence.timer.enter("decode", now)
             else:
                 sequence.timer.enter("prefill", now)

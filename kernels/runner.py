@@ -166,6 +166,10 @@ class ModelRunner:
             forced={row: tokens for row, tokens in outcome.forced.items() if row not in faults},
         )
 
+    def max_runs(self, rows: int) -> int:
+        """See ports.Runner: all of them. A CPU's step takes as long as its tokens."""
+        return rows
+
     def idle(self) -> bool:
         """See ports.Runner: nothing."""
         return False
@@ -249,7 +253,7 @@ class ModelRunner:
         """What guides allow, while the step is computed."""
         guided = [(index, spec.guide, spec.position) for index, spec in enumerate(specs) if spec.guide is not None]
         masks_MW = torch.zeros(len(guided), mask_words(self.vocab_size), dtype=torch.int32)
-        fill(masks_MW, ((guide, position) for _, guide, position in guided))
+        fill(masks_MW, [(guide, position) for _, guide, position in guided])
         return {index: mask_W for (index, _, _), mask_W in zip(guided, masks_MW.to(self._model.device), strict=True)}
 
     def _sound_kv(self, inputs: _Inputs) -> Tensor:

@@ -10,14 +10,21 @@ from .errors import DiptychError, RequestError
 JsonObject = dict[str, Any]
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> JsonObject:
-    """Token counts of one request; `cached_tokens` of the prompt were found in a prefix cache."""
-    return {
+def usage(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int | None = None
+) -> JsonObject:
+    """Token counts of one request. `cached_tokens` of the prompt were found in a prefix cache; `reasoning_tokens` of a
+    chat answer came before what it says.
+    """
+    counts: JsonObject = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
+    if reasoning_tokens is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return counts
 
 
 def chat_message(text: str) -> JsonObject:
@@ -36,10 +43,11 @@ def text_choice(index: int, text: str, finish_reason: str, logprobs: JsonObject 
 
 
 def completion(
-    kind: str, *, id: str, created: int, model: str, choices: list[JsonObject], use: JsonObject
+    kind: str, *, id: str, created: int, model: str, fingerprint: str, choices: list[JsonObject], use: JsonObject
 ) -> JsonObject:
     """A whole answer; `kind` is chat.completion or text_completion, `created` in Unix seconds."""
-    return {"id": id, "object": kind, "created": created, "model": model, "choices": choices, "usage": use}
+    head: JsonObject = {"id": id, "object": kind, "created": created, "model": model}
+    return head | {"system_fingerprint": fingerprint, "choices": choices, "usage": use}
 
 
 def model_card(

@@ -45,6 +45,11 @@ class Runner(Protocol):
 
     cost: StepCost | None  # None: steps are planned as large as they may be
 
+    def max_runs(self, rows: int) -> int:
+        """Of a step with so many decoding rows: how many of them had better have several tokens, those that a guide is
+        certain of. What a step does not take so is computed token by token.
+        """
+
     def launch(self, plan: StepPlan) -> None:
         """Start a step. Does not wait for the device where it can avoid it. What it raises, it has not launched."""
 

@@ -144,7 +144,7 @@ GuideRule = Callable[[tuple[int, ...]], tuple[Collection[int], tuple[int, ...]]]
 
 
 def talkative(known: tuple[int, ...]) -> tuple[Collection[int], tuple[int, ...]]:
-    """A rule without sense: one to fifty ids, and after every third token up to five that are certain. Never nothing."""
+    """A rule without sense: one to fifty ids, and after every third token up to five that are certain. Always some."""
 
     def number(what: str) -> int:
         return zlib.crc32(repr((what, known)).encode())
@@ -203,7 +203,7 @@ def echo_reference(
     resume: Sequence[int] = (),
     rule: GuideRule | None = None,
 ) -> list[int]:
-    """The `n` tokens that one undisturbed EchoRunner generates after `prompt` and `resume`. Fewer where a guide with this
+    """The `n` tokens that one undisturbed EchoRunner generates after `prompt` and `resume`; fewer where a guide of this
     `rule` comes to allow nothing.
     """
     cells = list(enumerate([*prompt, *resume]))
@@ -272,6 +272,10 @@ class EchoRunner:
         self._last_token: dict[int, int] = {}  # by slot
         self._history: dict[int, list[int]] = {}  # by slot, where the rules need it
         self._outstanding: deque[_Launched] = deque()
+
+    def max_runs(self, rows: int) -> int:
+        """All of them."""
+        return rows
 
     def launch(self, plan: StepPlan) -> None:
         """A plan that breaks the contract raises AssertionError."""

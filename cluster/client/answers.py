@@ -10,13 +10,25 @@ JsonObject = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call that the model wants made. `arguments` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceAnswer:
-    """One of the `n` choices of an answer."""
+    """One of the `n` choices of an answer. `text` is what it says, without reasoning and calls."""
 
     index: int
     text: str
-    finish_reason: str  # stop or length
+    finish_reason: str  # stop, length or tool_calls
     logprobs: JsonObject | None = None  # in OpenAI's shape for the endpoint, where asked for
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    schema_errors: tuple[str, ...] = ()  # how it fails its schema, where the grammar could not express all of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +62,10 @@ class Delta:
     text: str = ""
     finish_reason: str | None = None
     logprobs: JsonObject | None = None
+    reasoning: str = ""
+    tool_calls: tuple[JsonObject, ...] = ()  # pieces of calls, in OpenAI's shape
+    structured: tuple[JsonObject, ...] = ()  # parts of a JSON answer that are complete: path and value
+    schema_errors: tuple[str, ...] = ()
     usage: Mapping[str, Any] | None = None  # prompt_tokens, completion_tokens, total_tokens, ...
     explanation: JsonObject | None = None
 
@@ -64,6 +80,7 @@ class ModelCard:
     name: str
     max_context_tokens: int | None  # None: the server does not tell
     sampling_defaults: Mapping[str, float]  # what holds for sampling fields that a request does not give
+    capabilities: JsonObject | None = None  # constraints, tools, reasoning, limits
 
 
 def answer_of(body: JsonObject) -> Answer:
@@ -74,6 +91,8 @@ def answer_of(body: JsonObject) -> Answer:
             text=(choice["message"]["content"] or "") if "message" in choice else choice["text"],
             finish_reason=choice["finish_reason"],
             logprobs=choice.get("logprobs"),
+            schema_errors=tuple(choice.get("schema_errors") or ()),
+            **_said(choice.get("message") or {}),
         )
         for choice in body["choices"]
     ]
@@ -88,14 +107,34 @@ def answer_of(body: JsonObject) -> Answer:
     )
 
 
+def _said(message: JsonObject) -> dict[str, Any]:
+    calls = message.get("tool_calls") or ()
+    return {
+        "reasoning": message.get("reasoning_content") or "",
+        "tool_calls": tuple(
+            ToolCall(id=call["id"], name=call["function"]["name"], arguments=call["function"]["arguments"])
+            for call in calls
+        ),
+    }
+
+
 def deltas_of(event: JsonObject) -> list[Delta]:
     """From one event of a stream; empty for one that says nothing, such as the first of a chat answer."""
     found = []
     for choice in event["choices"]:
-        text = (choice["delta"].get("content") or "") if "delta" in choice else choice["text"]
-        reason, logprobs = choice.get("finish_reason"), choice.get("logprobs")
-        if text or reason or logprobs:
-            found.append(Delta(index=choice.get("index", 0), text=text, finish_reason=reason, logprobs=logprobs))
+        said = choice.get("delta") or {}
+        delta = Delta(
+            index=choice.get("index", 0),
+            text=(said.get("content") or "") if "delta" in choice else choice["text"],
+            finish_reason=choice.get("finish_reason"),
+            logprobs=choice.get("logprobs"),
+            reasoning=said.get("reasoning_content") or "",
+            tool_calls=tuple(said.get("tool_calls") or ()),
+            structured=tuple(said.get("structured") or ()),
+            schema_errors=tuple(choice.get("schema_errors") or ()),
+        )
+        if delta != Delta(index=delta.index):
+            found.append(delta)
     if not event["choices"]:
         found.append(Delta(usage=event.get("usage"), explanation=event.get("diptych")))
     return found
@@ -108,6 +147,7 @@ def cards_of(body: JsonObject) -> list[ModelCard]:
             name=card["id"],
             max_context_tokens=card.get("max_model_len"),
             sampling_defaults=card.get("sampling_defaults") or {},
+            capabilities=card.get("capabilities"),
         )
         for card in body["data"]
     ]

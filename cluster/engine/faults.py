@@ -47,6 +47,10 @@ class FaultyRunner:
         """See Runner.collect."""
         return self._runner.collect()
 
+    def max_runs(self, rows: int) -> int:
+        """See Runner.max_runs."""
+        return self._runner.max_runs(rows)
+
     def idle(self) -> bool:
         """See Runner.idle."""
         return self._runner.idle()

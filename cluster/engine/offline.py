@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -25,6 +25,7 @@ import torch
 from diptych.cluster.security import engine_name
 from diptych.kvtransfer.layout import KvLayout
 from diptych.protos.channels import listen, make_server
+from diptych.protos.constraint import Constraint, Guide
 from diptych.protos.errors import EngineFault, Overloaded, error_from_code
 from diptych.protos.status import EngineInfo
 from diptych.protos.trust import Trust
@@ -201,10 +202,18 @@ class OfflineEngines:
                     raise EngineFault(f"an engine is not idle after {STALL_S:g} s")
         self._unsettle = settle()
 
-    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, salt: bytes) -> list[Answered]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        *,
+        salt: bytes,
+        constraint: Constraint | None = None,
+    ) -> list[Answered]:
         """Submit all at once, greedy, `num_tokens` each whatever they are; returns when the last token is here.
 
-        Prompts share KV with those of equal `salt` only. Raises the first error that an engine has, and EngineFault
+        Prompts share KV with those of equal `salt` only. Answers keep to `constraint`; one that ends by it is short.
+        Raises the first error that an engine has, and EngineFault
         when nothing happens for STALL_S; the other requests were cancelled and have ended then.
         """
         sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0)
@@ -214,6 +223,7 @@ class OfflineEngines:
                 prompt=tuple(prompt),
                 sampling=sampling,
                 salt=salt,
+                constraint=constraint,
             )
             for prompt in prompts
         ]
@@ -327,6 +337,7 @@ class OfflineEngines:
                 loop.stop()
             self._asyncio_thread.call(self._unlisten(), STOP_TIMEOUT_S)
             for parts in self._parts.values():
+                parts.guides.close()
                 if parts.sender is not None:
                     parts.sender.stop()
                 if parts.receiver is not None:
@@ -345,10 +356,11 @@ class OfflineEngines:
     async def _answer(self, requests: Sequence[GenerateRequest]) -> list[Answered]:
         if self._lost is not None:
             raise self._lost
+        guides = [await self._guides(request) for request in requests]
         batch = self._batch = _Batch(time.perf_counter())
         try:
-            for request in requests:
-                self._submit(batch, request)
+            for request, guided in zip(requests, guides, strict=True):
+                self._submit(batch, request, guided)
             await batch.until_over()
         except Exception:
             for key, role in batch.open:
@@ -358,13 +370,20 @@ class OfflineEngines:
             raise
         return list(batch.answers.values())
 
-    def _submit(self, batch: _Batch, request: GenerateRequest) -> None:
+    async def _guides(self, request: GenerateRequest) -> dict[Role, Guide]:
+        """Each engine's, of a request with a constraint."""
+        if request.constraint is None:
+            return {}
+        return {role: await parts.guides.open(request) for role, parts in self._parts.items()}
+
+    def _submit(self, batch: _Batch, request: GenerateRequest, guides: Mapping[Role, Guide]) -> None:
         decode, prefill = self._parts[Role.DECODE], self._parts.get(Role.PREFILL)
+        peer, guide = prefill.info.ref if prefill else None, guides.get(Role.DECODE)
         orders: dict[Role, DecodeOrder | PrefillOrder] = {
-            Role.DECODE: DecodeOrder(request=request, prefill=prefill.info.ref if prefill else None)
+            Role.DECODE: DecodeOrder(request=request, prefill=peer, guide=guide)
         }
         if prefill is not None:
-            orders[Role.PREFILL] = PrefillOrder(request=request, decode=decode.info.ref)
+            orders[Role.PREFILL] = PrefillOrder(request=request, decode=decode.info.ref, guide=guides.get(Role.PREFILL))
         for role, order in orders.items():
             if not self._parts[role].inbox.try_put(order):
                 raise Overloaded("the engine takes no more requests: raise max_waiting of its pool")

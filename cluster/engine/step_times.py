@@ -111,6 +111,10 @@ class TimedRunner:
             if self.profile is not None:
                 self.profile.after_collect()
 
+    def max_runs(self, rows: int) -> int:
+        """See ports.Runner."""
+        return self.runner.max_runs(rows)
+
     def idle(self) -> bool:
         """See ports.Runner."""
         return self.runner.idle()

@@ -11,17 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diptych.protos.constraint import Guide, mask_words
+from diptych.protos.constraint import Guide, fill_masks, mask_words
 
 from .wire import Sampling
 
 Guided = tuple[Guide, int]  # and the position of the token that it is asked about
 
 
-def fill(masks_MW: Tensor, guided: Iterable[Guided]) -> None:
+def fill(masks_MW: Tensor, guided: Sequence[Guided]) -> None:
     """One mask for each, into host memory, int32."""
-    for mask_W, (guide, position) in zip(masks_MW.numpy(), guided, strict=False):
-        guide.fill(position, memoryview(mask_W).cast("B"))
+    fill_masks(guided, masks_MW.numpy().data.cast("B"))
 
 
 def accept(sampled: Iterable[tuple[int, Guide, int, int | None]]) -> dict[int, tuple[int, ...]]:
@@ -59,7 +58,7 @@ class MaskBuffers:
             self._masks_MW = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
             self._sent = [torch.zeros(self._shape, dtype=torch.int32, pin_memory=pinned) for _ in range(self._turns)]
         sent = self._sent[turn][: len(rows)]
-        fill(sent, ((one.spec.guide, one.spec.position) for one in rows if one.spec.guide is not None))
+        fill(sent, [(one.spec.guide, one.spec.position) for one in rows if one.spec.guide is not None])
         masks = self._masks_MW[: len(rows)]
         masks.copy_(sent, non_blocking=True)
         return masks

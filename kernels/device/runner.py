@@ -44,6 +44,7 @@ _LONG_STEP = 2048  # tokens
 _CHUNK = 1024  # tokens of a prompt, timed from position 0 on and behind others, up to position _BEHIND
 _BEHIND = 8192
 _COPIED_BYTES = 512 << 20  # more than any cache holds
+_RUNS_BESIDE = 32  # decoding rows; with more a run saves less than the tokens of the larger graph cost
 _TOLD_AT_ONCE = 64  # rows of logprobs: 33 MB of float32 at 128,256 tokens
 
 
@@ -123,6 +124,7 @@ class DeviceRunner:
         self._graphs = StepGraphs(self._compute, device=device)
         self._first: list[StepShape] = []  # graphs still to be captured
         self._later: list[StepShape] = []
+        self._uses_graphs = options.graphs
         if options.graphs:
             longest = min(max_step_tokens, state.max_context_tokens)
             self._first, self._later = shapes_within(min(state.max_slots, max_step_tokens), longest)
@@ -158,6 +160,12 @@ class DeviceRunner:
         finally:  # guides know now what they will know, also where this step failed
             if self._outstanding and isinstance(following := self._outstanding[0], _Computing):
                 self._outstanding[0] = self._choose_late(following)
+
+    def max_runs(self, rows: int) -> int:
+        """See ports.Runner: as many as the graphs of steps with prompts hold, where such a step is not much longer."""
+        if not self._uses_graphs:
+            return rows
+        return PROMPT_ROWS - 1 if rows <= _RUNS_BESIDE else 0
 
     def use_arena(self, kv: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Compute in this arena from now on. Before any step that is not a rehearsal, and before graphs are there:

@@ -76,7 +76,7 @@ def choose(guess: Guess, spec: SampleSpec, known: Sequence[int], allowed: Allowe
         if barred is not None:
             allowed = allowed & ~barred
         free = choose(guess, spec, known) if is_free(allowed) else None
-        return free if free is not None and allowed[free] else shortest(allowed, spec.position)
+        return free if free is not None and allowed[free] else shortest(allowed, known)
     if spec.rules is None:
         if spec.temperature == 0:
             return guess.token(0)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diptych.protos.constraint import mask_words
+from diptych.protos.constraint import fill_masks, mask_words
 from diptych.protos.echo import BAD, STOP, VOCAB_SIZE
 from diptych.protos.ports import StepCost
-from diptych.protos.step import SampleSpec, StepPlan, StepResult, StepRow
+from diptych.protos.step import StepPlan, StepResult, StepRow
 from diptych.protos.types import TokenLogprobs
 
 from .choice import Guess, choose, first_of
@@ -86,7 +86,6 @@ class EchoRunner:
         self._busy_until = clock()
         self._last_tokens = [_NO_TOKEN] * max_slots
         self._outstanding: deque[tuple[float, StepResult]] = deque()
-        self._mask = np.zeros(mask_words(VOCAB_SIZE), np.int32)
 
     def launch(self, plan: StepPlan) -> None:
         """See ports.Runner. A plan that breaks the Protocol's rules is an AssertionError here, not a failed step."""
@@ -108,6 +107,10 @@ class EchoRunner:
         if any(self._cost) and (left := ready - self._clock()) > 0:
             self._sleep(left)
         return result
+
+    def max_runs(self, rows: int) -> int:
+        """See ports.Runner: all of them."""
+        return rows
 
     def idle(self) -> bool:
         """See ports.Runner: nothing."""
@@ -204,6 +207,7 @@ class EchoRunner:
         prompts: dict[int, tuple[TokenLogprobs, ...]] = {}
         ruled_out = set()
         forced: dict[int, tuple[int, ...]] = {}
+        allowed = self._allowed(plan, inputs.lost.union(np.flatnonzero(read.bad_R).tolist()))
         for index, row in enumerate(plan.rows):
             if row.prompt_logprobs is not None:
                 prompts[index] = self._of_prompt(row, index, inputs, read)
@@ -219,7 +223,7 @@ class EchoRunner:
                 begin = int(inputs.first_R[index]) * self._size
                 known: list[int] = read.tokens[begin : int(ends[index])].tolist()
                 guess = Guess(favourites[index], BAD if bad[index] else first_of(known) if stops[index] else None)
-                token = BAD if bad[index] else choose(guess, spec, known, self._allowed(spec))
+                token = BAD if bad[index] else choose(guess, spec, known, allowed.get(index))
                 if token is None:
                     ruled_out.add(index)
                     continue
@@ -233,12 +237,19 @@ class EchoRunner:
         prompts = {index: told for index, told in prompts.items() if index not in faults}
         return StepResult(plan.step_id, tuple(sampled), logprobs, prompts, faults, frozenset(ruled_out), forced)
 
-    def _allowed(self, spec: SampleSpec) -> Allowed | None:
-        """Whether a token may come, by what the row's guide says; None: every one may."""
-        if spec.guide is None:
-            return None
-        spec.guide.fill(spec.position, memoryview(self._mask).cast("B"))
-        return np.unpackbits(self._mask.view(np.uint8), count=VOCAB_SIZE, bitorder="little").astype(bool)
+    def _allowed(self, plan: StepPlan, passed_over: Set[int]) -> Mapping[int, Allowed]:
+        """Whether a token may come, by what the rows' guides say; not of those where everything may."""
+        guided = [
+            (index, spec.guide, spec.position)
+            for index, row in enumerate(plan.rows)
+            if (spec := row.sample) is not None and spec.guide is not None and index not in passed_over
+        ]
+        if not guided:
+            return {}
+        masks_MW = np.empty((len(guided), mask_words(VOCAB_SIZE)), np.int32)
+        fill_masks([(guide, position) for _, guide, position in guided], masks_MW.data.cast("B"))
+        allowed_MV = np.unpackbits(masks_MW.view(np.uint8), axis=1, count=VOCAB_SIZE, bitorder="little").view(np.bool_)
+        return {index: allowed_V for (index, _, _), allowed_V in zip(guided, allowed_MV, strict=True)}
 
     def _of_prompt(self, row: StepRow, index: int, inputs: _Inputs, read: _Read) -> tuple[TokenLogprobs, ...]:
         assert row.tokens is not None, "a prompt's token cannot come from the slot"

@@ -78,6 +78,10 @@ class Witness:
         """See ports.Runner."""
         return self._runner.collect()
 
+    def max_runs(self, rows: int) -> int:
+        """See ports.Runner."""
+        return self._runner.max_runs(rows)
+
     def idle(self) -> bool:
         """See ports.Runner."""
         return self._runner.idle()

@@ -16,7 +16,7 @@ from diptych.decode.testing import DecodeBench
 from diptych.protos.errors import InvalidRequest
 from diptych.protos.ports import StepCost
 from diptych.protos.settings import DecodeSettings
-from diptych.protos.testing import FakeGuide, GuideRule, echo_reference, talkative
+from diptych.protos.testing import EchoRunner, FakeGuide, GuideRule, echo_reference, talkative
 from diptych.protos.types import FinishReason, SamplingParams, TransferKey
 
 PROMPT = list(range(100, 111))  # 11 tokens: 2 full blocks of 4 and a rest
@@ -226,7 +226,8 @@ def test_guided_and_free_answers_share_steps() -> None:
     bench = DecodeBench(num_blocks=300)
     rules = [talkative, None, runs(3, 3, 3), None, talkative, runs(12, after=4)]
     keys = [
-        bench.submit([at, *PROMPT], max_tokens=20 + at, rule=rule, transfer=at % 2 == 0) for at, rule in enumerate(rules)
+        bench.submit([at, *PROMPT], max_tokens=20 + at, rule=rule, transfer=at % 2 == 0)
+        for at, rule in enumerate(rules)
     ]
     for key in keys[::2]:
         bench.transfer(key)
@@ -304,7 +305,10 @@ def test_a_guide_that_allows_nothing_ends_its_request_with_the_guides_error(coun
     bench = DecodeBench()
     key = bench.submit(PROMPT, max_tokens=20, rule=nothing_after(count), transfer=False)
     bench.guides[key].error = InvalidRequest("the grammar cannot go on", "response_format")
-    others = [bench.submit([at, *PROMPT], max_tokens=12, rule=rule, transfer=False) for at, rule in [(1, None), (2, talkative)]]
+    others = [
+        bench.submit([at, *PROMPT], max_tokens=12, rule=rule, transfer=False)
+        for at, rule in [(1, None), (2, talkative)]
+    ]
     bench.run()
     finish = bench.ledger.finishes[key]
     assert bench.error_code(key) == "invalid_request"
@@ -373,20 +377,44 @@ def _budgeted(cost: StepCost | None) -> DecodeBench:
     return DecodeBench(num_blocks=800, max_context_tokens=1000, cost=cost)
 
 
-def test_runs_go_before_prompts_and_both_end_under_a_budget() -> None:
+@pytest.mark.parametrize("most", [0, 1])
+def test_what_a_step_does_not_take_as_a_run_is_computed_token_by_token(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card's steps with many rows: the same answers, and no step waits for a run."""
+    monkeypatch.setattr(EchoRunner, "max_runs", lambda self, rows: most)
+    bench = DecodeBench(num_blocks=200)
+    keys = [bench.submit([at, *PROMPT], max_tokens=60, transfer=False, rule=runs(12, 3, 5, after=2)) for at in range(4)]
+    steps = bench.run()
+    for key in keys:
+        bench.assert_complete(key, first_index=0)
+    assert all(sum(len(row[2] or (0,)) > 1 and row[1] >= 24 for row in plan) <= most for plan in bench.trace)
+    if not most:
+        assert steps >= 60, "each token of each answer has a step"
+    bench.assert_idle()
+
+
+def test_runs_go_before_prompts_that_came_earlier_and_all_end_under_a_budget() -> None:
     bench = _budgeted(_Linear())
-    reader = bench.submit(PROMPT, max_tokens=60, transfer=False)
-    guided = bench.submit([1, *PROMPT], max_tokens=120, rule=runs(4, 40, 3, 5), transfer=False)
+    reader = bench.submit(PROMPT, max_tokens=90, transfer=False)
     bench.step()
-    prompts = [bench.submit([at] * 400, max_tokens=3, transfer=False) for at in (7, 8, 9)]
-    while len(bench.ledger.tokens.get(guided, [])) < 60:
-        bench.step()
+    prompts = [bench.submit([at] * 900, max_tokens=3, transfer=False) for at in (7, 8, 9)]
+    guided = bench.submit([1, *PROMPT], max_tokens=120, rule=runs(40, 3, 5, after=2))
+    bench.transfer(guided)
+    seen = 0
+    while len(bench.ledger.tokens.get(guided, [])) < 45:
         sequence = bench.worker._sequences[guided]
-        if sequence.missing > 1:
-            head = bench.worker._scheduler.all.prompts.head()
-            assert head is sequence, "it waits behind a prompt"
+        if sequence.state is State.RUNNING and sequence.missing > 1:
+            assert guided not in bench.worker._scheduler.all.prompts, "it waits behind a prompt"
+            seen += 1
+        computed = sequence.launched
+        bench.step()
+        assert sequence.launched > computed or not sequence.missing
+    assert seen
+    assert not any(bench.ledger.tokens.get(key) for key in prompts[1:]), "there were prompts to wait behind"
     bench.run()
-    for key in (reader, guided, *prompts):
+    bench.assert_complete(guided, first_index=1)
+    for key in (reader, *prompts):
         bench.assert_complete(key, first_index=0)
     bench.assert_idle()
 
@@ -419,10 +447,12 @@ def test_whoever_has_a_run_is_no_prompt_that_has_waited_long(length: int, monkey
 
 def test_a_run_longer_than_a_step_keeps_its_place_before_prompts() -> None:
     bench = DecodeBench(num_blocks=200, settings=DecodeSettings(step_tokens=8))
-    guided = bench.submit(PROMPT[:3], max_tokens=60, rule=runs(30), transfer=False)
-    while guided not in bench.ledger.tokens:
+    prompts = [bench.submit([at] * 60, max_tokens=2, transfer=False) for at in (7, 8)]
+    bench.step()
+    guided = bench.submit(PROMPT[:3], max_tokens=60, rule=runs(30, after=2))
+    bench.transfer(guided)
+    while len(bench.ledger.tokens.get(guided, [])) < 31:
         bench.step()
-    prompts = [bench.submit([at] * 40, max_tokens=2, transfer=False) for at in (7, 8)]
     steps = 0
     while bench.worker._sequences[guided].missing > 1:
         bench.step()
@@ -430,7 +460,8 @@ def test_a_run_longer_than_a_step_keeps_its_place_before_prompts() -> None:
     assert steps <= 5
     assert not any(key in bench.ledger.tokens for key in prompts)
     bench.run()
-    for key in (guided, *prompts):
+    bench.assert_complete(guided, first_index=1)
+    for key in prompts:
         bench.assert_complete(key, first_index=0)
     bench.assert_idle()
 

@@ -7,7 +7,7 @@ them. The kernels run under the interpreter, or on a card.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -178,11 +178,11 @@ def guided_specs(draw: st.DrawFn) -> SampleSpec:
     )
 
 
-def any_step(examples: int) -> Any:
-    how = settings(
-        max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+def any_step(examples: int) -> Callable[[Any], Any]:
+    how = settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    return lambda test: how(
+        given(specs=st.lists(guided_specs(), min_size=1, max_size=4), seed=st.integers(0, 50))(test)
     )
-    return lambda test: how(given(specs=st.lists(guided_specs(), min_size=1, max_size=4), seed=st.integers(0, 50))(test))
 
 
 @any_step(150)
@@ -278,7 +278,11 @@ def test_rows_that_are_not_sound_are_flagged_under_a_mask_too(place: torch.devic
 def test_a_mask_under_rules_without_room_on_the_device(place: torch.device) -> None:
     """They go by the definition, and the masks of the rows around them stay theirs."""
     huge = tuple((token,) for token in range(5, 1000)) * 10
-    specs = [spec(ids=[7]), with_rules(spec(ids=[2, 8, 9]), bad_words=huge), with_rules(spec(ids=[4, 600]), bad_words=((4,),))]
+    specs = [
+        spec(ids=[7]),
+        with_rules(spec(ids=[2, 8, 9]), bad_words=huge),
+        with_rules(spec(ids=[4, 600]), bad_words=((4,),)),
+    ]
     logits = logits_of(3, 1003)
     got, step = choose(cuda, specs, logits, place, Tiling(64, 2, 512))
     assert [one.is_told for one in step.asking.rows] == [True, False, True]

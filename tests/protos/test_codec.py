@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from diptych.protos import codec
 from diptych.protos import engine_pb2 as pb
+from diptych.protos.constraint import MAX_GRAMMAR_BYTES, Backend, Constraint, Reasoning
 from diptych.protos.errors import InvalidRequest
 from diptych.protos.types import (
     DecodeOrder,
@@ -56,6 +57,13 @@ SAMPLINGS = st.builds(
 LOGPROBS = st.builds(
     TokenLogprobs, FLOATS, st.integers(1, 2**32 - 1), st.lists(st.tuples(IDS, FLOATS), max_size=3).map(tuple)
 )
+CONSTRAINTS = st.builds(
+    Constraint,
+    grammar=st.text(max_size=20),
+    backend=st.sampled_from(Backend),
+    prefix=st.text(max_size=5),
+    reasoning=st.none() | st.builds(Reasoning, start=IDS, end=IDS, is_open=st.booleans()),
+)
 
 
 @given(
@@ -67,6 +75,7 @@ LOGPROBS = st.builds(
     role=st.sampled_from(Role),
     has_peer=st.booleans(),
     resume=st.lists(IDS, max_size=4).map(tuple),
+    constraint=st.none() | CONSTRAINTS,
 )
 def test_an_order_survives_the_way(
     sampling: SamplingParams,
@@ -77,6 +86,7 @@ def test_an_order_survives_the_way(
     role: Role,
     has_peer: bool,
     resume: tuple[int, ...],
+    constraint: Constraint | None,
 ) -> None:
     sampling = replace(sampling, max_tokens=max(sampling.max_tokens, len(resume) + 1))
     request = GenerateRequest(
@@ -90,6 +100,7 @@ def test_an_order_survives_the_way(
         tenant=tenant,
         weight=weight,
         resume=resume,
+        constraint=constraint,
     )
     order: PrefillOrder | DecodeOrder = PrefillOrder(request=request, decode=PEER)
     if role is Role.DECODE:
@@ -137,6 +148,39 @@ def test_an_order_whose_answer_is_complete_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="3 tokens are generated already") as refused:
         codec.order_from_pb(msg, 0.0)
     assert refused.value.param == "resume"
+
+
+def submit_with(constraint: Constraint) -> pb.Submit:
+    request = GenerateRequest(key=KEY, prompt=(1,), sampling=SamplingParams(max_tokens=3), constraint=constraint)
+    return codec.submit_to_pb(7, DecodeOrder(request=request, prefill=None), 0.0)
+
+
+@pytest.mark.parametrize("backend", ["", "outlines", "XGRAMMAR", "x" * 1000])
+def test_a_backend_that_no_engine_has_is_refused_in_short_words(backend: str) -> None:
+    """A router newer than the engine may name one."""
+    msg = submit_with(Constraint(grammar="start: /a/"))
+    msg.constraint.backend = backend
+    with pytest.raises(InvalidRequest, match="backend") as refused:
+        codec.order_from_pb(pb.Submit.FromString(msg.SerializeToString()), 0.0)
+    assert refused.value.param == "constraint"
+    assert len(refused.value.message) < 100
+
+
+@pytest.mark.parametrize("letter", ["a", "\xe9"])
+def test_a_grammar_has_a_size_in_bytes(letter: str) -> None:
+    most = MAX_GRAMMAR_BYTES // len(letter.encode())
+    longest = Constraint(grammar=letter * most)
+    assert codec.order_from_pb(submit_with(longest), 0.0).request.constraint == longest
+    with pytest.raises(InvalidRequest, match=f"more than {MAX_GRAMMAR_BYTES} bytes") as refused:
+        codec.order_from_pb(submit_with(Constraint(grammar=letter * (most + 1))), 0.0)
+    assert refused.value.param == "constraint"
+
+
+def test_an_order_without_a_constraint_says_none() -> None:
+    request = GenerateRequest(key=KEY, prompt=(1,), sampling=SamplingParams(max_tokens=3))
+    msg = codec.submit_to_pb(7, DecodeOrder(request=request, prefill=None), 0.0)
+    assert not msg.HasField("constraint")
+    assert codec.order_from_pb(msg, 0.0).request.constraint is None
 
 
 def test_a_ping_survives_the_way() -> None:

@@ -45,6 +45,9 @@ class Scripted:
             raise result
         return result
 
+    def max_runs(self, rows: int) -> int:
+        return rows
+
     def idle(self) -> bool:
         return False
 

@@ -151,6 +151,9 @@ class SimRunner:
             return self._compute(self._launched.popleft())
         return self._results.popleft()
 
+    def max_runs(self, rows: int) -> int:
+        return rows
+
     def idle(self) -> bool:
         return False
 

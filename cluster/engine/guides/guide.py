@@ -7,15 +7,15 @@ grammar     | the matcher's masks; what it says must follow is taken at once
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from enum import Enum
 
 import numpy as np
 
-from diptych.protos.constraint import Reasoning
+from diptych.protos.constraint import Guide, Reasoning
 from diptych.protos.errors import DiptychError, EngineFault, InvalidRequest
 
-from .matcher import Matcher, Words
+from .matcher import Matcher, Words, fill_rows
 
 
 class _Phase(Enum):
@@ -72,7 +72,23 @@ class RequestGuide:
 
     def fill(self, position: int, mask: memoryview) -> None:
         """See constraint.Guide."""
-        at, mask_W = position - self._num_prompt, np.frombuffer(mask, dtype=np.int32)
+        self.fill_all([(self, position)], mask)
+
+    def fill_all(self, guided: Sequence[tuple[Guide, int]], masks: memoryview) -> None:
+        """See constraint.FillsTogether."""
+        masks_MW = np.frombuffer(masks, dtype=np.int32).reshape(len(guided), -1)
+        asked: list[tuple[RequestGuide, int]] = []
+        for at, (guide, position) in enumerate(guided):
+            assert isinstance(guide, RequestGuide)
+            if not guide._has_filled(position, masks_MW[at]):
+                asked.append((guide, at))
+        fill_rows([(guide._matcher, at) for guide, at in asked], masks_MW)
+        for guide, at in asked:
+            guide._after_matcher(masks_MW[at])
+
+    def _has_filled(self, position: int, mask_W: Words) -> bool:
+        """Whether the mask needs no matcher; then it is filled."""
+        at = position - self._num_prompt
         if at > len(self._known):
             mask_W.fill(-1)
         elif self.error is not None or (at == len(self._known) and self._has_ended):
@@ -85,7 +101,8 @@ class RequestGuide:
             for token in self._ends:
                 _unset(mask_W, token)
         else:
-            self._fill_by_matcher(mask_W)
+            return False
+        return True
 
     def _is_reasoning(self, token: int, reasoning: Reasoning) -> bool:
         """Whether the token belongs to the reasoning, which it may begin or end."""
@@ -98,8 +115,7 @@ class RequestGuide:
             return self._phase is _Phase.FREE
         return False
 
-    def _fill_by_matcher(self, mask_W: Words) -> None:
-        self._matcher.fill(mask_W)
+    def _after_matcher(self, mask_W: Words) -> None:
         if self._matcher.error:
             mask_W.fill(0)
             self._fail_by_matcher()

@@ -76,6 +76,9 @@ class PiecewiseRunner(EchoRunner):
 
     pieces = 0
 
+    def max_runs(self, rows: int) -> int:
+        return rows
+
     def idle(self) -> bool:
         self.pieces -= 1
         return self.pieces >= 0

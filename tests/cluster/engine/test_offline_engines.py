@@ -56,6 +56,9 @@ class FaultyRunner:
         tokens = tuple(None if at in bad else token for at, token in enumerate(result.tokens))
         return dataclasses.replace(result, tokens=tokens, faults=result.faults | bad)
 
+    def max_runs(self, rows: int) -> int:
+        return self._runner.max_runs(rows)
+
     def idle(self) -> bool:
         return self._runner.idle()
 

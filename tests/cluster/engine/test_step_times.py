@@ -45,6 +45,9 @@ class Computes:
             raise RuntimeError("the step failed")
         return StepResult(plan.step_id, (None,) * len(plan.rows))
 
+    def max_runs(self, rows: int) -> int:
+        return rows
+
     def idle(self) -> bool:
         return True
 

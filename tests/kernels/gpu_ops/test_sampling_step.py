@@ -399,14 +399,16 @@ def test_a_card_chooses_what_the_definition_chooses(vocab: int, dtype: torch.dty
     for row in differing:
         assert tokens[row] == definition(logits[row], specs[row], histories[row])[0]
     assert len(differing) <= 1
-    order = list(reversed(range(96)))
+    # Without those whose rules found no room on the device: for them the host asks it.
+    untold = {one.row for one in step.asking.rows if not one.is_told}
+    order = [row for row in reversed(range(96)) if row not in untold]
     again = AskedStep([specs[row] for row in order], [histories[row] for row in order], vocab=vocab, device=place)
-    turned = on_card.flip(0)
+    turned = on_card[torch.tensor(order, device=place)]
     torch.cuda.synchronize()
     with nothing_waits():
         cuda.choose_largest(turned, again.space, again.tokens_N, again.flags_N)
         cuda.choose_as_asked(turned, again.asking, again.state, again.space, again.tokens_N, again.flags_N)
-    assert again.tokens_N.tolist() == tokens[::-1]
+    assert again.tokens_N.tolist() == [tokens[row] for row in order]
 
 
 @pytest.mark.gpu
