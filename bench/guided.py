@@ -36,11 +36,12 @@ _LETTERS = "etaoinshrdlucmfwypvbgk"
 _ROW = {
     "type": "object",
     "properties": {
-        "id": {"type": "integer"},
-        "name": {"type": "string", "minLength": 1, "maxLength": 24},
+        "id": {"type": "integer", "minimum": 0, "maximum": 99_999},
         "kind": {"enum": ["author", "reader", "editor"]},
+        "is_member": {"type": "boolean"},
+        "score": {"type": "number", "minimum": 0, "maximum": 10},
     },
-    "required": ["id", "name", "kind"],
+    "required": ["id", "kind", "is_member", "score"],
     "additionalProperties": False,
 }
 FORMS: dict[str, str | None] = {
