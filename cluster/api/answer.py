@@ -16,6 +16,7 @@ from diptych.cluster.router.call import Explanation, GenerateCall, TokenDelta
 from diptych.cluster.router.placement import Placement
 from diptych.cluster.router.router import Router
 from diptych.protos.errors import EngineFault
+from diptych.protos.openai_replies import JsonObject
 from diptych.protos.types import FinishReason, TokenLogprobs
 
 from .logprobs import Entry
@@ -45,6 +46,7 @@ class Choice:
     is_scoring: bool = False  # its one token is made for the prompt's logprobs only and is not part of the answer
     echoed: int = 0  # characters of the prompt that are shown before the text
     num_tokens: int = 0
+    reasoning_tokens: int = 0  # of them; counted in the router's pieces, an engine's step each
     finish_reason: str = ""
     explanation: Explanation | None = None
     placement: Placement | None = None
@@ -80,6 +82,15 @@ class Choice:
             yield Piece(tail, rest)
         if self.is_scoring:
             self.num_tokens = 0
+
+    def read(self, piece: Piece) -> list[JsonObject]:
+        """The deltas of OpenAI's shape that a piece settles; none where nobody reads the text."""
+        if self.reader is None:
+            return []
+        deltas = self.reader.feed(piece.text)
+        if self.reader.is_reasoning:
+            self.reasoning_tokens = self.num_tokens
+        return deltas
 
     def _check_prompt(self, first: TokenDelta) -> None:
         if self.call.sampling.prompt_logprobs is None:

@@ -60,6 +60,7 @@ class ChatEndpoint:
             id=answer.id,
             created=answer.created,
             model=answer.request.model,
+            fingerprint=answer.model.fingerprint,
             choices=[_shaped(whole) for whole in choices],
             use=answer.usage(),
         )

@@ -6,12 +6,28 @@ Each character is looked at once. Fed with text that is JSON by construction; wh
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from typing import Any
 
 from diptych.protos.openai_replies import JsonObject
 
 _SPACES = " \t\n\r"
 _SCALAR_ENDS = _SPACES + ",]}"
+
+
+def _finite(text: str) -> float:
+    """ValueError for a number that JSON could not tell again."""
+    if math.isinf(number := float(text)):
+        raise ValueError("beyond any float")
+    return number
+
+
+def _refused(word: str) -> float:
+    raise ValueError(f"{word} is no JSON")
+
+
+_value_of: Callable[[str], Any] = json.JSONDecoder(parse_float=_finite, parse_constant=_refused).decode
 
 
 class ClosedPaths:
@@ -42,7 +58,7 @@ class ClosedPaths:
         events: list[JsonObject] = []
         if self._scalar and not self._in_string and not self._kinds and not self._is_over:
             try:
-                self._tell(json.loads("".join(self._scalar)), events)
+                self._tell(_value_of("".join(self._scalar)), events)
             except ValueError:
                 return []
         return events
@@ -94,6 +110,7 @@ class ClosedPaths:
     def _close(self, events: list[JsonObject]) -> None:
         kind, is_empty = self._kinds.pop(), self._empty.pop()
         self._path.pop()
+        self._is_key = False  # an empty object had none
         if is_empty:
             self._tell({} if kind == "{" else [], events)
         else:
@@ -109,7 +126,7 @@ class ClosedPaths:
             self._is_key = True
 
     def _end_scalar(self, events: list[JsonObject]) -> None:
-        value = json.loads("".join(self._scalar))
+        value = _value_of("".join(self._scalar))
         self._scalar = []
         if self._is_key:
             self._path[-1], self._is_key = value, False

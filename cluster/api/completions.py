@@ -96,6 +96,7 @@ class CompletionEndpoint:
             id=answer.id,
             created=answer.created,
             model=answer.request.model,
+            fingerprint=answer.model.fingerprint,
             choices=shaped,
             use=answer.usage(),
         )

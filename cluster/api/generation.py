@@ -84,6 +84,7 @@ class Answer:
     """What all choices of one answer share."""
 
     request: GenerationRequest
+    is_chat: bool
     model: ServedModel
     choices: list[Choice]
     prepared: Prepared
@@ -101,6 +102,7 @@ class Answer:
             sum(len(first.call.prompt) for first in firsts),
             sum(choice.num_tokens for choice in self.choices),
             sum(first.explanation.cached_tokens for first in firsts if first.explanation is not None),
+            sum(choice.reasoning_tokens for choice in self.choices) if self.is_chat else None,
         )
 
     def explanation(self) -> JsonObject | None:
@@ -178,7 +180,7 @@ class GenerationApp:
                     choice.text = _text_stream(request, model, call, is_marked=True)
                 choices.append(choice)
         answer_id = self._endpoint.id_prefix + os.urandom(12).hex()
-        return Answer(request, model, choices, prepared, answer_id, int(time.time()))
+        return Answer(request, self._endpoint.is_chat, model, choices, prepared, answer_id, int(time.time()))
 
     async def _sampling(
         self, request: GenerationRequest, model: ServedModel, prompt: tuple[int, ...], max_tokens: int
@@ -219,13 +221,13 @@ class GenerationApp:
                 if piece is not None:
                     texts[choice.index].append(piece.text)
                     entries[choice.index].extend(piece.entries)
+                    choice.read(piece)
         whole = []
         for choice in answer.choices:
             echoed = self._echo(answer, choice)
             text = echoed.text + "".join(texts[choice.index])
             told = [*echoed.entries, *_moved(entries[choice.index], choice.echoed)]
             if choice.reader is not None:
-                choice.reader.feed(text)
                 choice.reader.finish()
             whole.append(Whole(choice, text, self._logprobs(answer, told), self._faults(answer, choice, text)))
         reply = self._endpoint.answer(answer, whole)
@@ -294,6 +296,7 @@ class GenerationApp:
             id=answer.id,
             created=answer.created,
             model=answer.request.model,
+            fingerprint=answer.model.fingerprint,
             include_usage=answer.request.include_usage,
             index=index,
         )
@@ -303,7 +306,7 @@ class GenerationApp:
         moved = _moved(piece.entries, choice.echoed) if choice is not None else piece.entries
         logprobs = self._logprobs(answer, moved) if moved else None
         if choice is not None and choice.reader is not None:
-            return encoder.deltas(choice.reader.feed(piece.text), logprobs)
+            return encoder.deltas(choice.read(piece), logprobs)
         return encoder.text(piece.text, logprobs) if piece.text or logprobs else b""
 
     def _end(self, answer: Answer, choice: Choice, encoder: EventEncoder, text: str) -> bytes:

@@ -57,6 +57,11 @@ class AnswerReader:
         """Names and arguments."""
         return [(call.name, "".join(call.arguments)) for call in self._calls]
 
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether what was fed ends inside the reasoning."""
+        return self._parser.is_reasoning
+
     def feed(self, text: str) -> list[JsonObject]:
         """The deltas that `text` settles."""
         return self._deltas(self._parser.feed(text))

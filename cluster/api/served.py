@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import logging
 import time
 from collections.abc import Mapping
@@ -35,8 +37,12 @@ class ServedModel:
     markers: Mapping[str, int] = field(default_factory=dict)  # those of the format that are one token, and this token
     marked_table: TokenTable = field(init=False)  # which shows them, special or not
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
+    fingerprint: str = field(init=False)  # OpenAI's system_fingerprint: the same at every router that serves the same
 
     def __post_init__(self) -> None:
+        told = (importlib.metadata.version("diptych"), self.name, self.vocab_size, self.max_context_tokens, self.format)
+        digest = hashlib.sha256(repr((*told, sorted(self.eos_token_ids))).encode()).hexdigest()
+        object.__setattr__(self, "fingerprint", f"fp_{digest[:12]}")
         table = self.renderer.table.showing(self.markers.values())
         object.__setattr__(self, "marked_table", table)
 

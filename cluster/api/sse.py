@@ -25,7 +25,9 @@ def _event(value: dict[str, Any]) -> bytes:
 class EventEncoder:
     """The chunks of one choice. `chat` chooses between chat.completion.chunk and text_completion."""
 
-    def __init__(self, *, chat: bool, id: str, created: int, model: str, include_usage: bool, index: int = 0) -> None:
+    def __init__(
+        self, *, chat: bool, id: str, created: int, model: str, fingerprint: str, include_usage: bool, index: int
+    ) -> None:
         self._chat = chat
         self._index = index
         self._head: dict[str, Any] = {
@@ -33,6 +35,7 @@ class EventEncoder:
             "object": "chat.completion.chunk" if chat else "text_completion",
             "created": created,
             "model": model,
+            "system_fingerprint": fingerprint,
         }
         # With include_usage every chunk has the field, null but for the last one.
         self._tail: dict[str, Any] = {"usage": None} if include_usage else {}

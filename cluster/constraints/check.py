@@ -51,11 +51,22 @@ def check(schema: object, where: str = "") -> Checked:
             "leave out descriptions and examples, and name what occurs repeatedly in $defs",
             where or None,
         )
+    if not _is_unicode(schema):
+        told = "holds half of a character (a lone surrogate), which no answer can have"
+        raise InvalidRequest(f"{where or 'the schema'}: {told}", where or None)
     walk = _Walk(where, _draft(schema, where), index(schema))
     walk.schema(schema, "")
     while walk.pending:
         walk.schema(*walk.pending.pop())
     return Checked(schema, walk.draft, walk.references, tuple(walk.ignored))
+
+
+def _is_unicode(value: object) -> bool:
+    try:
+        compact(value).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def compact(value: object) -> str:

@@ -83,6 +83,9 @@ def checked(text: str, where: str) -> str:
     Raises InvalidRequest naming line and column: it does not parse, names tokens, or is too large.
     """
     _bounded(text, where)
+    if text.lstrip().startswith("{"):
+        # llguidance reads such a text as its JSON form, in which a grammar may name tokens.
+        _fail(text, len(text) - len(text.lstrip()), "a grammar begins with a rule, such as start: ...", where)
     if _GBNF.search(text):
         text = _from_gbnf(text, where)
     else:
@@ -110,6 +113,8 @@ def _bounded(text: str, where: str) -> None:
         raise InvalidRequest(f"{where}: is empty", where)
     if len(text.encode(errors="surrogatepass")) > MAX_TEXT_BYTES:
         raise InvalidRequest(f"{where}: more than {MAX_TEXT_BYTES} bytes", where)
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise InvalidRequest(f"{where}: holds half of a character (a lone surrogate)", where)
     depth = 0
     for position, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")

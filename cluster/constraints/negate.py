@@ -49,9 +49,7 @@ def negated(schema: object, library: Library, depth: int = 0) -> list[object] | 
     return found
 
 
-def _without(
-    word: str, value: object, schema: dict[str, object], library: Library, depth: int
-) -> list[object] | None:
+def _without(word: str, value: object, schema: dict[str, object], library: Library, depth: int) -> list[object] | None:
     if word == "type":
         return _other_types([value] if isinstance(value, str) else list(_items(value)))
     if word in ("const", "enum"):

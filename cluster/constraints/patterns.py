@@ -1,7 +1,8 @@
 """Regular expressions of schemas: which are none, which the grammar can follow, and complements of lists of strings.
 
-`check` refuses by `wrong`, `rewrite` keeps from the grammar what is not `followed`. Schemas' patterns are ECMA's; two engines read them: llguidance for the grammar, Rust's regex (linear) or fancy-regex (for
-lookarounds and back-references, with bounded backtracking) for the check after an answer.
+`check` refuses by `wrong`, `rewrite` keeps from the grammar what is not `followed`. Schemas' patterns are ECMA's; two
+engines read them: llguidance for the grammar, and for the check after an answer Rust's regex, which is linear, or
+fancy-regex for lookarounds and back-references, with bounded steps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ MAX_PATTERN_CHARACTERS: Final = 8192
 BACKTRACK_LIMIT: Final = 100_000
 REGEX_SIZE_LIMIT: Final = 4 << 20  # bytes of one compiled pattern
 
-_LOOKS: Final = re.compile(r"\(\?(?:[=!]|<[=!])|\\[bB1-9]|\\k<")
+
+_UNIT: Final = re.compile(r"\\[pPux]\{[^{}]*\}|\\.|\{\d+(?:,\d*)?\}|.", re.DOTALL)
 
 
 def wrong(pattern: str) -> str | None:
@@ -30,13 +32,21 @@ def wrong(pattern: str) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _wrong(pattern: str) -> str | None:
-    for options in (linear_options(), backtracking_options()):
-        try:
-            jsonschema_rs.Draft202012Validator({"pattern": pattern}, pattern_options=options, offline=True)
-        except ValueError:
-            continue
-        return None
-    return _reason(pattern)
+    return None if linear(pattern) or _read_with(pattern, backtracking_options()) else _reason(pattern)
+
+
+@lru_cache(maxsize=1024)
+def linear(pattern: str) -> bool:
+    """Whether the linear engine reads the pattern; without that it takes one that goes back."""
+    return _read_with(pattern, linear_options())
+
+
+def _read_with(pattern: str, options: jsonschema_rs.RegexOptions | jsonschema_rs.FancyRegexOptions) -> bool:
+    try:
+        jsonschema_rs.Draft202012Validator({"pattern": pattern}, pattern_options=options, offline=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _reason(pattern: str) -> str:
@@ -51,9 +61,17 @@ def followed(pattern: str) -> bool:
     return trial.refusal(trial.json_grammar({"type": "string", "pattern": pattern})) is None
 
 
-def looks_around(pattern: str) -> bool:
-    """Whether the pattern has what only a backtracking engine can read: lookarounds, back-references."""
-    return _LOOKS.search(pattern) is not None
+def portable(pattern: str) -> str:
+    """The same pattern with lone braces escaped, as the older drafts' meta-schemas want it and few authors write it."""
+    made, position, in_class = [], 0, False
+    while position < len(pattern):
+        found = _UNIT.match(pattern, position)
+        assert found is not None, "one branch takes any character"
+        unit = found.group()
+        in_class = unit != "]" if in_class else unit == "["
+        made.append("\\" + unit if unit in ("{", "}") and not in_class else unit)
+        position = found.end()
+    return "".join(made)
 
 
 def linear_options() -> jsonschema_rs.RegexOptions:

@@ -20,6 +20,7 @@ from diptych.cluster.constraints.negate import negated
 from diptych.cluster.constraints.paths import step
 
 MAX_PARTS: Final = 20_000  # schemas that rewriting may make
+MAX_EXCLUSIONS: Final = 400  # alternatives that keep the branches of one oneOf apart
 
 _KEPT: Final = frozenset(["type", "const", "enum", "required"])
 _FIRST: Final = ("type", "const", "enum", "properties", "patternProperties", "additionalProperties", "required")
@@ -131,7 +132,9 @@ class Rewriter:
             if patterns.followed(pattern):
                 core["pattern"] = pattern
             else:
-                self.note("pattern", path, "has lookarounds, back-references or other parts that grammars cannot follow")
+                self.note(
+                    "pattern", path, "has lookarounds, back-references or other parts that grammars cannot follow"
+                )
         name = schema.get("format")
         if not isinstance(name, str):
             return
@@ -213,9 +216,7 @@ class Rewriter:
                 after += made
         return before
 
-    def _alternatives(
-        self, schema: dict[str, object], path: str, core: dict[str, object], after: list[object]
-    ) -> None:
+    def _alternatives(self, schema: dict[str, object], path: str, core: dict[str, object], after: list[object]) -> None:
         made = {
             word: [self.node(part, step(step(path, word), i)) for i, part in enumerate(_list(schema[word]))]
             for word in ("anyOf", "oneOf")
@@ -254,13 +255,15 @@ class Rewriter:
     def _one_of(self, context: list[object], branches: list[object], path: str) -> object:
         """`oneOf` as alternatives of which no two can match at once."""
         exclusive: list[list[object]] = [[] for _ in branches]
+        made = 0
         for i, first in enumerate(branches):
             for j in range(i):
                 if disjoint([*context, first], [*context, branches[j]], self):
                     continue
                 inner = step(path, "oneOf")
                 without_first, without_second = self._opposite(first, inner), self._opposite(branches[j], inner)
-                if without_first is None or without_second is None:
+                made += len(without_first or ()) + len(without_second or ())
+                if without_first is None or without_second is None or made > MAX_EXCLUSIONS:
                     self.note("oneOf", path, f"branches {j} and {i} may both match one value")
                     return {"anyOf": branches}
                 exclusive[i].append({"anyOf": without_second} if without_second else False)
@@ -277,7 +280,7 @@ class Rewriter:
         return any(note.path.startswith(path) for note in self.notes)
 
     def _opposite(self, schema: object, path: str) -> list[object] | None:
-        """What matches exactly where the schema, made of what is at `path`, does not; None where that cannot be said."""
+        """What matches just where the schema, made of what is at `path`, does not; None where that cannot be said."""
         before = len(self.notes)
         # What was left out somewhere makes a schema wider, and its opposite too narrow.
         if self._parts > MAX_PARTS or self.noted_below(path) or (before and _refers(schema)):
@@ -310,7 +313,7 @@ def _refers(schema: object) -> bool:
 
 
 def _is_exact(value: int) -> bool:
-    """Whether llguidance keeps the number as it is; it has 64-bit floats, and the largest integer of 64 bits rounds well."""
+    """Whether llguidance keeps the number as it is: it has floats, and the largest integer of 64 bits rounds well."""
     return abs(value) <= 1 << 63 and (int(float(value)) == value or value == (1 << 63) - 1)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from diptych.cluster.constraints import trial
+from diptych.cluster.constraints.burden import MAX_MET, patterns_met
 from diptych.cluster.constraints.check import MAX_NESTING, MAX_SCHEMA_BYTES, Checked, check, compact, nesting
 from diptych.cluster.constraints.kept import Newest, key_of
 from diptych.cluster.constraints.paths import joined
@@ -26,7 +27,8 @@ Coverage = Literal["full", "partial"]
 _UNSATISFIABLE: Final = "Unsatisfiable schema"
 _MAX_EMPTY_DEFINITIONS: Final = 16
 # What is left out, in this order, of a schema that llguidance does not take as it is.
-_RELAXED: Final = (("patternProperties",), ("minProperties", "maxProperties"), ("pattern", "format"))
+_RELAXED: Final = (("multipleOf",), ("patternProperties",), ("minProperties", "maxProperties"), ("pattern", "format"))
+_PATTERNS: Final = _RELAXED[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ def _judged(checked: Checked, where: str) -> Judged:
     made = reduced(checked)
     schema, notes = made.schema, list(made.notes)
     refusal: str | None = None
-    for leave_out in ((), *_RELAXED):
+    rungs = ((), *_RELAXED) if patterns_met(schema) <= MAX_MET else (_PATTERNS, *_RELAXED[:-1])
+    for leave_out in rungs:
         if leave_out:
             places = _places(checked.schema, leave_out)
             if not places:

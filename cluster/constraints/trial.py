@@ -25,6 +25,13 @@ OPTIONS: Final[JsonCompileOptions] = {
 }
 
 
+PROBE_BYTES: Final = 16
+
+_BYTES: Final = (1 << 256) - 1
+_PRINTABLE: Final = (1 << 127) - (1 << 0x23)  # without the quote
+_BRACE: Final = 1 << ord("{")
+_LETTERS: Final = (1 << 0x7B) - (1 << 0x61)
+
 Matcher = llguidance.LLMatcher
 
 
@@ -58,11 +65,30 @@ def matcher(grammar: str) -> llguidance.LLMatcher:
 
 
 def refusal(grammar: str) -> str | None:
-    """Why llguidance does not take a grammar, or None. The first step is tried as well: some bounds are met there."""
-    tried = matcher(grammar)
-    if not tried.is_error():
-        tried.compute_bitmask()
-    return tried.get_error() if tried.is_error() else None
+    """Why llguidance does not take a grammar, or None.
+
+    The first bytes of two answers are tried as well: an engine meets some bounds only there, when it is too late.
+    """
+    compiled = matcher(grammar)
+    if compiled.is_error():
+        return compiled.get_error()
+    for favourites in (_LETTERS, _PRINTABLE):
+        tried = compiled.deep_copy()
+        _walk(tried, favourites)
+        if tried.is_error():
+            return tried.get_error()
+    return None
+
+
+def _walk(tried: Matcher, favourites: int) -> None:
+    """Go on with the lowest of the bytes that may come: first a brace, then one of the favourites, where one may."""
+    wanted = _BRACE
+    for _ in range(PROBE_BYTES):
+        mask = int.from_bytes(tried.compute_bitmask(), "little") & _BYTES
+        mask = mask & wanted or mask & favourites or mask
+        wanted = 0
+        if not mask or not tried.consume_token((mask & -mask).bit_length() - 1):
+            return
 
 
 def accepts(grammar: str, text: str) -> bool:

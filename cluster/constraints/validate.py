@@ -1,15 +1,13 @@
 """Checks a finished answer against the client's own schema: what the grammar could not enforce is found here.
 
 The router calls it after every answer of a JSON form and for the arguments of every call. Patterns are searched in
-linear time; those with lookarounds, which no linear engine reads, by a search that gives up after a bounded number of steps.
-Other documents are never fetched.
+linear time; those with lookarounds, which no linear engine reads, by a search that gives up after a number of steps.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from decimal import Decimal
+import sys
 from itertools import islice
 from typing import Final
 
@@ -18,9 +16,10 @@ import jsonschema_rs
 from diptych.cluster.constraints import patterns
 from diptych.cluster.constraints.check import check, compact
 from diptych.cluster.constraints.kept import Newest, key_of
-from diptych.cluster.constraints.keywords import Draft
+from diptych.cluster.constraints.keywords import SCHEMA_MAPS, Draft
 from diptych.cluster.constraints.paths import shortened, step
 from diptych.cluster.constraints.references import parts
+from diptych.protos.errors import InvalidRequest
 
 MAX_ERRORS: Final = 8  # told of one answer
 MAX_MESSAGE: Final = 300
@@ -35,15 +34,20 @@ _CLASSES: Final = {
 
 
 class Validator:
-    """A client's schema, ready to check answers. Raises InvalidRequest as `check` does, with `where` in it."""
+    """A client's schema, ready to check answers.
+
+    Raises InvalidRequest as `check` does, with `where` in it, and where the draft's own meta-schema refuses the schema.
+    """
 
     def __init__(self, schema: object, where: str = "") -> None:
         checked = check(schema, where)
-        options = patterns.backtracking_options() if _looks_around(schema) else patterns.linear_options()
+        options = patterns.linear_options() if _is_linear(schema) else patterns.backtracking_options()
         plain = schema if isinstance(schema, bool | dict) else True
-        self._validator = _CLASSES[checked.draft](
-            plain, validate_formats=True, pattern_options=options, offline=True
-        )
+        make = _CLASSES[checked.draft]
+        try:
+            self._validator = make(plain, validate_formats=True, pattern_options=options, offline=True)
+        except ValueError:
+            self._validator = _second_try(make, _portable(plain), options, where)
 
     def errors(self, text: str) -> list[str]:
         """What is wrong with an answer's text, each with its place in the answer; empty where it matches.
@@ -76,14 +80,50 @@ def validator(schema: object, where: str = "", kept: Newest[Validator] = _VALIDA
     return found
 
 
-def _looks_around(schema: object) -> bool:
+def _second_try(
+    make: type[jsonschema_rs.Validator],
+    schema: bool | dict[str, object],
+    options: jsonschema_rs.RegexOptions | jsonschema_rs.FancyRegexOptions,
+    where: str,
+) -> jsonschema_rs.Validator:
+    try:
+        return make(schema, validate_formats=True, pattern_options=options, offline=True)
+    except ValueError as error:
+        told = shortened(str(error).split("\n\nFailed", 1)[0], 200)
+        raise InvalidRequest(f"{where or 'the schema'}: not by its draft: {told}", where or None) from error
+
+
+def _portable(schema: bool | dict[str, object]) -> bool | dict[str, object]:
+    """The schema with its patterns as meta-schemas want them."""
+    made = _mapped(schema)
+    return made if isinstance(made, bool | dict) else True
+
+
+def _mapped(schema: object) -> object:
+    if isinstance(schema, list):
+        return [_mapped(part) for part in schema]
     if not isinstance(schema, dict):
-        return False
+        return schema
+    made: dict[str, object] = {}
+    for word, value in schema.items():
+        if word == "pattern" and isinstance(value, str):
+            made[word] = patterns.portable(value)
+        elif word in SCHEMA_MAPS and isinstance(value, dict):
+            named = word == "patternProperties"
+            made[word] = {patterns.portable(name) if named else name: _mapped(part) for name, part in value.items()}
+        else:
+            made[word] = value if word in ("const", "enum", "default", "examples") else _mapped(value)
+    return made
+
+
+def _is_linear(schema: object) -> bool:
+    if not isinstance(schema, dict):
+        return True
     named = schema.get("patternProperties")
     own = [schema.get("pattern"), *(named if isinstance(named, dict) else ())]
-    if any(isinstance(pattern, str) and patterns.looks_around(pattern) for pattern in own):
-        return True
-    return any(_looks_around(part) for _, _, part in parts(schema))
+    if any(isinstance(pattern, str) and not patterns.linear(pattern) for pattern in own):
+        return False
+    return all(_is_linear(part) for _, _, part in parts(schema))
 
 
 def _parsed(text: str) -> object:
@@ -99,9 +139,9 @@ def _members(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return made
 
 
-def _number(text: str) -> float | Decimal:
-    value = float(text)
-    return value if math.isfinite(value) else Decimal(text)
+def _number(text: str) -> float:
+    # What is beyond floats counts as the largest of them: infinity would not be a number to the library.
+    return max(-sys.float_info.max, min(float(text), sys.float_info.max))
 
 
 def _no_number(text: str) -> float:

@@ -46,6 +46,11 @@ class OutputParser:
         elif reasoning is None and not self._bare:
             self._state = self._content
 
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether what was fed ends inside the reasoning."""
+        return self._state in (self._lead, self._reasoning)
+
     def feed(self, text: str) -> list[Delta]:
         """What the next piece of the text settles; neighbours of one kind are joined. Not after `finish`."""
         assert not self._is_finished, "fed after the end"

@@ -30,3 +30,29 @@ def gpu() -> ModuleType:
 @pytest.fixture(scope="session")
 def table() -> ModuleType:
     return _script("table")
+
+
+@pytest.fixture(scope="session")
+def engine() -> ModuleType:
+    return _part("one_engine")
+
+
+@pytest.fixture(scope="session")
+def schemas() -> ModuleType:
+    return _part("structured_schemas")
+
+
+@pytest.fixture(scope="session")
+def answers(engine: ModuleType, schemas: ModuleType) -> ModuleType:
+    return _script("structured_answers")
+
+
+@pytest.fixture(scope="session")
+def costs(engine: ModuleType) -> ModuleType:
+    return _script("mask_cost")
+
+
+def _part(name: str) -> ModuleType:
+    """What scripts import by its plain name."""
+    module = sys.modules[name] = _script(name)
+    return module

@@ -399,9 +399,8 @@ def test_a_card_chooses_what_the_definition_chooses(vocab: int, dtype: torch.dty
     for row in differing:
         assert tokens[row] == definition(logits[row], specs[row], histories[row])[0]
     assert len(differing) <= 1
-    # Without those whose rules found no room on the device: for them the host asks it.
-    untold = {one.row for one in step.asking.rows if not one.is_told}
-    order = [row for row in reversed(range(96)) if row not in untold]
+    # Rules that find no room on the device make the host ask it: of the large ones there are as many as fit.
+    order = [row for row in reversed(range(96)) if row % 8 not in (5, 6) or row < 24]
     again = AskedStep([specs[row] for row in order], [histories[row] for row in order], vocab=vocab, device=place)
     turned = on_card[torch.tensor(order, device=place)]
     torch.cuda.synchronize()
