@@ -3,7 +3,7 @@
 Forms: a pattern that forces nothing (each step has a mask, none has a token for nothing) and JSON objects (whose keys
 and punctuation are taken without being sampled). Greedy, colocated, nothing else on the machine. On random weights the
 vocabulary is made up: byte-level, with as many words as the shape has rows.
-Run: python bench/guided.py [--shape llama-8b | --model smollm2-135m-instruct] [--requests 64] [--tokens 256] [--json FILE]
+Run: python bench/guided.py [--shape llama-8b | --model smollm2-135m-instruct] [--requests 64] [--json FILE]
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ FORMS: dict[str, str | None] = {
 
 
 def write_tokenizer(path: Path, vocab_size: int) -> None:
-    """Byte-level: every byte, then words of 2 to 12 characters, half of them behind a space: of ten six in small letters,
-    two with a capital, one of digits and signs, one of letters that ASCII lacks.
+    """Byte-level: every byte, then words of 2 to 12 characters, half of them behind a space: of ten six in small
+    letters, two with a capital, one of digits and signs, one of letters that ASCII lacks.
     """
     rng = random.Random(0)
     chars = [c for c in range(0x21, 0x7F)] + list(range(0xA1, 0xAD)) + list(range(0xAE, 0x100))

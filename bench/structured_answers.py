@@ -52,16 +52,14 @@ class Asked:
 
 @dataclass(slots=True)
 class Row:
-    """Of one schema. `faulty`: finished and not valid, by the product's check; `repeats`: those whose only fault is a
-    name that occurs twice in an object, which the check refuses and the package does not see; `disputed`: the two
-    disagree otherwise, or the grammar does not accept the answer.
+    """Of one schema. `faulty`: finished and not valid, by the product's check; `disputed`: the package disagrees with
+    the check, or the grammar does not accept the answer.
     """
 
     coverage: str
     finished: int = 0
     truncated: int = 0
     faulty: int = 0
-    repeats: int = 0
     disputed: int = 0
     no_beginning: int = 0  # truncated, and nothing that the grammar accepts begins so
     tokens: int = 0
@@ -105,12 +103,10 @@ class Judge:
         text = data.decode(errors="replace")  # half a character is nothing that a grammar accepts
         faults = asked.prepared.faults(None, text)
         others = by_the_package(SCHEMAS[asked.name][1], text)
-        is_repeat = not others and bool(faults) and repeats_a_name(text)
-        row.repeats += is_repeat
-        row.faulty += bool(faults) and not is_repeat
-        if faults and (is_repeat or row.coverage == "full"):
+        row.faulty += bool(faults)
+        if faults and row.coverage == "full":
             _quote(row, faults[0], data)
-        if (bool(faults) != bool(others) and not is_repeat) or not trial.accepts(grammar, text):
+        if bool(faults) != bool(others) or not trial.accepts(grammar, text):
             row.disputed += 1
             _quote(row, f"jsonschema: {others[:1]}, the check: {faults[:1]}", data)
 
@@ -124,13 +120,6 @@ def begins(grammar: str, data: bytes) -> bool:
     """Whether something that the grammar accepts begins with these bytes, of which the last may be half a character."""
     matcher = trial.matcher(grammar)
     return not matcher.is_error() and matcher.try_consume_tokens(list(data)) == len(data)
-
-
-def repeats_a_name(text: str) -> bool:
-    """Whether an object of the text has a name twice."""
-    found: list[bool] = []
-    json.loads(text, object_pairs_hook=lambda pairs: found.append(len(dict(pairs)) < len(pairs)))
-    return any(found)
 
 
 def by_the_package(schema: Json, text: str) -> list[str]:
@@ -214,7 +203,7 @@ def measure(options: argparse.Namespace) -> Json:
 def _sum(rows: Sequence[Row]) -> Row:
     total = Row("full")
     for row in rows:
-        for name in ("finished", "truncated", "repeats", "disputed", "no_beginning", "tokens", "forced"):
+        for name in ("finished", "truncated", "disputed", "no_beginning", "tokens", "forced"):
             setattr(total, name, getattr(total, name) + getattr(row, name))
         total.faulty += row.faulty if row.coverage == "full" else 0
     return total
@@ -225,7 +214,6 @@ def _told(row: Row) -> Json:
         "finished": row.finished,
         "truncated": row.truncated,
         "invalid": row.invalid,
-        "repeated_names": row.repeats,
         "tokens": row.tokens,
         "forced_share": round(row.forced / max(row.tokens, 1), 3),
     }
@@ -239,13 +227,13 @@ def _told(row: Row) -> Json:
 def table(result: Json) -> str:
     """Markdown, a line for each schema."""
     lines = [
-        "| schema | finished | truncated | invalid | with a name twice | tokens | forced |",
-        "|---|---|---|---|---|---|---|",
+        "| schema | finished | truncated | invalid | tokens | forced |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in (*result["schemas"].items(), ("**all**", result["total"])):
         note = f" ({row['found_by_the_check']} found by the check)" if "found_by_the_check" in row else ""
         mark = " (partial)" if row.get("coverage") == "partial" else ""
-        cells = (row["finished"], row["truncated"], f"{row['invalid']}{note}", row["repeated_names"], row["tokens"])
+        cells = (row["finished"], row["truncated"], f"{row['invalid']}{note}", row["tokens"])
         share = f"{100 * row['forced_share']:.0f} %"
         lines.append(f"| {name}{mark} | {' | '.join(map(str, cells))} | {share} |")
     return "\n".join(lines)

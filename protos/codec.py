@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 
 from . import engine_pb2 as pb
-from .constraint import MAX_GRAMMAR_BYTES, Backend, Constraint, Reasoning
+from .constraint import MAX_GRAMMAR_BYTES, MAX_PREFIX_BYTES, Backend, Constraint, Reasoning
 from .errors import InvalidRequest
 from .status import EngineStatus
 from .strict_json import printable
@@ -118,6 +118,8 @@ def _constraint_from_pb(msg: pb.Constraint) -> Constraint:
         raise InvalidRequest(f"no engine has a backend {printable(msg.backend, 24)} for grammars", "constraint")
     if len(msg.grammar.encode()) > MAX_GRAMMAR_BYTES:
         raise InvalidRequest(f"the grammar has more than {MAX_GRAMMAR_BYTES} bytes", "constraint")
+    if len(msg.prefix.encode()) > MAX_PREFIX_BYTES:
+        raise InvalidRequest(f"the beginning of the answer has more than {MAX_PREFIX_BYTES} bytes", "messages")
     reasoning = None
     if msg.HasField("reasoning"):
         reasoning = Reasoning(msg.reasoning.start, msg.reasoning.end, msg.reasoning.is_open)
@@ -241,6 +243,7 @@ def finish_to_pb(handle: int, finish: Finish) -> pb.Finish:
     if finish.error_code:
         msg.error.code = finish.error_code
         msg.error.message = finish.error_message
+        msg.error.param = finish.error_param
     return msg
 
 
@@ -254,6 +257,7 @@ def finish_from_pb(msg: pb.Finish, key_of: Callable[[int], TransferKey], role: R
         cached_tokens=msg.cached_tokens,
         error_code=msg.error.code,
         error_message=msg.error.message,
+        error_param=msg.error.param,
         times=StageTimes(msg.times.queue, msg.times.prefill, msg.times.transfer, msg.times.decode),
         transfer_bytes=msg.transfer_bytes,
         transport=msg.transport,

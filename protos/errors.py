@@ -242,6 +242,14 @@ def _tree(root: type[DiptychError]) -> dict[str, type[DiptychError]]:
 _BY_CODE = _tree(DiptychError)
 
 
-def error_from_code(code: str, message: str) -> DiptychError:
-    """The exception that a peer process named by (code, message); an unknown code gives EngineError."""
-    return _BY_CODE.get(code, EngineError)(message)
+def error_from_code(code: str, message: str, param: str = "") -> DiptychError:
+    """The exception that a peer process named by (code, message), with the field of the request where one is to blame;
+    an unknown code gives EngineError.
+    """
+    kind = _BY_CODE.get(code, EngineError)
+    return kind(message, param or None) if issubclass(kind, RequestError) else kind(message)
+
+
+def param_of(error: DiptychError) -> str:
+    """The field of the request that is to blame for the error; empty where none is."""
+    return (error.param or "") if isinstance(error, RequestError) else ""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Literal
 
 from .constraint import Guide
-from .errors import ContextTooLong, DiptychError, EngineFault, InvalidRequest
+from .errors import ContextTooLong, DiptychError, EngineFault, InvalidRequest, param_of
 from .fair_line import Place
 from .ports import Clock, Emit
 from .step import LogitRules, SampleSpec, StepPlan, StepResult, StepRow
@@ -274,11 +274,11 @@ class Books:
         self.deadlines.discard(finish.key)
         self.num_live -= 1
         self.totals["cached_tokens"] += finish.cached_tokens
-        code, message = "", ""
         if error is not None and finish.reason is FinishReason.ERROR:
-            code, message = error.code, str(error)
-        times = timer.read(self._clock())
-        self.out.finishes.append(replace(finish, error_code=code, error_message=message, times=times))
+            finish = replace(
+                finish, error_code=error.code, error_message=str(error), error_param=param_of(error)
+            )
+        self.out.finishes.append(replace(finish, times=timer.read(self._clock())))
 
     def flush(self) -> None:
         """Emit what has gathered."""

@@ -24,8 +24,8 @@ FORM_FIELDS = frozenset(
 )
 Kind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 _ANY_OBJECT = '{"type":"object"}'
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_NAME_WORDS = "1 to 64 of the characters a-z, A-Z, 0-9, _ and -"
+_NAME = re.compile(r"[^\x00-\x1f\x7f]{1,64}")  # told to the model alone; clients send class names such as Page[User]
+_NAME_WORDS = "1 to 64 characters of one line"
 _STRUCTURED = frozenset({"json", "regex", "choice", "grammar", "json_object"})
 # Settings of vLLM's backends, at values that change nothing.
 _OFF: dict[str, tuple[object, ...]] = {

@@ -145,6 +145,7 @@ class Finish:
     cached_tokens: int = 0  # of the known ones, found in this engine's prefix cache
     error_code: str = ""
     error_message: str = ""
+    error_param: str = ""  # the field of the request that is to blame, where one is
     times: StageTimes = StageTimes()
     transfer_bytes: int = 0
     transport: str = ""

@@ -5,4 +5,14 @@ from .asynchronous import AsyncClient
 from .client import Client
 from .wire import ServerUnreachable, locate
 
-__all__ = ["Answer", "AsyncClient", "ChoiceAnswer", "Client", "Delta", "ModelCard", "ServerUnreachable", "ToolCall", "locate"]
+__all__ = [
+    "Answer",
+    "AsyncClient",
+    "ChoiceAnswer",
+    "Client",
+    "Delta",
+    "ModelCard",
+    "ServerUnreachable",
+    "ToolCall",
+    "locate",
+]

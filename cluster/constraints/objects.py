@@ -157,6 +157,8 @@ def _numbers_of_members(
         skeleton["patternProperties"] = dict.fromkeys(_mapping(core["patternProperties"]), True)
     if trial.refusal(trial.json_grammar(skeleton)) is None:
         core |= bounds
+        if not closed and low > 1:
+            rewriter.note("minProperties", path, "a name may be written twice where names are open, and counts once")
         return []
     made: list[object] = []
     named = sorted(possible, key=list(members).index)

@@ -127,16 +127,8 @@ def _is_linear(schema: object) -> bool:
 
 
 def _parsed(text: str) -> object:
-    return json.loads(text, object_pairs_hook=_members, parse_float=_number, parse_constant=_no_number)
-
-
-def _members(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{shortened(twice)!r} occurs twice in one object")
-    return made
+    # Of equal names in an object the last one counts, as it does for whoever reads the answer.
+    return json.loads(text, parse_float=_number, parse_constant=_no_number)
 
 
 def _number(text: str) -> float:

@@ -38,7 +38,8 @@ DEEP = '{"a":' + "[" * 400 + "]" * 400 + "}"
 def test_any_text_has_an_answer(text: str) -> None:
     """A RecursionError or a number of 5,000 digits in an answer ended the request with a 500."""
     assert all(isinstance(problem, str) for problem in Validator({"type": "object"}).errors(text))
-    assert Validator({"type": "object"}).errors(text) or text.startswith('{"a":[')
+    is_object = text.startswith('{"a":[') or text == '{"a": 1, "a": 2}'  # the last of equal names counts
+    assert bool(Validator({"type": "object"}).errors(text)) is not is_object
 
 
 @pytest.mark.parametrize("pattern", ["^(a+)+$", "(x+x+)+y", "^(?:(?=a)(a|a)*)*b$", "(x+x+)+y(?!z)", "^(?=(a+)+$)"])
