@@ -19,6 +19,8 @@ from pathlib import Path
 
 import llguidance
 
+from diptych.cluster.bench.figures import save_result
+from diptych.cluster.bench.provenance import provenance
 from diptych.cluster.constraints import trial
 from diptych.cluster.constraints.schema import judge
 from diptych.cluster.constraints.validate import validator
@@ -194,6 +196,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--limit", type=int, default=None, help="only the first files")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     args = parser.parse_args()
     others = [(Tally("llguidance"), strict_llguidance)]
     if xgrammar:
@@ -218,7 +221,11 @@ def main() -> int:
     for reason, times in tally.reasons.most_common(12):
         print(f"refused, {times:3}: {reason}")
     versions = {"llguidance": llguidance.__version__, "xgrammar": getattr(xgrammar, "__version__", None)}
-    print(json.dumps({"schemas": len(files), "rows": rows, "versions": versions, "unreported": tally.unreported}))
+    result = provenance()
+    result["versions"] |= versions
+    result |= {"schemas": len(files), "rows": rows, "unreported": tally.unreported}
+    save_result(result, args.json)
+    print(json.dumps(result))
     return 1 if tally.unreported else 0
 
 
