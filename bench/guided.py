@@ -56,7 +56,7 @@ def write_tokenizer(path: Path, vocab_size: int) -> None:
     letters, two with a capital, one of digits and signs, one of letters that ASCII lacks.
     """
     rng = random.Random(0)
-    chars = [c for c in range(0x21, 0x7F)] + list(range(0xA1, 0xAD)) + list(range(0xAE, 0x100))
+    chars = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     chars += list(range(0x100, 0x100 + 256 - len(chars)))
     vocab = {chr(char): at for at, char in enumerate(chars)}
     while len(vocab) < vocab_size:
@@ -148,9 +148,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="diptych-bench-") as folder:
-        with engine_of(options, Path(folder)) as (engines, vocab):
-            found = measure(engines, vocab, options)
+    with (
+        tempfile.TemporaryDirectory(prefix="diptych-bench-") as folder,
+        engine_of(options, Path(folder)) as (engines, vocab),
+    ):
+        found = measure(engines, vocab, options)
     free = found["free"]["seconds"]
     print(f"{options.shape or options.model}, {options.requests} requests of {options.prompt}/{options.tokens}")
     print("| form | tokens/s | of free | steps by kind, us |\n|---|---|---|---|")

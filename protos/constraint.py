@@ -18,6 +18,7 @@ MAX_GRAMMAR_BYTES = 256 << 10  # of one constraint; a schema of 64 KiB with what
 
 MAX_PREFIX_BYTES = 256 << 10  # of an answer's beginning that a request brings
 
+
 class Backend(StrEnum):
     """Which library reads the grammar."""
 

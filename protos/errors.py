@@ -239,7 +239,7 @@ def _tree(root: type[DiptychError]) -> dict[str, type[DiptychError]]:
     return found
 
 
-_BY_CODE = _tree(DiptychError)
+_BY_CODE = _tree(DiptychError) | {InvalidRequest.code: InvalidRequest}  # a code that its base shares
 
 
 def error_from_code(code: str, message: str, param: str = "") -> DiptychError:

@@ -275,9 +275,7 @@ class Books:
         self.num_live -= 1
         self.totals["cached_tokens"] += finish.cached_tokens
         if error is not None and finish.reason is FinishReason.ERROR:
-            finish = replace(
-                finish, error_code=error.code, error_message=str(error), error_param=param_of(error)
-            )
+            finish = replace(finish, error_code=error.code, error_message=str(error), error_param=param_of(error))
         self.out.finishes.append(replace(finish, times=timer.read(self._clock())))
 
     def flush(self) -> None:

@@ -178,6 +178,12 @@ def parse_chat(body: bytes) -> ChatRequest:
             "continue_final_message is for conversations that end with an assistant's message with a text and no calls",
             "continue_final_message",
         )
+    if request.template.continue_final and request.tool_use is not None and request.tool_use.mode == "required":
+        choice = "function_call" if request.tool_use.is_legacy else "tool_choice"
+        raise InvalidRequest(
+            f"continue_final_message goes on with a text, and {choice} makes the answer a call: send one of them",
+            "continue_final_message",
+        )
     return request
 
 

@@ -163,7 +163,8 @@ def _tool(entry: object, path: str) -> Tool:
 
 def _parameters(value: object, path: str) -> JsonObject:
     path += ".parameters"
-    given = {} if value is None else an_object(value, path)
+    # As at OpenAI, a function without `parameters` takes none.
+    given = {"type": "object", "additionalProperties": False} if value is None else an_object(value, path)
     if given.get("type", "object") != "object":
         raise refuse(f"{path}.type", "must be object: the arguments of a call are one object")
     if not isinstance(given.get("properties", {}), dict):

@@ -13,7 +13,9 @@ BACKLOG = 1024
 def bind(host: str, port: int) -> socket.socket:
     """A non-blocking socket that listens at host:port; port 0 takes a free one. Raises StartupError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends without delay on what a socket accepts only where that names its protocol; else the second answer of
+    # a connection waits 40 ms for the client's acknowledgement.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))

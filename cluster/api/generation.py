@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from diptych.cluster.router.call import GenerateCall
 from diptych.cluster.router.router import Router
-from diptych.protos.errors import ContextTooLong, RequestTooLarge, UnknownModel
+from diptych.protos.errors import ContextTooLong, InvalidRequest, RequestTooLarge, UnknownModel
 from diptych.protos.openai import GenerationRequest
 from diptych.protos.openai_replies import JsonObject, usage
 from diptych.protos.strict_json import printable
@@ -143,7 +143,10 @@ class GenerationApp:
         except ClientDisconnect:
             return
         reply = self._stream(answer, send) if answer.request.stream else self._whole(answer, send)
-        await until_disconnect(receive, reply)
+        try:
+            await until_disconnect(receive, reply)
+        except InvalidRequest as exc:
+            raise answer.prepared.blamed(exc) from exc
 
     async def _prepare(self, body: bytes, scope: Scope, arrived_at: float) -> Answer:
         tenant, session = tenant_of(scope), label(scope, "x-session-id")
@@ -224,12 +227,12 @@ class GenerationApp:
                     choice.read(piece)
         whole = []
         for choice in answer.choices:
-            echoed = self._echo(answer, choice)
-            text = echoed.text + "".join(texts[choice.index])
+            echoed, text = self._echo(answer, choice), "".join(texts[choice.index])
             told = [*echoed.entries, *_moved(entries[choice.index], choice.echoed)]
             if choice.reader is not None:
                 choice.reader.finish()
-            whole.append(Whole(choice, text, self._logprobs(answer, told), self._faults(answer, choice, text)))
+            faults = self._faults(answer, choice, text)
+            whole.append(Whole(choice, echoed.text + text, self._logprobs(answer, told), faults))
         reply = self._endpoint.answer(answer, whole)
         if (explanation := answer.explanation()) is not None:
             reply["diptych"] = explanation
@@ -287,7 +290,7 @@ class GenerationApp:
         except Exception as exc:
             if not seen:
                 raise
-            end = error_event(public(exc))
+            end = error_event(public(answer.prepared.blamed(exc) if isinstance(exc, InvalidRequest) else exc))
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
     def _encoder(self, answer: Answer, index: int) -> EventEncoder:

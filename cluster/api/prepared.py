@@ -25,7 +25,7 @@ from .reading import AnswerReader, Reading
 from .render import ends_inside
 from .served import ServedModel
 
-MAX_TOLD_CHARS = 2048  # of keywords in a header
+MAX_TOLD_CHARS = 2048  # of keywords in a header, escapes included
 
 Header = tuple[bytes, bytes]
 
@@ -59,6 +59,13 @@ class Prepared:
     reading: Reading | None = None
     checks: Checks | None = None
     headers: list[Header] = field(default_factory=list)
+    asked: str = ""  # the field that put the constraint
+
+    def blamed(self, error: InvalidRequest) -> InvalidRequest:
+        """An engine's error, of the constraint's field where it names none: engines do not know which field it was."""
+        if error.param is not None or self.constraint is None:
+            return error
+        return InvalidRequest(f"{self.asked}: {error.message}", self.asked, error.detail)
 
     def faults(self, reader: AnswerReader | None, text: str) -> list[str]:
         """How a complete answer fails its form; `text` where nobody reads it."""
@@ -107,6 +114,7 @@ async def prepare_chat(request: ChatRequest, model: ServedModel, room: int) -> P
         reading=reading,
         checks=Checks(content=form.schema if form is not None else None, calls=schemas, prefix=prefix),
         headers=_headers(composed) if schemas or (form is not None and form.is_json) else [],
+        asked=_asked(form),
     )
 
 
@@ -123,6 +131,7 @@ async def prepare_completion(
         constraint=composed.constraint,
         checks=Checks(content=form.schema),
         headers=_headers(composed) if form.is_json else [],
+        asked=_asked(form),
     )
 
 
@@ -135,11 +144,14 @@ async def _composed(
 ) -> Composed | None:
     if form is None and tools is None:
         return None
-    asked = form.path if form is not None else "tools"
     for name, is_given in (("ignore_eos", request.ignore_eos), ("min_tokens", request.min_tokens)):
         if is_given:
-            raise InvalidRequest(f"{name} goes beyond the end that {asked} gives the answer: leave it out", name)
+            raise InvalidRequest(f"{name} goes beyond the end that {_asked(form)} gives the answer: leave it out", name)
     return await asyncio.to_thread(compose, form, tools, tool_format, token_ids=model.markers)
+
+
+def _asked(form: OutputForm | None) -> str:
+    return form.path if form is not None else "tools"
 
 
 def _tool_format(model: ServedModel) -> ToolFormat:
@@ -179,7 +191,7 @@ def _instruction(form: OutputForm) -> str | None:
 def _headers(composed: Composed) -> list[Header]:
     headers = [(b"x-schema-coverage", composed.coverage.encode())]
     if composed.notes:
-        told = ", ".join(f"{note.keyword} at {note.path}" for note in composed.notes)
-        clean = printable(told, MAX_TOLD_CHARS).encode("ascii", "replace")
+        told = ", ".join(f"{note.keyword or 'the schema'} at {note.path}" for note in composed.notes)
+        clean = printable(told, MAX_TOLD_CHARS).encode("ascii", "backslashreplace")[:MAX_TOLD_CHARS]
         headers.append((b"x-schema-unsupported", clean))
     return headers

@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 from diptych.cluster.constraints import keywords, patterns
 from diptych.cluster.constraints.keywords import Draft
 from diptych.cluster.constraints.paths import joined, shortened, step
-from diptych.cluster.constraints.references import References, index, part_path, parts
+from diptych.cluster.constraints.references import References, in_circle, index, part_path, parts
 from diptych.protos.errors import InvalidRequest
 
 MAX_SCHEMA_BYTES: Final = 64 << 10  # of compact JSON
@@ -58,6 +58,13 @@ def check(schema: object, where: str = "") -> Checked:
     walk.schema(schema, "")
     while walk.pending:
         walk.schema(*walk.pending.pop())
+    path = in_circle(walk.references, walk.referring)
+    if path is not None:
+        walk.fail(
+            path,
+            "leads in a circle: the schema is a part of itself for the same value; refer to it from within properties "
+            "or items, or as one of several alternatives",
+        )
     return Checked(schema, walk.draft, walk.references, tuple(walk.ignored))
 
 
@@ -119,6 +126,7 @@ class _Walk:
     ignored: list[str] = field(default_factory=list)
     pending: list[tuple[object, str]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
+    referring: list[tuple[dict[str, object], str]] = field(default_factory=list)  # schemas with a $ref, its path
 
     def fail(self, path: str, message: str) -> NoReturn:
         full = joined(self.where, path)
@@ -208,7 +216,8 @@ class _Walk:
     def enum(self, schema: dict[str, object], word: str, path: str) -> None:
         value = schema[word]
         if not isinstance(value, list) or not value:
-            self.fail(path, f"must be a list of at least one value, not {_told(value)}")
+            told = "an empty one, which no value matches" if value == [] else _told(value)
+            self.fail(path, f"must be a list of at least one value, not {told}")
         if len(value) > MAX_ENUM:
             self.fail(path, f"{len(value)} values, at most {MAX_ENUM} are taken; describe them by a pattern instead")
 
@@ -249,6 +258,7 @@ class _Walk:
             other = "" if value.startswith("#") else "other documents are not fetched: "
             remedy = f"{other}put the schema into $defs and refer to #/$defs/NAME"
             self.fail(path, f"{shortened(value, 100)!r} leads nowhere; {remedy}")
+        self.referring.append((schema, path))
         if id(target.schema) not in self.seen:
             self.pending.append((target.schema, target.path))
 

@@ -35,6 +35,8 @@ _TOKEN: Final = re.compile(
 _REFUSED_ATTRIBUTES: Final = re.compile(r"\b(stop|max_tokens|temperature)\b")
 _DIRECTIVES: Final = frozenset(["%ignore", "%import", "%json", "%regex"])
 _GBNF: Final = re.compile(r"^\s*[A-Za-z_][\w-]*\s*::=", re.MULTILINE)
+_NO_TEXT: Final = "NoExtensionBias"  # llguidance's words
+_NO_START: Final = "no start rule found"
 _PLACE: Final = re.compile(r"(?:at )?(\d+)\((\d+)\): ")
 
 
@@ -82,6 +84,8 @@ def checked(text: str, where: str) -> str:
 
     Raises InvalidRequest naming line and column: it does not parse, names tokens, or is too large.
     """
+    if not text.strip():
+        raise InvalidRequest(f"{where}: is empty", where)
     _bounded(text, where)
     if text.lstrip().startswith("{"):
         # llguidance reads such a text as its JSON form, in which a grammar may name tokens.
@@ -102,6 +106,8 @@ def checked_regex(pattern: str, where: str) -> str:
     grammar = trial.regex_grammar(pattern)
     refusal = trial.refusal(grammar)
     if refusal is not None:
+        if refusal.startswith(_NO_TEXT):
+            raise InvalidRequest(f"{where}: no text matches this pattern", where)
         reason = refusal.rsplit("error:", 1)[-1] if "error:" in refusal else refusal
         hint = "; patterns have the syntax of Rust's regex: no lookarounds, no \\b, no back-references"
         raise InvalidRequest(f"{where}: {shortened(' '.join(reason.split()), 200)}{hint}", where)
@@ -109,8 +115,6 @@ def checked_regex(pattern: str, where: str) -> str:
 
 
 def _bounded(text: str, where: str) -> None:
-    if not text.strip():
-        raise InvalidRequest(f"{where}: is empty", where)
     if len(text.encode(errors="surrogatepass")) > MAX_TEXT_BYTES:
         raise InvalidRequest(f"{where}: more than {MAX_TEXT_BYTES} bytes", where)
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
@@ -171,6 +175,10 @@ def _fail(text: str, position: int, message: str, where: str) -> NoReturn:
 
 
 def _located(refusal: str) -> str:
+    if refusal.startswith(_NO_TEXT):
+        return "no text matches this grammar: each way through its rules comes back to where it began"
+    if refusal.startswith(_NO_START):
+        return "has no rule named start, with which answers begin: start: ..."
     place = _PLACE.match(refusal)
     first = refusal[place.end() :] if place else refusal
     reason = shortened(" ".join(first.split("\n", 1)[0].split()), 300)

@@ -6,7 +6,7 @@ document leads nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import unquote, urldefrag, urljoin
@@ -94,6 +94,42 @@ def index(document: object) -> References:
     found.resources[_ROOT] = Target(document, "")
     found.add(document, "", _ROOT)
     return found
+
+
+def in_circle(references: References, referring: Iterable[tuple[dict[str, object], str]]) -> str | None:
+    """The path of a `$ref` of which a schema is a part of itself for one and the same value; None where there is none.
+
+    `referring`: the schemas with a `$ref`, and its path. Such a schema says only that it holds where it holds.
+    """
+    settled: set[int] = set()
+    for schema, path in referring:
+        if id(schema) in settled:
+            continue
+        way = [(id(schema), _in_place(references, schema))]
+        on_way = {id(schema)}
+        while way:
+            part = next(way[-1][1], None)
+            if part is None:
+                done = way.pop()[0]
+                on_way.discard(done)
+                settled.add(done)
+            elif id(part) in on_way:
+                return path
+            elif id(part) not in settled:
+                way.append((id(part), _in_place(references, part)))
+                on_way.add(id(part))
+    return None
+
+
+def _in_place(references: References, schema: dict[str, object]) -> Iterator[dict[str, object]]:
+    """What must match the same value as the schema does."""
+    reference, together = schema.get("$ref"), schema.get("allOf")
+    target = references.find(reference, schema) if isinstance(reference, str) else None
+    if target is not None and isinstance(target.schema, dict):
+        yield target.schema
+    for part in together if isinstance(together, list) else ():
+        if isinstance(part, dict):
+            yield part
 
 
 def _follow(target: Target, pointer: str) -> Target | None:

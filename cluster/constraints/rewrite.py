@@ -14,7 +14,7 @@ from typing import Final
 
 from diptych.cluster.constraints import formats, objects, patterns
 from diptych.cluster.constraints.check import MAX_COUNT, Checked
-from diptych.cluster.constraints.disjoint import disjoint
+from diptych.cluster.constraints.disjoint import disjoint, type_of
 from diptych.cluster.constraints.keywords import Draft
 from diptych.cluster.constraints.negate import negated
 from diptych.cluster.constraints.paths import step
@@ -84,7 +84,12 @@ class Rewriter:
         self._arrays(schema, path, core)
         after += objects.objects(self, schema, path, core)
         for word in _KEPT & schema.keys():
-            core[word] = schema[word]
+            if word in ("const", "enum") and not _holds_exact(schema[word]):
+                self.note(word, path, "holds a number with more digits than a grammar's numbers")
+                values = [schema[word]] if word == "const" else _list(schema[word])
+                core.setdefault("type", list(dict.fromkeys(type_of(value) for value in values)))
+            else:
+                core[word] = schema[word]
         before = self._conjunctions(schema, path, core, after)
         self._alternatives(schema, path, core, after)
         return _assembled(before, core, after)
@@ -315,6 +320,13 @@ def _refers(schema: object) -> bool:
 def _is_exact(value: int) -> bool:
     """Whether llguidance keeps the number as it is: it has floats, and the largest integer of 64 bits rounds well."""
     return abs(value) <= 1 << 63 and (int(float(value)) == value or value == (1 << 63) - 1)
+
+
+def _holds_exact(value: object) -> bool:
+    """The same of all numbers in a value."""
+    if isinstance(value, list | dict):
+        return all(_holds_exact(part) for part in (value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int) or _is_exact(value)
 
 
 def _assembled(before: list[object], core: dict[str, object], after: list[object]) -> object:

@@ -96,7 +96,7 @@ class _Batch:
             if (answer := self.answers.get(finish.key)) is not None:
                 answer.cached_tokens = max(answer.cached_tokens, finish.cached_tokens)
             if finish.reason is FinishReason.ERROR:
-                self.fail(error_from_code(finish.error_code, finish.error_message))
+                self.fail(error_from_code(finish.error_code, finish.error_message, finish.error_param))
         if not self.open:
             self.changed.set()
 

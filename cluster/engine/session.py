@@ -19,20 +19,32 @@ from google.protobuf.message import DecodeError
 from diptych.cluster.observability.tracing import record_phase
 from diptych.protos import codec, engine_pb2_grpc
 from diptych.protos import engine_pb2 as pb
+from diptych.protos.constraint import Guide
 from diptych.protos.errors import (
     Cancelled,
     CapacityError,
+    DeadlineExceeded,
     DiptychError,
     EngineError,
     EngineFault,
     InvalidRequest,
     Overloaded,
     ShuttingDown,
+    param_of,
 )
 from diptych.protos.faults import FaultPlan
 from diptych.protos.ports import Clock
 from diptych.protos.status import EngineInfo, EngineStatus
-from diptych.protos.types import DecodeOrder, Finish, FinishReason, PrefillOrder, Role, StepOutput, TransferKey
+from diptych.protos.types import (
+    DecodeOrder,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    PrefillOrder,
+    Role,
+    StepOutput,
+    TransferKey,
+)
 
 from .faults import FaultyFrames, FaultyLine
 from .guides.guides import Guides
@@ -183,8 +195,8 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
-        for task in self._held.values():
-            task.cancel()
+        for role, key in list(self._held):
+            self._take_back(role, key, ShuttingDown(f"engine {self._info.ref.engine_id} is shutting down"))
         for session in self._sessions:
             session.fail(grpc.StatusCode.UNAVAILABLE, f"engine {self._info.ref.engine_id} is shutting down")
 
@@ -210,7 +222,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
     async def give_away(self, role: Role) -> None:
         """End what is left of a role with ShuttingDown, so that other engines go on with it: nobody pays for that."""
         lost = ShuttingDown(f"engine {self._info.ref.engine_id} is {role} no more")
-        for key, route in self._routes[role].items():
+        for key, route in list(self._routes[role].items()):
             if route.session in self._sessions:  # what the worker still says of it reaches a handle that nobody holds
                 route.session.give_up(route.handle, key)
                 route.session.send(self._refusal(route.handle, role, lost))
@@ -347,20 +359,35 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
     async def _guide(self, order: PrefillOrder | DecodeOrder, role: Role, route: _Route) -> None:
         """The worker gets an order with a constraint once its guide is there."""
         key = order.request.key
+        error: DiptychError | None = None
         try:
-            if self._guides is None:
-                raise InvalidRequest(f"engine {self._info.ref.engine_id} keeps to no constraints")
-            guide = await self._guides.open(order.request)
-            self._put(replace(order, guide=guide))
-        except DiptychError as error:
-            self._end_held(role, key, route, error)
+            guide = await self._guide_of(order.request)
         except asyncio.CancelledError:
-            self._end_held(role, key, route, Cancelled("the request was cancelled"))
-        except Exception:
+            error = ShuttingDown(f"engine {self._info.ref.engine_id} is shutting down")
+        except DiptychError as exc:
+            error = exc
+        except BaseException:  # a library's panic is no Exception; the order would be held for ever
             log.exception("%s: its guide could not be made", key)
-            self._end_held(role, key, route, EngineFault("the form of the answer could not be prepared"))
-        finally:
-            self._held.pop((role, key), None)
+            error = EngineFault("the form of the answer could not be prepared")
+        if self._held.get((role, key)) is not asyncio.current_task():
+            return  # it was taken back, and ended by whoever did that
+        del self._held[role, key]
+        try:
+            if error is not None:
+                raise error
+            self._put(replace(order, guide=guide))
+        except DiptychError as refused:
+            self._end_held(role, key, route, refused)
+
+    async def _guide_of(self, request: GenerateRequest) -> Guide:
+        if self._guides is None:
+            raise InvalidRequest(f"engine {self._info.ref.engine_id} keeps to no constraints")
+        left_s = None if request.deadline is None else max(0.0, request.deadline - self._clock())
+        try:
+            async with asyncio.timeout(left_s):
+                return await self._guides.open(request)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's deadline passed before the form of its answer was prepared") from None
 
     def _end_held(self, role: Role, key: TransferKey, route: _Route, error: DiptychError) -> None:
         """An order that no worker has seen ends."""
@@ -372,10 +399,11 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         if is_held and route.session in self._sessions:
             route.session.send(self._refusal(route.handle, role, error))
 
-    def _take_back(self, role: Role, key: TransferKey) -> None:
-        """End an order wherever it is; an unknown one is no error."""
-        if (task := self._held.get((role, key))) is not None:
-            task.cancel()
+    def _take_back(self, role: Role, key: TransferKey, error: DiptychError | None = None) -> None:
+        """End an order wherever it is, Cancelled unless `error` says otherwise; an unknown one is no error."""
+        if (task := self._held.pop((role, key), None)) is not None:
+            task.cancel()  # perhaps before it has begun: then nothing in it runs
+            self._end_held(role, key, self._routes[role][key], error or Cancelled("the request was cancelled"))
         else:
             self._inbox.put(CancelRequest(role, key))
 
@@ -406,13 +434,14 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             reason=FinishReason.CANCELLED if isinstance(error, Cancelled) else FinishReason.ERROR,
             error_code=error.code,
             error_message=error.message,
+            error_param=param_of(error),
         )
         return pb.EngineFrame(tokens=pb.StepTokens(finishes=[codec.finish_to_pb(handle, finish)]))
 
     def _forget(self, session: _Session) -> None:
         # Routes stay until the workers' terminal events: the keys are in use until then, their output goes nowhere.
         self._sessions.discard(session)
-        for role, key in session.handles.values():
+        for role, key in list(session.handles.values()):
             self._take_back(role, key)
 
     # ---- step outputs to frames ----

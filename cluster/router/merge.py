@@ -163,4 +163,4 @@ def _cause(outcome: Finish | DiptychError | None) -> DiptychError | None:
 def _error_of(finish: Finish) -> DiptychError:
     if finish.error_code == Cancelled.code:  # not by this router: the other engine lost sight of it and told this one
         return TransferError("the other engine gave the request up")
-    return error_from_code(finish.error_code, finish.error_message)
+    return error_from_code(finish.error_code, finish.error_message, finish.error_param)

@@ -140,6 +140,45 @@ def test_every_way_to_ask_at_both_endpoints_whole_and_streamed(http: httpx2.Clie
     assert joined(chunks_of(again)) == (text_of(choice), "stop")
 
 
+def test_headers_tell_any_name(http: httpx2.Client) -> None:
+    """Names that are not ASCII stood there as `??`; one with a line's end must not make a header of its own."""
+    listed = {"type": "array", "items": {"type": "null"}, "uniqueItems": True}
+    reply = asked(http, **formed({"type": "object", "properties": {"\u00e9\r\nx-evil: 1": listed}}))
+    assert "x-evil" not in reply.headers
+    where = "response_format.json_schema.schema.properties['\\xe9\\r\\nx-evil: 1'].uniqueItems"
+    assert reply.headers["x-schema-unsupported"] == f"uniqueItems at {where}"
+
+
+def test_an_echoed_prompt_is_no_part_of_what_is_checked(http: httpx2.Client) -> None:
+    """Each answer to a request with `echo` came with schema_errors: the prompt is no JSON."""
+    (choice,) = answered(http, "completions", guided_json=PERSON, echo=True)["choices"]
+    assert choice["text"].startswith("t1 t2{")
+    assert "schema_errors" not in choice
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({**formed(PERSON), "bad_words": ["{"]}, "bad_words"),
+        ({**formed(PERSON), "allowed_token_ids": [5]}, "allowed_token_ids"),
+        (
+            {
+                **formed(PERSON),
+                "messages": [*ASK, {"role": "assistant", "content": "{]"}],
+                "continue_final_message": True,
+            },
+            "messages",
+        ),
+    ],
+)
+def test_what_an_engine_refuses_names_the_field(
+    http: httpx2.Client, body: dict[str, Any], param: str, stream: bool
+) -> None:
+    reply = asked(http, stream=stream, **body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
 def test_what_no_grammar_says_is_told_before_and_after(http: httpx2.Client) -> None:
     """An answer that breaks a keyword that is not enforced passed for a good one."""
     twins = {"type": "array", "items": {"enum": ["x"]}, "minItems": 2, "maxItems": 2, "uniqueItems": True}

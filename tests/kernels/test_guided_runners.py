@@ -7,6 +7,7 @@ never computed, and a step whose late choice fails taking others along.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -250,6 +251,20 @@ def test_a_guide_that_allows_nothing_is_ruled_out_and_is_told_nothing(
     assert nothing.known == []
     behind = run(runner, row_of(1, None, 3, nothing), row_of(0, None, 3, None))
     assert (set(behind.faults), set(behind.ruled_out)) == ({0}, set()), "there is no token to go on from"
+
+
+def test_masks_are_filled_without_a_second_team_of_threads(model: LoadedModel) -> None:
+    """With two teams libgomp lets workers sleep between operations: every step takes a multiple of its time."""
+    runner = plain_runner(model, 1)
+    runner.vocab_size = 1 << 18
+    specs = [SampleSpec(0.0, 1.0, 0, 0, 3, guide=FakeGuide(3, lambda known: ({5}, ()))) for _ in range(32)]
+    torch.ones(1 << 20).sum()  # the team of this thread
+    runner._masker.submit(lambda: None).result()
+    before = set(os.listdir("/proc/self/task"))
+    masks = runner._masker.submit(runner._masks, specs).result()
+    assert set(os.listdir("/proc/self/task")) <= before
+    assert all(mask_W.nonzero().tolist() == [[0]] and mask_W[0] == 1 << 5 for mask_W in masks.values())
+    assert len(masks) == 32
 
 
 def test_a_mask_does_not_stay_with_its_slot(model: LoadedModel) -> None:

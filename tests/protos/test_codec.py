@@ -131,6 +131,7 @@ def test_a_finish_survives_the_way() -> None:
         cached_tokens=4,
         error_code="no_kv_blocks",
         error_message="full",
+        error_param="bad_words",
         times=StageTimes(1.0, 2.0, 3.0, 4.0),
         transfer_bytes=5,
         transport="shm",

@@ -117,7 +117,7 @@ INNER = "response_format.json_schema"
         ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema", "unknown field"),
         ({"response_format": {"type": "json_schema"}}, INNER, "is missing"),
         ({"response_format": {"type": "json_schema", "json_schema": 1}}, INNER, "must be an object"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "two\nlines"}}}, f"{INNER}.schema", "json_object"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}, f"{INNER}.schema", "json_object"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, f"{INNER}.name", "is missing"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "name": "two\nlines"}}},

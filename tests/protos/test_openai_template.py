@@ -67,6 +67,16 @@ KWARGS = "chat_template_kwargs"
             "continue_final_message",
             "exclude each other",
         ),
+        (
+            {
+                "continue_final_message": True,
+                "messages": [USER, ANSWER],
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+                "tool_choice": "required",
+            },
+            "continue_final_message",
+            "tool_choice makes the answer a call",
+        ),
     ],
 )
 def test_a_fault_is_refused_with_its_path(fields: dict[str, Any], param: str, words: str) -> None:

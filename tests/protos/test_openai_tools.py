@@ -105,6 +105,9 @@ def test_a_tool_is_told_in_openais_shape_with_what_templates_read() -> None:
         "function": {"name": "a.b-c_9", "description": "", "parameters": {"type": "object", **schema}},
     }
     assert found.tools[1].told()["function"] == {"name": "g", "parameters": {"type": "object", "properties": {}}}
+    without = use(tools=[tool()])
+    assert without is not None
+    assert without.tools[0].parameters["additionalProperties"] is False, "a function without parameters takes none"
     for strict in (True, False, None):
         assert use(tools=[tool(strict=strict)]) == use(tools=[tool()])
 

@@ -7,6 +7,7 @@ grammar     | the matcher's masks; what it says must follow is taken at once
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from enum import Enum
 
@@ -16,6 +17,8 @@ from diptych.protos.constraint import Guide, Reasoning
 from diptych.protos.errors import DiptychError, EngineFault, InvalidRequest
 
 from .matcher import Matcher, Words, fill_rows
+
+log = logging.getLogger(__name__)
 
 
 class _Phase(Enum):
@@ -52,6 +55,13 @@ class RequestGuide:
 
     def accept(self, position: int, token: int) -> tuple[int, ...]:
         """See constraint.Guide."""
+        try:
+            return self._accept(position, token)
+        except BaseException as exc:  # a library's panic is no Exception; it would end the step, or its thread
+            self._fail_by_library(exc)
+            return ()
+
+    def _accept(self, position: int, token: int) -> tuple[int, ...]:
         at = position - self._num_prompt
         if at < len(self._known):
             if self._known[at] != token:
@@ -82,17 +92,21 @@ class RequestGuide:
             assert isinstance(guide, RequestGuide)
             if not guide._has_filled(position, masks_MW[at]):
                 asked.append((guide, at))
-        fill_rows([(guide._matcher, at) for guide, at in asked], masks_MW)
+        try:
+            fill_rows([(guide._matcher, at) for guide, at in asked], masks_MW)
+        except BaseException:  # as in `accept`; whose it was shows one by one
+            for guide, at in asked:
+                guide._fill_alone(masks_MW[at])
         for guide, at in asked:
             guide._after_matcher(masks_MW[at])
 
     def _has_filled(self, position: int, mask_W: Words) -> bool:
         """Whether the mask needs no matcher; then it is filled."""
         at = position - self._num_prompt
-        if at > len(self._known):
-            mask_W.fill(-1)
-        elif self.error is not None or (at == len(self._known) and self._has_ended):
+        if self.error is not None or (at == len(self._known) and self._has_ended):
             mask_W.fill(0)
+        elif at > len(self._known):
+            mask_W.fill(-1)
         elif at < len(self._known):
             mask_W.fill(0)
             _set(mask_W, self._known[at])
@@ -115,10 +129,28 @@ class RequestGuide:
             return self._phase is _Phase.FREE
         return False
 
+    def _fill_alone(self, mask_W: Words) -> None:
+        try:
+            self._matcher.fill(mask_W)
+        except BaseException as exc:
+            self._fail_by_library(exc)
+
     def _after_matcher(self, mask_W: Words) -> None:
-        if self._matcher.error:
+        try:
+            if self.error is None and self._matcher.error:
+                self._fail_by_matcher()
+        except BaseException as exc:
+            self._fail_by_library(exc)
+        if self.error is not None:
             mask_W.fill(0)
-            self._fail_by_matcher()
+        elif not mask_W.any():
+            # A row without a token would look like a fault of the model's numbers, and the engine would be blamed.
+            self._fail(
+                InvalidRequest(
+                    f"the form of the answer allows no token after {len(self._known)}: "
+                    "no answer can match it from there"
+                )
+            )
         elif self._phase is _Phase.MAYBE and self._reasoning is not None:
             _set(mask_W, self._reasoning.start)
 
@@ -144,12 +176,17 @@ class RequestGuide:
             )
         )
 
+    def _fail_by_library(self, exc: BaseException) -> None:
+        log.error("a guide failed after %d tokens", len(self._known), exc_info=exc)
+        self._fail(EngineFault("the form of the answer could not be followed", repr(exc)))
+
     def _fail(self, error: DiptychError) -> None:
         self.error = self.error or error
 
 
 def _set(mask_W: Words, token: int) -> None:
-    mask_W.view(np.uint8)[token // 8] |= np.uint8(1 << token % 8)
+    if token // 32 < len(mask_W):  # a tokenizer may know ids that the model has no row for
+        mask_W.view(np.uint8)[token // 8] |= np.uint8(1 << token % 8)
 
 
 def _unset(mask_W: Words, token: int) -> None:

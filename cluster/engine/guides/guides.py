@@ -11,10 +11,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 from diptych.protos.constraint import Backend as BackendName
 from diptych.protos.constraint import Constraint, Guide
-from diptych.protos.errors import DiptychError, EngineFault, InvalidRequest, Overloaded
+from diptych.protos.errors import DiptychError, EngineFault, InvalidRequest, Overloaded, ShuttingDown
 from diptych.protos.lifecycle import logit_rules
 from diptych.protos.ports import Clock
 from diptych.protos.types import GenerateRequest
@@ -26,6 +28,9 @@ COMPILE_TIMEOUT_S = 2.0
 MAX_COMPILED = 256  # grammars kept
 MAX_COMPILED_BYTES = 8 << 20  # of their texts, which what they compile to is in proportion to
 MAX_COMPILING = 64  # at once; one more is refused
+THREADS = {BackendName.LLGUIDANCE: 2, BackendName.XGRAMMAR: 1}  # xgrammar's process compiles one at a time
+
+MadeT = TypeVar("MadeT")
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +44,8 @@ class Guides:
         self._factories = dict(backends)
         self._end_tokens = frozenset(end_tokens)
         self._clock = clock
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="grammars")
+        # One backend that is slow, or starts, keeps the other's grammars waiting no longer.
+        self._pools = {name: ThreadPoolExecutor(THREADS[name], f"grammars-{name}") for name in backends}
         self._made: dict[BackendName, Future[Backend]] = {}
         self._compiled: OrderedDict[bytes, Compiled] = OrderedDict()
         self._sizes: dict[bytes, int] = {}
@@ -58,9 +64,13 @@ class Guides:
         Raises InvalidRequest where the grammar cannot be compiled in time or does not allow what exists of the answer,
         Overloaded where too many others are compiled.
         """
-        constraint, sampling = request.constraint, request.sampling
+        constraint = request.constraint
         assert constraint is not None
         compiled = await self._compile(constraint)
+        return _foreseen(partial(self._begin, request, constraint, compiled))
+
+    def _begin(self, request: GenerateRequest, constraint: Constraint, compiled: Compiled) -> Guide:
+        sampling = request.sampling
         matcher = compiled.start()
         if constraint.prefix and not matcher.consume_text(constraint.prefix):
             raise InvalidRequest(
@@ -89,10 +99,10 @@ class Guides:
 
     def close(self) -> None:
         """End the threads and what they started."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
         for made in self._made.values():
-            if made.done() and not made.cancelled() and made.exception() is None:
-                made.result().close()
+            made.add_done_callback(_close)  # at once, or when it is there
 
     async def _compile(self, constraint: Constraint) -> Compiled:
         self._totals["requests"] += 1
@@ -112,14 +122,12 @@ class Guides:
         try:
             backend = await asyncio.wrap_future(self._backend(constraint.backend))
             began = self._clock()
-            task = asyncio.get_running_loop().run_in_executor(self._pool, backend.compile, constraint.grammar)
-            compiled = await asyncio.wait_for(asyncio.shield(task), COMPILE_TIMEOUT_S)
+            job = self._submit(constraint.backend, partial(backend.compile, constraint.grammar))
+            try:
+                compiled = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(job)), COMPILE_TIMEOUT_S)
+            except TimeoutError:
+                raise self._late(job) from None
             self._seconds += self._clock() - began
-        except TimeoutError:
-            self._totals["timeouts"] += 1
-            raise InvalidRequest(
-                f"the form of the answer took more than {COMPILE_TIMEOUT_S:g} s to compile; make it simpler"
-            ) from None
         except DiptychError:
             self._totals["refused"] += 1
             raise
@@ -128,6 +136,14 @@ class Guides:
         self._totals["compiled"] += 1
         self._keep(key, compiled, len(constraint.grammar))
         return compiled
+
+    def _late(self, job: Future[Compiled]) -> DiptychError:
+        self._totals["timeouts"] += 1
+        if job.cancel():  # it had not begun: those that come later do not wait behind it
+            return Overloaded(f"other grammars have been compiled for {COMPILE_TIMEOUT_S:g} s")
+        return InvalidRequest(
+            f"the form of the answer took more than {COMPILE_TIMEOUT_S:g} s to compile; make it simpler"
+        )
 
     def _keep(self, key: bytes, compiled: Compiled, size: int) -> None:
         self._compiled[key], self._sizes[key] = compiled, size
@@ -140,8 +156,30 @@ class Guides:
         if name not in self._factories:
             raise InvalidRequest(f"this engine has no grammar backend {name.value}")
         if name not in self._made or (self._made[name].done() and self._made[name].exception() is not None):
-            self._made[name] = self._pool.submit(self._factories[name])
+            self._made[name] = self._submit(name, self._factories[name])
         return self._made[name]
+
+    def _submit(self, name: BackendName, make: Callable[[], MadeT]) -> Future[MadeT]:
+        try:
+            return self._pools[name].submit(_foreseen, make)
+        except RuntimeError as exc:  # it takes nothing after `close`
+            raise ShuttingDown("the engine is shutting down") from exc
+
+
+def _foreseen(make: Callable[[], MadeT]) -> MadeT:
+    """What `make` gives. Raises DiptychError alone: a library's panic is no Exception, and nobody would wait for it."""
+    try:
+        return make()
+    except DiptychError:
+        raise
+    except BaseException as exc:
+        log.error("a grammar could not be prepared", exc_info=exc)
+        raise EngineFault("the form of the answer could not be prepared", repr(exc)) from exc
+
+
+def _close(made: Future[Backend]) -> None:
+    if not made.cancelled() and made.exception() is None:
+        made.result().close()
 
 
 def _look(done: asyncio.Future[Compiled]) -> None:

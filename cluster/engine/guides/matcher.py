@@ -6,9 +6,11 @@ run while it compiles; xgrammar.py has the other backend.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -43,7 +45,7 @@ class Matcher(Protocol):
         """The tokens that may come next, ends of the answer included, into int32 [mask_words(vocab)]."""
 
     def forced(self) -> list[int]:
-        """The tokens that must follow, as the tokenizer would write them."""
+        """The tokens that must follow, as the tokenizer would write them; all of them the model has rows for."""
 
     def is_over(self) -> bool:
         """Whether nothing but the end may follow."""
@@ -63,6 +65,13 @@ def fill_rows(rows: Sequence[tuple[Matcher, int]], masks_MW: Words) -> None:
             matcher.fill(masks_MW[at])
     if together:
         _LlguidanceMatcher.fill_together(together, masks_MW)
+
+
+def narrow(wide_W: Words, mask_W: Words, vocab_size: int) -> None:
+    """Into `mask_W` what `wide_W`, of more tokens, says of the first `vocab_size`; no others are allowed."""
+    mask_W[:] = wide_W[: len(mask_W)]
+    if beyond := -vocab_size % 32:
+        mask_W.view(np.uint32)[-1] &= np.uint32(0xFFFFFFFF >> beyond)
 
 
 class Compiled(Protocol):
@@ -95,14 +104,14 @@ class Llguidance:
     def __init__(self, tokenizer_file: Path, *, vocab_size: int, end_tokens: tuple[int, ...]) -> None:
         self._vocab_size = vocab_size
         try:
-            self._tokenizer = self._load(str(tokenizer_file), end_tokens)
-        except Exception as exc:  # the library raises ValueError, and what its Rust side panics with
+            self._tokenizer = self._load(tokenizer_file, end_tokens)
+        except BaseException as exc:  # the library raises ValueError, and what its Rust side panics with
             raise StartupError(f"{tokenizer_file} cannot be used for constrained answers: {exc}") from exc
 
-    def _load(self, file: str, end_tokens: tuple[int, ...]) -> llguidance.LLTokenizer:
-        plain = llguidance.LLTokenizer(file)
+    def _load(self, file: Path, end_tokens: tuple[int, ...]) -> llguidance.LLTokenizer:
+        plain = llguidance.LLTokenizer(str(file))
         size = max(self._vocab_size, plain.vocab_size)
-        return llguidance.LLTokenizer(file, n_vocab=size, eos_token=list(end_tokens) or None)
+        return llguidance.LLTokenizer(_unnamed(file, plain), n_vocab=size, eos_token=list(end_tokens) or None)
 
     def compile(self, grammar: str) -> Compiled:
         """See Backend. `grammar`: Lark in the library's dialect, or its own JSON form."""
@@ -130,9 +139,10 @@ class _LlguidanceMatcher:
     def __init__(self, matcher: llguidance.LLMatcher, tokenizer: llguidance.LLTokenizer, vocab_size: int) -> None:
         self._matcher = matcher
         self._tokenizer = tokenizer
-        words = mask_words(tokenizer.vocab_size)
+        self._vocab_size = vocab_size
         # A tokenizer may know more tokens than the model has logits.
-        self._wide = np.zeros(words, np.int32) if words > mask_words(vocab_size) else None
+        is_wide = tokenizer.vocab_size > vocab_size
+        self._wide = np.zeros(mask_words(tokenizer.vocab_size), np.int32) if is_wide else None
 
     @property
     def fits(self) -> bool:
@@ -156,16 +166,38 @@ class _LlguidanceMatcher:
         target = mask_W if self._wide is None else self._wide
         self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
         if self._wide is not None:
-            mask_W[:] = self._wide[: len(mask_W)]
+            narrow(self._wide, mask_W, self._vocab_size)
 
     def forced(self) -> list[int]:
-        return self._matcher.compute_ff_tokens()
+        tokens = self._matcher.compute_ff_tokens()
+        return list(takewhile(lambda token: token < self._vocab_size, tokens))
 
     def is_over(self) -> bool:
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def consume_text(self, text: str) -> bool:
         return self._matcher.consume_tokens(self._tokenizer.tokenize_str(text))
+
+
+def _unnamed(file: Path, plain: llguidance.LLTokenizer) -> str:
+    """The tokenizer.json with other names for its special tokens.
+
+    A grammar that says `</think>` says eight characters; the library tokenises what must follow, would find the special
+    token in it, and end the answer over its own choice.
+    """
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"].get("vocab")
+    for token in tokenizer.get("added_tokens", ()):
+        number = token["id"]
+        if not plain.is_special_token(number):
+            continue
+        name, token["content"], token["special"] = token["content"], f"<|\U0010fffd{number}|>", True
+        if isinstance(vocabulary, dict) and vocabulary.get(name) == number:
+            vocabulary[token["content"]] = vocabulary.pop(name)
+        elif isinstance(vocabulary, list) and number < len(vocabulary):
+            vocabulary[number][0] = token["content"]
+    tokenizer["post_processor"] = None  # it names special tokens, and adds none here
+    return json.dumps(tokenizer)
 
 
 @cache

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import sys
 from typing import TextIO
 
 MEMORY_BYTES = 4 << 30  # of address space beyond what the libraries take
 MAX_COMPILED_BYTES = 64 << 20
+LONGEST_S = 10.0  # of one schema: whoever waits ends this process long before, unless that one has ended itself
 
 
 def main(requests: TextIO, answers: TextIO) -> None:
@@ -23,8 +25,10 @@ def main(requests: TextIO, answers: TextIO) -> None:
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
     taken = int(open("/proc/self/statm", encoding="ascii").read().split()[0]) * resource.getpagesize()  # noqa: SIM115
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY_BYTES, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process also within the library
     _tell(answers, {})
     for line in requests:
+        signal.setitimer(signal.ITIMER_REAL, LONGEST_S)
         try:
             compiled = compiler.compile_json_schema(
                 json.loads(line), any_whitespace=False, separators=(",", ":"), strict_mode=False
@@ -33,6 +37,8 @@ def main(requests: TextIO, answers: TextIO) -> None:
         except Exception as exc:  # the library raises RuntimeError with C++'s words
             _tell(answers, {"error": str(exc).strip().splitlines()[-1][:300] if str(exc).strip() else repr(exc)})
             continue
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
         too_large = len(text) > MAX_COMPILED_BYTES
         _tell(answers, {"error": "the compiled grammar is too large"} if too_large else {"compiled": text})
 

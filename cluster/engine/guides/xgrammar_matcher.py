@@ -18,10 +18,9 @@ from typing import IO, Any
 
 import llguidance
 
-from diptych.protos.constraint import mask_words
 from diptych.protos.errors import InvalidRequest
 
-from .matcher import Compiled, Matcher, Words
+from .matcher import Compiled, Matcher, Words, narrow
 
 START_S = 60.0  # to import the library, on a machine that is busy
 COMPILE_S = 1.5
@@ -41,7 +40,7 @@ class Xgrammar:
             ) from exc
         plain = llguidance.LLTokenizer(str(tokenizer_file))
         words = [b"" if plain.is_special_token(i) else plain.decode_bytes([i]) for i in range(plain.vocab_size)]
-        self._words = mask_words(vocab_size)
+        self._vocab_size = vocab_size
         self._library: Any = xgrammar
         self._info = xgrammar.TokenizerInfo(
             words, vocab_size=max(vocab_size, len(words)), stop_token_ids=list(end_tokens)
@@ -54,7 +53,7 @@ class Xgrammar:
         answer = self._child.ask(json.dumps(grammar))
         if "compiled" not in answer:
             raise InvalidRequest(f"the form of the answer cannot be enforced: {answer['error']}")
-        return _XgrammarGrammar(self._library, answer["compiled"], self._info, self._words)
+        return _XgrammarGrammar(self._library, answer["compiled"], self._info, self._vocab_size)
 
     def close(self) -> None:
         """See matcher.Backend."""
@@ -62,21 +61,22 @@ class Xgrammar:
 
 
 class _XgrammarGrammar:
-    def __init__(self, library: Any, text: str, info: Any, words: int) -> None:
+    def __init__(self, library: Any, text: str, info: Any, vocab_size: int) -> None:
         self._library = library
         self._compiled = library.CompiledGrammar.deserialize_json(text, info)
         self._info = info
-        self._words = words
+        self._vocab_size = vocab_size
 
     def start(self) -> Matcher:
-        return _XgrammarMatcher(self._library, self._library.GrammarMatcher(self._compiled), self._info, self._words)
+        matcher = self._library.GrammarMatcher(self._compiled)
+        return _XgrammarMatcher(self._library, matcher, self._info, self._vocab_size)
 
 
 class _XgrammarMatcher:
-    def __init__(self, library: Any, matcher: Any, info: Any, words: int) -> None:
+    def __init__(self, library: Any, matcher: Any, info: Any, vocab_size: int) -> None:
         self._matcher = matcher
         self._mask = library.allocate_token_bitmask(1, info.vocab_size)
-        self._words = words
+        self._vocab_size = vocab_size
         self.error = ""
 
     def consume(self, token: int) -> bool:
@@ -90,7 +90,7 @@ class _XgrammarMatcher:
             mask_W.fill(0)
             return
         self._matcher.fill_next_token_bitmask(self._mask)
-        mask_W[:] = self._mask.numpy()[0, : self._words]
+        narrow(self._mask.numpy()[0], mask_W, self._vocab_size)
 
     def forced(self) -> list[int]:
         return []
@@ -109,23 +109,28 @@ class _Child:
         self._tokenizer = tokenizer
         self._process: subprocess.Popen[str] | None = None
         self._turn = threading.Lock()
+        self._is_closed = False
 
     def ask(self, line: str) -> dict[str, str]:
         """The answer to one line. Raises InvalidRequest when there is none in time."""
-        process = self.start()
         with self._turn:
+            process = self._ready()
             try:
                 return self._exchange(process, line, COMPILE_S)
             except _Ended as exc:
                 self._end()
-                raise InvalidRequest(f"the form of the answer could not be compiled: {exc}") from None
+                raise InvalidRequest(f"the form of the answer could not be compiled: {exc}; make it simpler") from None
 
-    def start(self) -> subprocess.Popen[str]:
-        """The process, ready. Raises InvalidRequest when it cannot be started."""
+    def start(self) -> None:
+        """Have the process ready. Raises InvalidRequest when it cannot be started."""
         with self._turn:
-            if self._process is None or self._process.poll() is not None:
-                self._process = self._begin()
-            return self._process
+            self._ready()
+
+    def _ready(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self._end()
+            self._process = self._begin()
+        return self._process
 
     def _begin(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-P", "-m", "diptych.cluster.engine.guides.xgrammar_child"]
@@ -134,6 +139,8 @@ class _Child:
         )
         self._process = process
         try:
+            if self._is_closed:  # looked at after the process could be seen by `close`
+                raise _Ended("the engine is shutting down")
             self._exchange(process, self._tokenizer, START_S)
         except _Ended as exc:
             self._end()
@@ -161,8 +168,12 @@ class _Child:
             process.communicate()
 
     def close(self) -> None:
-        """End the process."""
-        self._end()
+        """End the process; whoever waits for its answer sees that it has ended."""
+        self._is_closed = True
+        if (process := self._process) is not None:
+            process.kill()
+        with self._turn:
+            self._end()
 
 
 class _Ended(Exception):

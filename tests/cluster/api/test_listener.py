@@ -187,6 +187,26 @@ async def test_a_port_in_use_is_a_startup_error_that_says_what_to_do(door: Front
         await start_listener(_app, host="127.0.0.1", port=door.listener.port, limits=LimitSettings())
 
 
+async def test_what_a_connection_is_answered_is_sent_without_delay() -> None:
+    """asyncio takes the delay off only where a socket names its protocol: from the second answer of a connection on,
+    each waited 40 ms for the acknowledgement of its head.
+    """
+    found: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        found.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+        await writer.wait_closed()
+
+    sock = bind("127.0.0.1", 0)
+    async with await asyncio.start_server(serve, sock=sock):
+        reader, writer = await asyncio.open_connection(*sock.getsockname())
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+    assert found == [1]
+
+
 async def _app(scope: object, receive: object, send: object) -> None:
     raise AssertionError
 

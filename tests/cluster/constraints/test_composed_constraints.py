@@ -210,6 +210,9 @@ FAULTS = [
     ("grammar", 'root ::= "a" undefined', "undefined"),
     ("grammar", '{"grammars": [{"lark_grammar": "start: <|im_end|>"}]}', "line 1"),
     ("grammar", " ", "is empty"),
+    ("grammar", "start: start", "no text matches this grammar"),
+    ("grammar", 'S: "a"', "no rule named start"),
+    ("regex", r"[^\s\S]", "no text matches this pattern"),
 ]
 
 

@@ -83,6 +83,8 @@ NAMED = [
     ({"format": "regex"}, "format"),
     ({"patternProperties": {"a": N, "b": S}}, "patternProperties"),
     ({"maximum": 2**70}, "maximum"),
+    ({"const": 2**70 + 1}, "const"),
+    ({"enum": ["a", {"b": [2**70 + 1]}]}, "enum"),
     ({"allOf": [{"pattern": f"a{i}"} for i in range(40)]}, "allOf[0].pattern"),
 ]
 

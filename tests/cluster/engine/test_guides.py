@@ -8,17 +8,20 @@ import threading
 import time
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import llguidance
 import numpy as np
 import pytest
 
 from diptych.cluster.api.testing import byte_level_tokenizer
+from diptych.cluster.engine.guides import guide as guide_module
 from diptych.cluster.engine.guides import guides as guides_module
 from diptych.cluster.engine.guides.guide import RequestGuide
 from diptych.cluster.engine.guides.guides import Guides
-from diptych.cluster.engine.guides.matcher import Compiled, Llguidance
-from diptych.protos.constraint import Backend, Constraint, Guide, Reasoning, mask_words
+from diptych.cluster.engine.guides.matcher import Compiled, Llguidance, Matcher
+from diptych.protos.constraint import Backend, Constraint, Guide, Reasoning, fill_masks, mask_words
 from diptych.protos.errors import EngineFault, InvalidRequest, Overloaded
 from diptych.protos.types import GenerateRequest, SamplingParams, TransferKey
 
@@ -83,7 +86,9 @@ def write(guide: Guide, text: str, at: int = len(PROMPT)) -> list[int]:
 
 def request(grammar: str, resume: Collection[int] = (), **fields: object) -> GenerateRequest:
     given = {"max_tokens": 400, "stop_token_ids": frozenset({END})}
-    constraint = Constraint(grammar=grammar, **{k: fields.pop(k) for k in ("prefix", "reasoning") if k in fields})  # type: ignore[arg-type]
+    constraint = Constraint(
+        grammar=grammar, **{k: fields.pop(k) for k in ("prefix", "reasoning", "backend") if k in fields}
+    )  # type: ignore[arg-type]
     return GenerateRequest(
         key=TransferKey(bytes(16)),
         prompt=PROMPT,
@@ -244,8 +249,12 @@ class Stuck:
 
     def __init__(self) -> None:
         self.released = threading.Event()
+        self.is_asked = threading.Event()
+        self.begun = 0
 
     def compile(self, grammar: str) -> Compiled:
+        self.begun += 1
+        self.is_asked.set()
         self.released.wait()
         raise AssertionError
 
@@ -279,3 +288,139 @@ async def test_a_backend_that_the_engine_lacks_is_named(guides: Guides) -> None:
     )
     with pytest.raises(InvalidRequest, match="no grammar backend xgrammar"):
         await guides.open(other)
+
+
+class Panic(BaseException):
+    """As a library's Rust side raises it: no Exception."""
+
+
+class Panicking:
+    """A matcher that panics in one method, and is the given one in all others."""
+
+    def __init__(self, matcher: Matcher, method: str) -> None:
+        self._matcher = matcher
+        self._method = method
+
+    def __getattr__(self, name: str) -> object:
+        if name != self._method:
+            return getattr(self._matcher, name)
+        if name == "error":
+            raise Panic("index out of bounds")
+
+        def panic(*_: object) -> None:
+            raise Panic("index out of bounds")
+
+        return panic
+
+
+@pytest.mark.parametrize("method", ["consume", "fill", "forced", "is_over", "error"])
+def test_a_library_that_panics_fails_its_guide_alone(backend: Llguidance, method: str) -> None:
+    """What passed through would end the step for all its rows, or the step thread and with it the engine."""
+    compiled = backend.compile(of_schema(PERSON))
+    vocab = TOKENIZER.get_vocab_size() + 40
+    good = [RequestGuide(compiled.start(), num_prompt=0, end_tokens={END}) for _ in range(6)]
+    matcher: Matcher = Panicking(compiled.start(), method)  # type: ignore[assignment]
+    bad = RequestGuide(matcher, num_prompt=0, end_tokens={END})
+    masks = np.zeros((7, mask_words(vocab)), np.int32)
+    for at, brace in enumerate((None, tokens_of("{")[0])):
+        if brace is not None:
+            for guide in (bad, *good):
+                guide.accept(0, brace)
+        position = len(good[0]._known) if at else 0
+        guided: list[tuple[Guide, int]] = [(bad, position), *((one, position) for one in good)]
+        fill_masks(guided, masks.data.cast("B"))
+        assert all(mask.any() for mask in masks[1:])
+    assert isinstance(bad.error, EngineFault)
+    assert "index out of bounds" in bad.error.args[1]
+    assert not masks[0].any()
+    assert all(one.error is None for one in good)
+
+
+def test_masks_filled_together_are_filled_one_by_one_where_the_library_fails(
+    backend: Llguidance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows then which of them it was."""
+
+    def panic(*_: object) -> None:
+        raise Panic("poisoned")
+
+    monkeypatch.setattr(guide_module, "fill_rows", panic)
+    compiled = backend.compile(of_schema(PERSON))
+    good = [RequestGuide(compiled.start(), num_prompt=0, end_tokens={END}) for _ in range(5)]
+    masks = np.zeros((5, mask_words(TOKENIZER.get_vocab_size() + 40)), np.int32)
+    fill_masks([(one, 0) for one in good], masks.data.cast("B"))
+    assert all(one.error is None for one in good)
+    assert all(mask.any() for mask in masks)
+
+
+def test_a_certain_token_that_the_model_has_no_row_for_is_not_taken(tokenizer_file: Path) -> None:
+    """It would be looked up in the weights by the next step, which ends an engine on a card."""
+    special = max(START, STOP, END)
+    backend = Llguidance(tokenizer_file, vocab_size=special, end_tokens=(min(START, STOP, END),))
+    for grammar in (f'start: "a" <[{special}]> "b"', f'start: "ab" <[{special}]>'):
+        guide = RequestGuide(backend.compile(grammar).start(), num_prompt=0, end_tokens=())
+        forced = guide.accept(0, tokens_of("a")[0])
+        assert all(token < special for token in forced)
+        assert allowed(guide, 1 + len(forced), special) == set()
+        assert isinstance(guide.error, InvalidRequest)
+
+
+def test_reasoning_whose_start_the_model_has_no_row_for_fails_no_step(backend: Llguidance) -> None:
+    guide = RequestGuide(
+        backend.compile(of_schema(PERSON)).start(),
+        num_prompt=0,
+        end_tokens={END},
+        reasoning=Reasoning(10**6, 10**6 + 1),
+    )
+    assert tokens_of("{")[0] in allowed(guide, 0, TOKENIZER.get_vocab_size() + 40)
+    assert guide.error is None
+
+
+@pytest.mark.parametrize("where", ["load", "compile", "start"])
+async def test_a_library_that_panics_while_it_compiles_fails_that_request(where: str) -> None:
+    def panic(*_: object) -> NoReturn:
+        raise Panic("index out of bounds")
+
+    backend = SimpleNamespace(compile=lambda grammar: SimpleNamespace(start=panic), close=lambda: None)
+    if where == "compile":
+        backend.compile = panic
+    guides = Guides(
+        {Backend.LLGUIDANCE: panic if where == "load" else lambda: backend}, end_tokens=(END,), clock=time.monotonic
+    )
+    for _ in range(2):
+        with pytest.raises(EngineFault, match="the form of the answer could not be prepared"):
+            await guides.open(request("x"))
+    guides.close()
+
+
+async def test_what_nobody_waits_for_any_more_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else those that come later wait behind it in vain, and a burst of slow grammars is never over."""
+    monkeypatch.setattr(guides_module, "COMPILE_TIMEOUT_S", 0.05)
+    stuck = Stuck()
+    guides = Guides({Backend.LLGUIDANCE: lambda: stuck}, end_tokens=(END,), clock=time.monotonic)
+    opened = await asyncio.gather(*(guides.open(request(str(i))) for i in range(8)), return_exceptions=True)
+    kinds = [type(one) for one in opened]
+    assert kinds.count(InvalidRequest) == stuck.begun == guides_module.THREADS[Backend.LLGUIDANCE]
+    assert kinds.count(Overloaded) == 8 - stuck.begun, "their form may be as simple as can be"
+    stuck.close()
+    guides.close()
+    for pool in guides._pools.values():
+        await asyncio.to_thread(pool.shutdown)
+    assert stuck.begun == guides_module.THREADS[Backend.LLGUIDANCE]
+
+
+async def test_a_slow_backend_does_not_keep_the_other_waiting() -> None:
+    """Both threads could wait for xgrammar's process, which takes seconds to start."""
+    slow, quick = Stuck(), Stuck()
+    quick.close()
+    guides = Guides(
+        {Backend.XGRAMMAR: lambda: slow, Backend.LLGUIDANCE: lambda: quick}, end_tokens=(END,), clock=time.monotonic
+    )
+    held = [asyncio.create_task(guides.open(request(str(i), backend=Backend.XGRAMMAR))) for i in range(4)]
+    await asyncio.to_thread(slow.is_asked.wait)
+    with pytest.raises(EngineFault):
+        await guides.open(request("quick"))
+    assert not any(one.done() for one in held)
+    slow.close()
+    assert len(await asyncio.gather(*held, return_exceptions=True)) == 4
+    guides.close()

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,3 +66,86 @@ def test_what_it_refuses_and_what_ends_its_process_are_errors_of_that_schema_alo
         backend.compile(json.dumps({"enum": [f"value {number}" for number in range(20_000)]}))
     monkeypatch.undo()
     assert backend.compile(json.dumps(SCHEMA)).start().consume_text('{"a":1}')
+
+
+def test_schemas_that_come_together_with_one_that_ends_the_process_are_compiled(
+    backend: Xgrammar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads: one got the process, the other ended it, and the first wrote to a closed pipe."""
+    child = backend._child
+    exchange = child._exchange
+    begun = threading.Event()
+
+    def slow(process: subprocess.Popen[str], line: str, seconds: float) -> dict[str, str]:
+        if not begun.is_set():
+            begun.set()
+            process.kill()
+            process.wait()
+        return exchange(process, line, seconds)
+
+    monkeypatch.setattr(child, "_exchange", slow)
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(backend.compile, json.dumps({"const": 1}))
+        begun.wait(60)
+        others = [threads.submit(backend.compile, json.dumps(SCHEMA)) for _ in range(2)]
+        with pytest.raises(InvalidRequest, match="its process ended"):
+            first.result(60)
+        assert all(one.result(60).start().consume_text('{"a":1}') for one in others)
+
+
+def test_closing_ends_the_process_whoever_waits_for_it(tmp_path: Path) -> None:
+    """Also while it starts, which takes seconds: an engine that ends waits for nobody."""
+    path = tmp_path / "tokenizer.json"
+    TOKENIZER.save(str(path))
+    backend = Xgrammar(path, vocab_size=TOKENIZER.get_vocab_size(), end_tokens=(END,))
+    process = backend._child._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(backend.compile, json.dumps(SCHEMA))  # begins another process
+        while backend._child._process in (None, process) and not asked.done():
+            threading.Event().wait(0.001)
+        began = time.monotonic()
+        backend.close()
+        with pytest.raises(InvalidRequest, match="did not start"):
+            asked.result(60)
+        assert backend._child._process is None
+        with pytest.raises(InvalidRequest, match="shutting down"):
+            backend.compile(json.dumps(SCHEMA))
+        assert time.monotonic() - began < xgrammar_matcher.START_S / 2
+    backend.close()
+
+
+def test_a_process_whose_engine_is_gone_does_not_compile_for_ever(tmp_path: Path) -> None:
+    """Nobody is there to end it, and the library knows no limit."""
+    path = tmp_path / "tokenizer.json"
+    TOKENIZER.save(str(path))
+    backend = Xgrammar(path, vocab_size=TOKENIZER.get_vocab_size(), end_tokens=(END,))
+    code = (
+        "import sys; from diptych.cluster.engine.guides import xgrammar_child as child;"
+        "child.LONGEST_S = 0.05; child.main(sys.stdin, sys.stdout)"
+    )
+    endless = json.dumps(json.dumps({"type": "string", "pattern": "(a{1,500}){1,500}"}))
+    lines = f"{backend._child._tokenizer}\n{endless}\n"
+    ended = subprocess.run([sys.executable, "-c", code], input=lines, text=True, capture_output=True, timeout=120)
+    backend.close()
+    assert ended.returncode == -signal.SIGALRM
+    assert ended.stdout.splitlines() == ["{}"]
+
+
+def test_rows_that_the_model_lacks_are_never_allowed(tmp_path: Path) -> None:
+    """Also within the last word of a mask: a token that is not there would be looked up in the weights."""
+    path = tmp_path / "tokenizer.json"
+    TOKENIZER.save(str(path))
+    vocab = TOKENIZER.get_vocab_size() - 3
+    backend = Xgrammar(path, vocab_size=vocab, end_tokens=(END,))
+    guide = RequestGuide(backend.compile(json.dumps({"type": "string"})).start(), num_prompt=0, end_tokens={END})
+    mask = np.zeros(mask_words(vocab), np.int32)
+    for at, token in enumerate(TOKENIZER.encode('"', add_special_tokens=False).ids):
+        guide.accept(at, token)
+        guide.fill(at + 1, memoryview(mask).cast("B"))
+    backend.close()
+    found = np.unpackbits(mask.view(np.uint8), bitorder="little").nonzero()[0]
+    assert found.size
+    assert found.max() < vocab

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.cluster.router.merge import TokenMerge
-from diptych.protos.errors import Disagreement, EngineFault, EngineLost, NoBlocks
+from diptych.protos.errors import Disagreement, EngineFault, EngineLost, InvalidRequest, NoBlocks
 from diptych.protos.types import Finish, FinishReason, Role, TokenLogprobs, TransferKey
 
 KEY = TransferKey(b"k" * 16)
@@ -264,3 +264,20 @@ def test_a_cancel_that_nobody_here_asked_for_can_be_tried_elsewhere() -> None:
     merge.settle()
     assert merge.error is not None
     assert merge.error.retryable
+
+
+def test_an_engines_refusal_names_the_field() -> None:
+    """What an engine said of `bad_words` reached the client without the field's name."""
+    refused = Finish(
+        key=KEY,
+        role=Role.DECODE,
+        reason=FinishReason.ERROR,
+        error_code=InvalidRequest.code,
+        error_message="said",
+        error_param="bad_words",
+    )
+    merge = TokenMerge(has_prefill=False)
+    merge.end(Role.DECODE, refused)
+    merge.settle()
+    assert isinstance(merge.error, InvalidRequest)
+    assert merge.error.param == "bad_words"
