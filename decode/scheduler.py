@@ -224,16 +224,16 @@ class DecodeScheduler:
     def _share_decoding(self, decision: Decision) -> None:
         """A token of each decoding sequence; of those with tokens that nobody samples as many as the step takes."""
         decoding = [
-            one
+            (one, missing)
             for one in self._by_urgency()
-            if (one.missing == 1 or (one.is_forced and one.missing > 1)) and not one.is_full
+            if ((missing := one.missing) == 1 or (missing > 1 and one.is_forced)) and not one.is_full
         ]
         runs, spare = self._max_runs(len(decoding)), self._step_tokens - len(decoding)
-        for sequence in decoding:
-            num_tokens = min(sequence.missing, 1 + spare) if runs > 0 else 1
+        for sequence, missing in decoding:
+            num_tokens = 1 if missing == 1 or runs <= 0 else min(missing, 1 + spare)
             runs -= num_tokens > 1
             spare -= num_tokens - 1
-            decision.shares.append(Share(sequence, num_tokens, samples=num_tokens == sequence.missing))
+            decision.shares.append(Share(sequence, num_tokens, samples=num_tokens == missing))
 
     def _share_prompts(self, decision: Decision, now: float) -> None:
         """Prompts by turn, each as much as the budget allows."""

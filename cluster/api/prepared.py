@@ -86,8 +86,10 @@ async def prepare_chat(request: ChatRequest, model: ServedModel, room: int) -> P
     text = renderer.chat_text(request.messages, tools=request.tool_use, options=request.template, instruction=told)
     prompt = await renderer.encode(text, add_special=False, max_tokens=room, param="messages")
     prefix = request.messages[-1].content if request.template.continue_final else ""
-    lead = prefix or renderer.answer_lead(text, request.messages, request.template)
-    is_inside = marks is not None and not prefix and ends_inside(lead, marks.start, marks.end)
+    lead = ""
+    if marks is not None and not prefix:
+        lead = renderer.answer_lead(text, request.messages, request.template)
+    is_inside = marks is not None and ends_inside(lead, marks.start, marks.end)
     tool_format = _tool_format(model) if tools is not None else None
     reading = None
     if marks is not None or tools is not None or request.structured:
