@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
+from diptych.cluster.constraints.keywords import Draft
 from diptych.cluster.formats.format import JSON, ReasoningFormat, ToolFormat
 from diptych.protos.openai import MAX_ANSWERS
 from diptych.protos.openai_output import Kind
@@ -22,7 +23,7 @@ def capabilities_of(model: ServedModel, context_tokens: int) -> JsonObject:
         "modalities": {"input": ["text"], "output": ["text"]},
         "endpoints": ["chat.completions", "completions"] if has_template else ["completions"],
         "constraints": list(get_args(Kind)),
-        "schema": {"dialects": ["2020-12", "7"], "strict": "always", "max_bytes": MAX_SCHEMA_BYTES},
+        "schema": {"dialects": [draft.value.split("/")[-1].removeprefix("draft-") for draft in Draft], "strict": "always", "max_bytes": MAX_SCHEMA_BYTES},
         "tools": _tools(model) if has_template else None,
         "reasoning": _reasoning(model, model.format.reasoning) if has_template else None,
         "logprobs": {"top": MAX_LOGPROBS, "prompt": True},

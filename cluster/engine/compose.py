@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from diptych.cluster.security import engine_name
@@ -320,6 +321,8 @@ def _info(spec: EngineSpec, loaded: Brain, num_blocks: int) -> EngineInfo:
         degraded.append(
             f"{what} of {max_context_tokens} tokens instead of {spec.wanted_context_tokens}: {bound} is the bound"
         )
+    if find_spec("xgrammar") is None:
+        degraded.append("the few schemas that llguidance cannot follow are refused: pip install 'diptych[xgrammar]'")
     if not spec.kv.prefix_cache:
         degraded.append(f"no prefix cache: {spec.kv_key}.prefix_cache is off")
     return EngineInfo(
