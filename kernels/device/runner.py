@@ -371,7 +371,7 @@ class DeviceRunner:
 
     def _rehearse(self, lengths: Sequence[int], behind: int = 0) -> None:
         """A step of rows of the dummy slot, all in the spare block; rows of one token first."""
-        self._start(StepPlan(0, ()), _dummies(lengths, self._state.dummy, behind))
+        self._choose(self._start(StepPlan(0, ()), _dummies(lengths, self._state.dummy, behind)))
         self._finish()
 
     def _rehearse_choices(self) -> None:
