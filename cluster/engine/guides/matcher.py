@@ -23,12 +23,11 @@ from diptych.protos.errors import InvalidRequest, StartupError
 
 Words = NDArray[np.int32]
 
-# What one token may cost the step loop. Of 440 real schemas over 49,152 tokens one needs more, at 344 us for 99 of 100
-# masks.
-_STEP_FUEL = 50_000  # of the lexer, about 14,000 a millisecond
-_STEP_ITEMS = 12_500  # of the parser, about 20,000 a millisecond
-_FEW = 4  # masks that are not worth a start of threads: 3 us each at the median
-_THREADS = min(8, len(os.sched_getaffinity(0)) // 2)
+# What one token may cost the step loop: the library's own bounds. With a quarter of them 3 of 267 real schemas could
+# not be followed to the end of an answer, with all of them every one can, at 3 ms for the slowest of 49,152 tokens.
+_STEP_FUEL = 200_000  # of the lexer
+_STEP_ITEMS = 50_000  # of the parser
+_THREADS = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 
 
 class Matcher(Protocol):
@@ -57,8 +56,6 @@ class Matcher(Protocol):
 def fill_rows(rows: Sequence[tuple[Matcher, int]], masks_MW: Words) -> None:
     """Masks of several matchers, each into its row; those of llguidance in threads that share no lock."""
     together = [(one, at) for one, at in rows if isinstance(one, _LlguidanceMatcher) and one.fits]
-    if len(together) < _FEW or _THREADS < 2:
-        together = []
     apart = {at for _, at in together}
     for matcher, at in rows:
         if at not in apart:
@@ -118,7 +115,8 @@ class Llguidance:
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits())
         if matcher.is_error():
             raise InvalidRequest(f"the form of the answer cannot be enforced: {_first_line(matcher.get_error())}")
-        matcher.compute_bitmask()  # copies begin with what this has found: 10 us for their first mask instead of 1 ms
+        # Copies begin with what this has found: 10 us for their first mask instead of 1 ms.
+        _fill([(matcher, 0)], np.zeros((1, mask_words(self._tokenizer.vocab_size)), np.int32))
         return _LlguidanceGrammar(matcher, self._tokenizer, self._vocab_size)
 
     def close(self) -> None:
@@ -152,8 +150,7 @@ class _LlguidanceMatcher:
     @staticmethod
     def fill_together(rows: Sequence[tuple[_LlguidanceMatcher, int]], masks_MW: Words) -> None:
         """See fill_rows; all of them fit."""
-        asked = [(one._matcher, at) for one, at in rows]
-        _executor().unsafe_compute_mask_ptr(asked, masks_MW.ctypes.data, masks_MW[0].nbytes, len(masks_MW))
+        _fill([(one._matcher, at) for one, at in rows], masks_MW)
 
     @property
     def error(self) -> str:
@@ -164,7 +161,7 @@ class _LlguidanceMatcher:
 
     def fill(self, mask_W: Words) -> None:
         target = mask_W if self._wide is None else self._wide
-        self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
+        _fill([(self._matcher, 0)], target[None])
         if self._wide is not None:
             narrow(self._wide, mask_W, self._vocab_size)
 
@@ -198,6 +195,11 @@ def _unnamed(file: Path, plain: llguidance.LLTokenizer) -> str:
             vocabulary[number][0] = token["content"]
     tokenizer["post_processor"] = None  # it names special tokens, and adds none here
     return json.dumps(tokenizer)
+
+
+def _fill(rows: list[tuple[llguidance.LLMatcher, int]], masks_MW: Words) -> None:
+    """Masks into their rows. The executor lets other threads run meanwhile, which a matcher by itself does not."""
+    _executor().unsafe_compute_mask_ptr(rows, masks_MW.ctypes.data, masks_MW[0].nbytes, len(masks_MW))
 
 
 @cache
