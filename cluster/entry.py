@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 APP_NAME = "diptych"
+# Schemas are judged and large bodies parsed in threads: with Python's 5 ms streams would wait that long behind each.
+SWITCH_INTERVAL_S = 0.0005
 READY_POLL_S = 0.05
 SHUTDOWN_MARGIN_S = 15.0
 # Of the grace after SIGTERM this much, or half of it, is for running requests when no successor comes.
@@ -93,6 +96,7 @@ class RouterDeployment:
         from diptych.cluster.security import trust_of
 
         logging.getLogger("diptych").setLevel(logging.INFO)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         if isinstance(plan, DeploymentHandle):  # of Pools: waits until the engines are ready
             plan = cast("RouterPlan", await plan.router_plan.remote())
         configure_tracing(plan.trace_file, "router")
