@@ -115,7 +115,7 @@ def engine_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Offli
 
 def measure(engines: OfflineEngines, vocab: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """By form: tokens a second, steps and their mean time; the median of the repeats."""
-    found: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
+    found: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     for repeat in range(options.repeats + 1):
         for form, grammar in FORMS.items():
             prompts = random_prompts(options.requests, options.prompt, vocab_size=vocab, seed=repeat)
@@ -133,7 +133,7 @@ def measure(engines: OfflineEngines, vocab: int, options: argparse.Namespace) ->
                 wall = time.perf_counter() - began
                 told = {kind: one.means() | {"steps": one.steps} for kind, one in steps.items()}
                 row = {"tokens": total, "seconds": seconds, "first_p50_s": first, "wall_s": wall, "steps": told}
-                found[form].append(row)  # type: ignore[arg-type]
+                found[form].append(row)
     return {form: sorted(rows, key=lambda row: row["seconds"])[len(rows) // 2] for form, rows in found.items()}
 
 

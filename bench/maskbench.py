@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import llguidance
 
@@ -138,14 +139,14 @@ def by_xgrammar(schema: object) -> Accepts | str:
 
 
 def count(
-    tally: Tally, case: dict[str, object], name: str, made: Accepts | str, *, partial: bool, reorder: Accepts
+    tally: Tally, case: dict[str, Any], name: str, made: Accepts | str, *, partial: bool, reorder: Accepts
 ) -> None:
     if isinstance(made, str):
         tally.counts["refused"] += 1
         tally.reasons[made.split("\n")[0][:60]] += 1
         return
     outcome = "right"
-    for test in case["tests"]:  # type: ignore[attr-defined]
+    for test in case["tests"]:
         accepted = made(test["data"])
         if accepted and not test["valid"]:
             outcome = "wrong"
@@ -157,7 +158,7 @@ def count(
     tally.counts[outcome] += 1
 
 
-def ours(tally: Tally, checked: Tally, case: dict[str, object], name: str) -> None:
+def ours(tally: Tally, checked: Tally, case: dict[str, Any], name: str) -> None:
     schema = case["schema"]
     start = time.perf_counter()
     try:

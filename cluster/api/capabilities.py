@@ -14,6 +14,8 @@ from diptych.protos.openai_tools import MAX_SCHEMA_BYTES, MAX_TOOLS
 
 from .served import ServedModel
 
+_DIALECTS = [draft.value.split("/")[-1].removeprefix("draft-") for draft in Draft]
+
 
 def capabilities_of(model: ServedModel, context_tokens: int) -> JsonObject:
     """`context_tokens`: prompt and answer together, as the engines' pools allow now."""
@@ -23,7 +25,7 @@ def capabilities_of(model: ServedModel, context_tokens: int) -> JsonObject:
         "modalities": {"input": ["text"], "output": ["text"]},
         "endpoints": ["chat.completions", "completions"] if has_template else ["completions"],
         "constraints": list(get_args(Kind)),
-        "schema": {"dialects": [draft.value.split("/")[-1].removeprefix("draft-") for draft in Draft], "strict": "always", "max_bytes": MAX_SCHEMA_BYTES},
+        "schema": {"dialects": _DIALECTS, "strict": "always", "max_bytes": MAX_SCHEMA_BYTES},
         "tools": _tools(model) if has_template else None,
         "reasoning": _reasoning(model, model.format.reasoning) if has_template else None,
         "logprobs": {"top": MAX_LOGPROBS, "prompt": True},

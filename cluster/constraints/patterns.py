@@ -91,22 +91,25 @@ def literal(text: str) -> str:
     return f"^{_escaped(text)}$"
 
 
+Tree = dict[str, "Tree"]  # of texts by their characters; "" where one ends
+
+
 def none_of(texts: list[str]) -> str:
     """A pattern of every text that is not in the list, as wide as the list's common beginnings."""
-    tree: dict[str, dict[str, object]] = {}
+    tree: Tree = {}
     for text in texts:
         node = tree
         for character in text:
-            node = node.setdefault(character, {})  # type: ignore[assignment]
+            node = node.setdefault(character, {})
         node[""] = {}
     return f"^{_outside(tree)}$"
 
 
-def _outside(tree: dict[str, dict[str, object]]) -> str:
+def _outside(tree: Tree) -> str:
     rests = []
     for character, below in tree.items():
         if character:
-            rests.append(_escaped(character) + _outside(below))  # type: ignore[arg-type]
+            rests.append(_escaped(character) + _outside(below))
     firsts = "".join(_in_class(character) for character in tree if character)
     rests.append(f"[^{firsts}][\\s\\S]*" if firsts else "[\\s\\S]+")
     whole = f"(?:{'|'.join(rests)})"

@@ -192,7 +192,8 @@ class CallReader:
         self._state = self._plain_name
         return pos
 
-    def _plain_name(self, text: str, pos: int) -> int:
+    def _take_plain(self, text: str, pos: int) -> int:
+        """Past the characters of a name without quotes, which are kept."""
         found = _PLAIN_NAME(text, pos)
         assert found is not None
         end = found.end()
@@ -200,6 +201,10 @@ class CallReader:
             self._raw.append(text[pos:end])
             if sum(map(len, self._raw)) > MAX_NAME:
                 self._rejected = True
+        return end
+
+    def _plain_name(self, text: str, pos: int) -> int:
+        if (end := self._take_plain(text, pos)) > pos:
             return end
         if not self._raw:
             return self._bad(pos)
@@ -268,13 +273,7 @@ class CallReader:
         return pos
 
     def _typed_name(self, text: str, pos: int) -> int:
-        found = _PLAIN_NAME(text, pos)
-        assert found is not None
-        end = found.end()
-        if end > pos:
-            self._raw.append(text[pos:end])
-            if sum(map(len, self._raw)) > MAX_NAME:
-                self._rejected = True
+        if (end := self._take_plain(text, pos)) > pos:
             return end
         if not self._raw or text[pos] not in SPACES + "{`<":
             return self._bad(pos)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from os.path import commonprefix
 
 from diptych.cluster.formats.markers import Markers
 
@@ -91,5 +90,10 @@ def num_hopeful(raw: str, wanted: Collection[str]) -> int:
     plain = raw.partition("\\")[0]
     if any(word.startswith(plain) for word in wanted):
         return len(raw)
-    # Characters are what is compared; the function's home is an accident.
-    return max((len(commonprefix((plain, word))) for word in wanted), default=0)  # noqa: RUF071
+    return max((_num_equal(plain, word) for word in wanted), default=0)
+
+
+def _num_equal(text: str, other: str) -> int:
+    """The length of what both begin with."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((at for at, (one, two) in pairs if one != two), min(len(text), len(other)))

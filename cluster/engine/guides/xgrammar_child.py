@@ -10,6 +10,7 @@ import json
 import resource
 import signal
 import sys
+from pathlib import Path
 from typing import TextIO
 
 MEMORY_BYTES = 4 << 30  # of address space beyond what the libraries take
@@ -23,7 +24,7 @@ def main(requests: TextIO, answers: TextIO) -> None:
 
     info = xgrammar.TokenizerInfo.deserialize_json(json.loads(requests.readline()))
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-    taken = int(open("/proc/self/statm", encoding="ascii").read().split()[0]) * resource.getpagesize()  # noqa: SIM115
+    taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY_BYTES, resource.RLIM_INFINITY))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process also within the library
     _tell(answers, {})

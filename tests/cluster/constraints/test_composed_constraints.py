@@ -16,7 +16,7 @@ from diptych.cluster.formats.format import TOOL_FORMATS, Format, ToolFormat
 from diptych.cluster.formats.parser import OutputParser
 from diptych.protos.constraint import Backend
 from diptych.protos.errors import InvalidRequest
-from diptych.protos.openai_output import OutputForm
+from diptych.protos.openai_output import Kind, OutputForm
 from diptych.protos.openai_tools import Mode, Tool, ToolUse
 
 CITY = {
@@ -188,9 +188,9 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("kind", "value", "good", "bad"), FORMS, ids=lambda value: str(value)[:30])
-def test_each_kind_of_form(kind: str, value: str | tuple[str, ...], good: list[str], bad: list[str]) -> None:
+def test_each_kind_of_form(kind: Kind, value: str | tuple[str, ...], good: list[str], bad: list[str]) -> None:
     """Each of vLLM's and OpenAI's ways to ask for a form."""
-    made = grammar(compose(OutputForm(kind=kind, value=value, path=f"guided_{kind}"), None, None))  # type: ignore[arg-type]
+    made = grammar(compose(OutputForm(kind=kind, value=value, path=f"guided_{kind}"), None, None))
     assert [text for text in good if not trial.accepts(made, text)] == []
     assert [text for text in bad if trial.accepts(made, text)] == []
 
@@ -217,9 +217,9 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("kind", "text", "words"), FAULTS, ids=lambda value: value[:30])
-def test_faults_of_a_clients_grammar_are_placed(kind: str, text: str, words: str) -> None:
+def test_faults_of_a_clients_grammar_are_placed(kind: Kind, text: str, words: str) -> None:
     """A grammar could name the end-of-turn token, and an error said only that it did not compile."""
     with pytest.raises(InvalidRequest) as caught:
-        compose(OutputForm(kind=kind, value=text, path=f"guided_{kind}"), None, None)  # type: ignore[arg-type]
+        compose(OutputForm(kind=kind, value=text, path=f"guided_{kind}"), None, None)
     assert caught.value.param == f"guided_{kind}"
     assert words in str(caught.value)
