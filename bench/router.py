@@ -37,6 +37,7 @@ from diptych.cluster.config import RouterSettings
 from diptych.cluster.router.rig import until
 from diptych.cluster.router.router import Router
 from diptych.cluster.router.testing import StaticDirectory
+from diptych.cluster.store.testing import temporary_store
 from diptych.protos import engine_pb2 as pb
 from diptych.protos.engine_pb2_grpc import EngineStub
 from diptych.protos.status import EngineInfo
@@ -77,12 +78,13 @@ async def serve_front_door(target: str) -> None:
     router = Router(directory=StaticDirectory([engine_info(target)]), settings=settings)
     await router.start()
     await until(lambda: router.is_ready("echo"))
-    app = create_app(router, [served_model()])
-    listener = await start_listener(app, host="127.0.0.1", port=0, limits=settings.limits)
-    print(listener.port, flush=True)
-    await asyncio.to_thread(sys.stdin.read)
-    await listener.stop(0.1)
-    await router.stop()
+    async with temporary_store() as store:
+        app = create_app(router, [served_model()], store=store)
+        listener = await start_listener(app, host="127.0.0.1", port=0, limits=settings.limits)
+        print(listener.port, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+        await listener.stop(0.1)
+        await router.stop()
 
 
 @contextlib.contextmanager
@@ -233,7 +235,8 @@ def serve_proxy(target: str) -> Any:
             self._router = Router(directory=StaticDirectory([engine_info(target)]), settings=RouterSettings())
             await self._router.start()
             await until(lambda: self._router.is_ready("echo"))
-            self._app = create_app(self._router, [served_model()])
+            store = await contextlib.AsyncExitStack().enter_async_context(temporary_store())
+            self._app = create_app(self._router, [served_model()], store=store)
 
         def __serve_build_asgi_app__(self) -> Any:
             return self._app

@@ -34,6 +34,7 @@ from diptych.cluster.config import RouterSettings
 from diptych.cluster.router.rig import until
 from diptych.cluster.router.router import Router
 from diptych.cluster.router.testing import EchoEngine, StaticDirectory
+from diptych.cluster.store.testing import temporary_store
 from diptych.protos import engine_pb2 as pb
 from diptych.protos.codec import finish_to_pb, order_from_pb, status_to_pb
 from diptych.protos.types import Finish, FinishReason, Role
@@ -112,10 +113,11 @@ async def serve_front_door(target: str, *, words: bool) -> None:
     router = Router(directory=StaticDirectory([engine_info(target)]), settings=settings)
     await router.start()
     await until(lambda: router.is_ready("echo"))
-    app = create_app(router, [model_of_words() if words else served_model()])
-    listener = await start_listener(app, host="127.0.0.1", port=0, limits=settings.limits)
-    print(listener.port, os.getpid(), flush=True)
-    await asyncio.to_thread(sys.stdin.read)
+    async with temporary_store() as store:
+        app = create_app(router, [model_of_words() if words else served_model()], store=store)
+        listener = await start_listener(app, host="127.0.0.1", port=0, limits=settings.limits)
+        print(listener.port, os.getpid(), flush=True)
+        await asyncio.to_thread(sys.stdin.read)
 
 
 class Answer(asyncio.Protocol):

@@ -101,7 +101,7 @@ class Judge:
             _quote(row, f"{written.finish.reason}: {written.finish.error_message}", data)
             return
         text = data.decode(errors="replace")  # half a character is nothing that a grammar accepts
-        faults = asked.prepared.faults(None, text)
+        faults = asked.prepared.checks.faults(text, ()) if asked.prepared.checks is not None else []
         others = by_the_package(SCHEMAS[asked.name][1], text)
         row.faulty += bool(faults)
         if faults and row.coverage == "full":

@@ -31,6 +31,7 @@ def run_apply(config: Path | None = None, overrides: Sequence[str] = (), *, url:
         state = running_cluster(url, load_config(config, own).run_dir)
         before = read_config(state)
         after = load_config(config, overrides) if config is not None else _changed(state, overrides)
+        after = _with_found_tasks(after, before)
         names = differences(before.model_dump(mode="json"), after.model_dump(mode="json"))
         if not names:
             print("nothing to change: the cluster has this configuration")
@@ -56,6 +57,16 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tup
         elif old != new or (key in before) != (key in after):
             found.append((key,))
     return found
+
+
+def _with_found_tasks(after: DiptychConfig, before: DiptychConfig) -> DiptychConfig:
+    """`task: auto` is what was found of the same model when the cluster started."""
+    models = dict(after.models)
+    for name, settings in after.models.items():
+        runs = before.models.get(name)
+        if runs is not None and settings.task == "auto":
+            models[name] = settings.model_copy(update={"task": runs.task})
+    return after.model_copy(update={"models": models})
 
 
 def _changed(state: ClusterState, overrides: Sequence[str]) -> DiptychConfig:

@@ -12,6 +12,12 @@ import typer
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench", help="Measure: an engine alone, a running server, or kernels.")
+keys = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(keys, name="keys", help="API keys: create, list, revoke.")
+providers = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(providers, name="providers", help="Outside providers: list, test.")
+route = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(route, name="route", help="Routes of the gateway: explain.")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; the README shows its keys.")]
 Overrides = Annotated[
@@ -35,8 +41,8 @@ def _writable(path: Path | None) -> Path | None:
 
 
 def _role(name: str | None) -> str | None:
-    if name not in (None, "prefill", "decode"):
-        raise typer.BadParameter(f"{name!r} is no role; there are prefill and decode")
+    if name not in (None, "prefill", "decode", "embed"):
+        raise typer.BadParameter(f"{name!r} is no role; there are prefill, decode and embed")
     return name
 
 
@@ -87,6 +93,7 @@ def scale(
     model: Annotated[str, typer.Argument(help="A served model.")],
     prefill: Annotated[int | None, typer.Option(help="Engines of its prefill pool.")] = None,
     decode: Annotated[int | None, typer.Option(help="Engines of its decode pool.")] = None,
+    embed: Annotated[int | None, typer.Option(help="Engines of a model that embeds or ranks texts.")] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     url: Url = None,
@@ -96,7 +103,7 @@ def scale(
     from diptych.cluster.scale import run_scale
     from diptych.protos.types import Role
 
-    wishes = {Role.PREFILL: prefill, Role.DECODE: decode}
+    wishes = {Role.PREFILL: prefill, Role.DECODE: decode, Role.EMBED: embed}
     sizes = {role: engines for role, engines in wishes.items() if engines is not None}
     raise typer.Exit(run_scale(model, sizes, config=config, overrides=overrides or (), url=url, address=address))
 
@@ -104,7 +111,7 @@ def scale(
 @app.command()
 def restart(
     model: Annotated[str | None, typer.Argument(help="A served model; by default all.")] = None,
-    role: Annotated[str | None, typer.Option(help="prefill or decode; by default both.", callback=_role)] = None,
+    role: Annotated[str | None, typer.Option(help="prefill, decode or embed; by default all.", callback=_role)] = None,
     router: Annotated[bool, typer.Option("--router", help="The router alone.")] = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -156,16 +163,157 @@ def models(config: ConfigFile = None, overrides: Overrides = None, url: Url = No
     raise typer.Exit(run_models(config, overrides or [], url))
 
 
-@app.command()
-def keygen(
+@keys.command("create")
+def keys_create(
     tenant: Annotated[str, typer.Argument(help="Whose key it is.")],
-    admin: Annotated[bool, typer.Option("--admin", help="It opens /info and /metrics too.")] = False,
-    file: Annotated[Path | None, typer.Option(help="File of security.api_keys that the line goes to.")] = None,
+    name: Annotated[str, typer.Option(help="For people, to tell it from others.")] = "",
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="inference, files or admin; may be repeated. By default the first two."),
+    ] = None,
+    expires: Annotated[str | None, typer.Option(help="90d, 12h, or a day such as 2027-01-31.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="More get 429.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests in work; more get 429.")] = None,
+    may_override: Annotated[
+        list[str] | None,
+        typer.Option(help="target, strategy or cache: by the headers x-route-*, x-cache; may be repeated."),
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="For rules, budgets and limits; may be repeated.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Append to this file of security.api_keys instead.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
 ) -> None:
-    """Make an API key: prints it, once, and the line for the file that security.api_keys names."""
-    from diptych.cluster.keygen import run_keygen
+    """Make an API key and print it, this once; a cluster that runs on the same store takes it at once."""
+    from diptych.cluster.key_verbs import place_of, run_create
 
-    raise typer.Exit(run_keygen(tenant, is_admin=admin, file=file))
+    code = run_create(
+        tenant,
+        name=name,
+        scopes=scope or (),
+        expires=expires,
+        limits=(requests_per_minute, concurrency),
+        routing=(may_override or (), tag or ()),
+        file=file,
+        place=place_of(config, overrides),
+    )
+    raise typer.Exit(code)
+
+
+@keys.command("list")
+def keys_list(
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show the keys by their ids, never a key."""
+    from diptych.cluster.key_verbs import place_of, run_list
+
+    raise typer.Exit(run_list(tenant, as_json=as_json, place=place_of(config, overrides)))
+
+
+@keys.command("revoke")
+def keys_revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="As `diptych keys list` shows it.")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Let a key open nothing any more, a quarter of a second later; answers in work go on."""
+    from diptych.cluster.key_verbs import place_of, run_revoke
+
+    raise typer.Exit(run_revoke(key_id, place=place_of(config, overrides)))
+
+
+@providers.command("list")
+def providers_list(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show the providers that can be named, built in and configured, and whether their keys are there."""
+    from diptych.cluster.providers.verbs import place_of, run_list
+
+    raise typer.Exit(run_list(as_json=as_json, place=place_of(config, overrides)))
+
+
+@providers.command("test")
+def providers_test(
+    target: Annotated[str, typer.Argument(metavar="PROVIDER/MODEL", help="As `model` of a request names it.")],
+    timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Send one request for a single token and show the time and the tokens, or what is wrong and what helps."""
+    from diptych.cluster.providers.verbs import place_of, run_test
+
+    raise typer.Exit(run_test(target, timeout_s=timeout_s, as_json=as_json, place=place_of(config, overrides)))
+
+
+@route.callback()
+def route_group() -> None:
+    """Routes of the gateway."""
+
+
+@route.command("explain")
+def route_explain(
+    model: Annotated[str | None, typer.Option(help="A route, or PROVIDER/MODEL.")] = None,
+    message: Annotated[str | None, typer.Option(help="What the user says.")] = None,
+    request: Annotated[
+        Path | None, typer.Option(help="Instead: the body of a request as a JSON file.", metavar="FILE")
+    ] = None,
+    tenant: Annotated[str, typer.Option(help="Ask as this tenant.")] = "",
+    key: Annotated[str, typer.Option(help="Ask as this API key, by its id.", metavar="ID")] = "",
+    session: Annotated[str, typer.Option(help="Ask in this session.")] = "",
+    tag: Annotated[list[str] | None, typer.Option(help="With this tag; may be repeated.")] = None,
+    header: Annotated[
+        list[str] | None,
+        typer.Option(help="A header, such as x-route-strategy=sticky; may be repeated.", metavar="NAME=VALUE"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Explain by this file alone; no server is asked.")
+    ] = None,
+    overrides: Overrides = None,
+    url: Url = None,
+) -> None:
+    """Say which rule decides about a request, where it would go and why not elsewhere, and what it would cost. Nothing
+    is sent to any target. A server is asked with the key of DIPTYCH_API_KEY.
+    """
+    from diptych.cluster.route_verbs import Asker, body_of, run_explain
+    from diptych.protos.errors import StartupError
+
+    pairs = [(name, value) for name, _, value in (one.partition("=") for one in header or ())]
+    if any(not name or not value for name, value in pairs):
+        raise typer.BadParameter("write --header NAME=VALUE")
+    asker = Asker(tenant=tenant, key=key, session=session, tags=tuple(tag or ()), headers=tuple(pairs))
+    try:
+        body = body_of(model, message, request)
+    except StartupError as exc:
+        print(f"diptych: {exc}", file=sys.stderr)
+        raise typer.Exit(1) from exc
+    code = run_explain(body, asker, as_json=as_json, config=config, overrides=overrides or (), url=url)
+    raise typer.Exit(code)
+
+
+@app.command()
+def usage(
+    by: Annotated[str, typer.Option(help="tenant, key, route, target or day.")] = "route",
+    since: Annotated[str | None, typer.Option(help="2026-11-01, or 7d or 24h ago; by default the 1st.")] = None,
+    until: Annotated[str | None, typer.Option(help="Likewise; by default now.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's; by default all, of --url your own.")] = None,
+    key: Annotated[str | None, typer.Option(help="Only this key's, by its id.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    url: Annotated[str | None, typer.Option(help="Ask a running server, not the store of the configuration.")] = None,
+) -> None:
+    """Show what requests through the gateway used and cost, and what is left of budgets."""
+    from diptych.cluster.usage_verbs import run_usage
+
+    asked = {"by": by, "since": since, "until": until, "tenant": tenant, "key": key}
+    fields = {name: value for name, value in asked.items() if value is not None}
+    raise typer.Exit(run_usage(fields, config=config, overrides=overrides or (), url=url, as_json=as_json))
 
 
 @app.command()
@@ -178,6 +326,24 @@ def doctor(
     from diptych.cluster.doctor import run_doctor
 
     raise typer.Exit(run_doctor(config, overrides or [], as_json=as_json))
+
+
+@app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run_function(
+    rest: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="FILE:FUNCTION", help="A call, an agent, a prompt or a function.")],
+    arg: Annotated[
+        list[str] | None,
+        typer.Option("--arg", help="An argument; --NAME VALUE is short for it.", metavar="NAME=VALUE"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="PREFIX/MODEL that is asked instead.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Text as it comes, typed results as lines of JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole reply: value, model, cost, attempts.")] = False,
+) -> None:
+    """Run a typed call, an agent or a function with arguments from the command line, and print what it gives."""
+    from diptych.agents.llm.command import run
+
+    raise typer.Exit(run(target, rest.args, named=arg or (), model=model, stream=stream, as_json=as_json))
 
 
 @app.command()

@@ -10,21 +10,36 @@ import ipaddress
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
 
 from diptych.cluster.formats.format import REASONING_FORMATS, TOOL_FORMATS
+from diptych.cluster.gateway.settings import GatewaySettings
+from diptych.cluster.providers.fetch_settings import FetchSettings
+from diptych.cluster.providers.settings import NamedProviders
+from diptych.cluster.router_settings import LABEL_RULE as LABEL_RULE
+from diptych.cluster.router_settings import MAX_LABEL_CHARS as MAX_LABEL_CHARS
+from diptych.cluster.router_settings import LimitSettings as LimitSettings
+from diptych.cluster.router_settings import PlacementSettings as PlacementSettings
+from diptych.cluster.router_settings import ResponsesSettings as ResponsesSettings
+from diptych.cluster.router_settings import RouterSettings as RouterSettings
+from diptych.cluster.router_settings import TenantSettings as TenantSettings
+from diptych.cluster.router_settings import is_label as is_label
+from diptych.cluster.security_settings import SecuritySettings as SecuritySettings
+from diptych.cluster.security_settings import TlsSettings as TlsSettings
+from diptych.cluster.store.settings import StoreSettings
 from diptych.protos.echo import ECHO
 from diptych.protos.errors import StartupError
 from diptych.protos.faults import FaultSettings
 from diptych.protos.settings import (
-    Bytes,
     DecodePoolSettings,
     EchoSettings,
+    EmbedPoolSettings,
     KvSettings,
     PrefillPoolSettings,
     Seconds,
@@ -55,8 +70,6 @@ _WORDING = {
     "too_short": "should have at least {min_length} entry",
 }
 
-Port = Annotated[int, Field(ge=0, le=65535)]
-
 
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/diptych`, or `~/.cache/diptych`."""
@@ -68,99 +81,14 @@ def api_key() -> str:
     return os.environ.get("DIPTYCH_API_KEY", "").strip()
 
 
+def default_data_dir() -> Path:
+    """`$XDG_DATA_HOME/diptych`, or `~/.local/share/diptych`."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "diptych"
+
+
 def default_run_dir() -> Path:
     """A short private folder for sockets, state and Ray's session; Ray's own sockets leave little room for its name."""
     return Path(tempfile.gettempdir()) / f"diptych-{os.getuid()}"
-
-
-class LimitSettings(Settings):
-    """What one client may ask of a router replica; beyond it the answer is a 4xx or 503, at once."""
-
-    body_bytes: Bytes = Field(4 << 20, description="largest request body")
-    header_bytes: Bytes = Field(32 << 10, description="request line and headers together")
-    header_timeout_s: Seconds = Field(10.0, description="time to send the headers")
-    body_timeout_s: Seconds = Field(30.0, description="time to send the body")
-    idle_timeout_s: Seconds = Field(75.0, description="a kept-alive connection without a request is closed")
-    write_timeout_s: Seconds = Field(30.0, description="a client that reads nothing for this long is dropped")
-    request_timeout_s: Seconds = Field(600.0, description="deadline of a request, unless it asks for a shorter one")
-    max_connections: int = Field(1024, ge=1, description="open connections; one more is refused")
-    max_running: int = Field(512, ge=1, description="requests in work; more of them wait")
-    max_waiting: int = Field(256, ge=0, description="requests waiting for a place; one more gets 503 with retry-after")
-
-
-class PlacementSettings(Settings):
-    """How the engines of a request are chosen."""
-
-    policy: Literal["cost", "prefix", "session", "least_load", "round_robin"] = Field(
-        "cost", description="cost: estimated time to the first token and between tokens; the others for comparison"
-    )
-    local_prefill_below: int = Field(
-        0, ge=0, description="the decode engine computes a prompt itself when it lacks fewer tokens than this; 0: never"
-    )
-    session_ttl_s: Seconds = Field(600.0, description="an idle session (header x-session-id) is forgotten after this")
-    ttft_target_s: Seconds = Field(1.0, description="cost: time to the first token that counts as 1")
-    itl_target_s: Seconds = Field(0.1, description="cost: time between tokens that counts as 1")
-
-
-MAX_LABEL_CHARS = 128
-LABEL_RULE = f"must have 1 to {MAX_LABEL_CHARS} printable ASCII characters and no space around them"
-
-
-def is_label(text: str) -> bool:
-    """Whether `text` can name a tenant or a session: what a header can carry, and logs and metrics can show."""
-    return 0 < len(text) <= MAX_LABEL_CHARS and text.isascii() and text.isprintable() and text == text.strip()
-
-
-class TenantSettings(Settings):
-    """A tenant (header x-tenant)."""
-
-    weight: float = Field(1.0, gt=0, le=1000, description="share of the engines while several tenants have work")
-
-
-class RouterSettings(Settings):
-    """The router deployment and its own HTTP listener."""
-
-    host: str = Field("127.0.0.1", description="address of the listener; loopback only in this version")
-    port: Port = Field(8000, description="port of the listener; 0: a free port")
-    serve_port: Port = Field(0, description="port of Ray Serve's HTTP proxy; 0: a free port")
-    limits: LimitSettings = LimitSettings()
-    connect_timeout_s: Seconds = Field(5.0, description="time to reach an engine and be welcomed")
-    drain_grace_s: Seconds = Field(30.0, description="running requests may take this long to finish at shutdown")
-    default_max_tokens: int = Field(1024, ge=1, description="tokens generated when a chat request names no maximum")
-    max_attempts: int = Field(3, ge=1, description="placements tried for a request before its first token")
-    migration_limit: int = Field(2, ge=0, description="moves of a request to other engines after it; 0: none")
-    retry_budget: float = Field(
-        0.2, ge=0, le=1, description="further placements and moves, in the long run, per request that a tenant sends"
-    )
-    retry_burst: int = Field(
-        0, ge=0, description="the same at once; 0: limits.max_running, so that a whole engine may be lost"
-    )
-    silence_s: Seconds = Field(1.0, description="an engine that tells nothing for this long is lost")
-    quarantine_s: Seconds = Field(600.0, description="a request that ended two engines is refused for this long")
-    placement: PlacementSettings = PlacementSettings()
-    tenants: dict[str, TenantSettings] = Field(default={}, description="tenants with a weight other than 1")
-
-    @field_validator("tenants")
-    @classmethod
-    def _tenant_names(cls, tenants: dict[str, TenantSettings]) -> dict[str, TenantSettings]:
-        for name in tenants:
-            if not is_label(name):
-                raise ValueError(f"the name {name!r} {LABEL_RULE}")
-        return tenants
-
-    @field_validator("host")
-    @classmethod
-    def _loopback(cls, host: str) -> str:
-        try:
-            is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            raise ValueError(f"{host!r} is not an IP address") from None
-        if not is_loopback:
-            raise ValueError(
-                f"{host!r} is reachable from other machines, and this version speaks HTTP without TLS; "
-                "use 127.0.0.1, set security.api_keys, and put a proxy that speaks TLS in front"
-            )
-        return host
 
 
 class ModelSettings(Settings):
@@ -205,6 +133,11 @@ class ModelSettings(Settings):
         "auto", description="how it sets its reasoning apart; auto: as for tools, none: reasoning is content"
     )
     seed: int | None = Field(None, ge=0, description="of requests that name none; null: a fresh one each time")
+    task: Literal["auto", "generate", "embed", "rerank"] = Field(
+        "auto",
+        description="what it answers; embed: vectors of texts, rerank: scores of pairs by its own head, both by one "
+        "pool of engines without KV; auto: what its folder was made for",
+    )
     layout: Literal["disaggregated", "colocated"] = Field(
         "disaggregated",
         description="colocated: decode engines alone, which compute the prompts too, in the same steps",
@@ -212,6 +145,14 @@ class ModelSettings(Settings):
     kv: KvSettings = Field(KvSettings(), description="of each engine, unless its pool says otherwise")
     prefill: PrefillPoolSettings = PrefillPoolSettings()
     decode: DecodePoolSettings = DecodePoolSettings()
+    embed: EmbedPoolSettings = Field(EmbedPoolSettings(), description="of a model that embeds or ranks texts")
+
+    @field_validator("task")
+    @classmethod
+    def _has_texts(cls, task: str, info: ValidationInfo) -> str:
+        if task in ("embed", "rerank") and info.data.get("source") == ECHO:
+            raise ValueError(f"the model {ECHO} generates and does nothing else; remove this key")
+        return task
 
     @field_validator("tool_format", "reasoning_format")
     @classmethod
@@ -269,15 +210,20 @@ class ModelSettings(Settings):
         """Whether weights are read from files."""
         return self.weights == "checkpoint"
 
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """What an answer depends on besides the model's files; see models/identity.py."""
+        return self.dtype, self.device, self.tool_format, self.reasoning_format
+
     def without_sizes(self) -> ModelSettings:
         """What an engine is told: how many there are must not tell it from those of another size."""
         one = {"engines": 1}
-        return self.model_copy(
-            update={"prefill": self.prefill.model_copy(update=one), "decode": self.decode.model_copy(update=one)}
-        )
+        return self.model_copy(update={role.value: getattr(self, role.value).model_copy(update=one) for role in Role})
 
     def pools(self) -> dict[Role, int]:
-        """Engines of each pool that the layout has."""
+        """Engines of each pool that the task and the layout have; a task that nobody has settled is to generate."""
+        if self.task in ("embed", "rerank"):
+            return {Role.EMBED: self.embed.engines}
         if self.layout == "colocated":
             return {Role.DECODE: self.decode.engines}
         return {Role.PREFILL: self.prefill.engines, Role.DECODE: self.decode.engines}
@@ -335,44 +281,6 @@ class EngineSettings(Settings):
         return self.host is not None and not ipaddress.ip_address(self.host).is_loopback
 
 
-class TlsSettings(Settings):
-    """PEM files for mutual TLS on every gRPC channel. `{role}` in a path stands for the role of who reads it."""
-
-    ca: Path = Field(description="certificates of the cluster's own authority")
-    cert: Path = Field(description="certificate for router.diptych.internal, prefill... or decode...; may hold {role}")
-    key: Path = Field(description="its private key, readable by nobody else; may hold {role}")
-
-    @field_validator("ca", "cert", "key")
-    @classmethod
-    def _absolute(cls, file: Path) -> Path:
-        return Path(os.path.abspath(file.expanduser()))
-
-
-class SecuritySettings(Settings):
-    """Who may call the API: holders of a key. Who may call engines: holders of the cluster's secret, over TLS whose
-    certificates name their role.
-    """
-
-    api_keys: Path | None = Field(
-        None,
-        description="file of `diptych keygen`: the keys that open the API, by their hashes; null: no key is asked for",
-    )
-    secret_file: Path | None = Field(
-        None, description="64 hexadecimal digits, readable by nobody else; null: a fresh secret for this cluster"
-    )
-    tls: TlsSettings | None = Field(
-        None, description="PEM files of mutual TLS; `{role}` in a path is router, prefill or decode; null: no TLS"
-    )
-    allow_plaintext: bool = Field(
-        False, description="let channels leave this machine without TLS; only where the network itself is trusted"
-    )
-
-    @field_validator("secret_file", "api_keys")
-    @classmethod
-    def _absolute(cls, file: Path | None) -> Path | None:
-        return None if file is None else Path(os.path.abspath(file.expanduser()))
-
-
 class TelemetrySettings(Settings):
     """Traces."""
 
@@ -385,12 +293,19 @@ class DiptychConfig(Settings):
     models: dict[str, ModelSettings] = Field(default={DEFAULT_MODEL: ModelSettings()}, min_length=1)
     transfer: TransferSettings = TransferSettings()
     router: RouterSettings = RouterSettings()
+    providers: NamedProviders = Field(default={}, description="outside providers: of the built-in table, and own ones")
+    gateway: GatewaySettings = GatewaySettings()
+    fetch: FetchSettings = FetchSettings()
     engines: EngineSettings = EngineSettings()
     security: SecuritySettings = Field(SecuritySettings(), validate_default=True)
     ray: RaySettings = RaySettings()
+    store: StoreSettings = StoreSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     faults: FaultSettings = FaultSettings()
     cache_dir: Path = Field(default_factory=default_cache_dir, description="converted models")
+    data_dir: Path = Field(
+        default_factory=default_data_dir, description="what outlives a cluster: the store's file, contents of files"
+    )
     run_dir: Path = Field(default_factory=default_run_dir, description="sockets, state and logs of running clusters")
 
     @field_validator("models")
@@ -413,7 +328,7 @@ class DiptychConfig(Settings):
             )
         return security
 
-    @field_validator("cache_dir", "run_dir")
+    @field_validator("cache_dir", "data_dir", "run_dir")
     @classmethod
     def _absolute(cls, folder: Path) -> Path:
         return Path(os.path.abspath(folder.expanduser()))
@@ -453,7 +368,17 @@ def check_config(tree: Mapping[str, Any], origin: str) -> DiptychConfig:
     try:
         return DiptychConfig.model_validate(tree)
     except ValidationError as exc:
-        raise StartupError(f"{origin}: " + "; ".join(_sentence(error) for error in exc.errors())) from exc
+        raise StartupError(f"{origin}: " + "; ".join(map(_sentence, _mistakes(exc)))) from exc
+
+
+def _mistakes(exc: ValidationError) -> Iterator[ErrorDetails]:
+    """Without lists that are too short because of their wrong entries, which pydantic leaves out when it counts."""
+    errors = exc.errors()
+    for error in errors:
+        place = error["loc"]
+        has_wrong = any(other["loc"][: len(place)] == place and other is not error for other in errors)
+        if error["type"] != "too_short" or not has_wrong:
+            yield error
 
 
 def _give_kv(models: Any, memory_mib: int) -> None:
@@ -546,11 +471,13 @@ def _sentence(error: Any) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{where} is not a known key ({hint})"
     message = str(error["msg"]).removeprefix("Value error, ")
+    message = _WORDING.get(error["type"], message.removeprefix("Input ")).format(**error.get("ctx", {}))
+    if error["type"] == "missing":
+        return f"{where} is missing"
     if path[-1:] == ["[key]"]:
         return f"{'.'.join(path[:-2])}: the name {error['input']!r} is not a text; write it in quotes"
-    if error["type"] == "value_error":
+    if error["type"] == "value_error" or path[:1] == ["providers"]:  # where a key may have been written
         return f"{where}: {message}"
-    message = _WORDING.get(error["type"], message.removeprefix("Input ")).format(**error.get("ctx", {}))
     return f"{where}: {message}, not {error['input']!r}"
 
 
@@ -561,7 +488,7 @@ def _known_keys(path: Sequence[str]) -> list[str]:
     while parts:
         part = parts.pop(0)
         annotation = cls.model_fields[part].annotation
-        if part in ("models", "tenants"):
+        if get_origin(annotation) is dict:
             parts = parts[1:]
             annotation = get_args(annotation)[1]
         elif get_origin(annotation) is tuple:

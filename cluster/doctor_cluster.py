@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -15,8 +16,14 @@ from diptych.cluster.control.memory import plan_memory
 from diptych.cluster.control.plan import PLAINTEXT, plan_cluster
 from diptych.cluster.control.state import dead_folders, find_cluster
 from diptych.cluster.engine.card_plan import card_plans
+from diptych.cluster.gateway.check import check_gateway, is_used, unpriced
+from diptych.cluster.keys import check_exposed
 from diptych.cluster.models import ModelFolder, resolve
 from diptych.cluster.security import check_security, names_of
+from diptych.cluster.security_settings import API_PLAINTEXT
+from diptych.cluster.store.engines import file_of, shown, url_of
+from diptych.cluster.store.schema import waiting_migrations
+from diptych.cluster.tasks import settle_tasks
 from diptych.protos.errors import StartupError
 
 from .doctor_machine import Finding, State
@@ -28,14 +35,31 @@ def examine(config: DiptychConfig) -> list[Finding]:
     """All findings about this configuration."""
     folders, findings = models(config)
     if len(folders) == len(config.models):
+        with contextlib.suppress(StartupError):  # which the plan's finding tells
+            config = settle_tasks(config, folders)
         findings += [memory(config, folders), engines(config)]
     findings += ports(config)
-    findings.append(security(config))
+    findings += [security(config), store(config)]
+    if is_used(config.gateway) or config.providers:
+        findings.append(gateway(config))
     findings += [run_dir(config.run_dir), leftovers(config.run_dir)]
-    findings += [disk("cache_dir", config.cache_dir), disk("run_dir", config.run_dir)]
+    folders_of = (("cache_dir", config.cache_dir), ("data_dir", config.data_dir), ("run_dir", config.run_dir))
+    findings += [disk(key, folder) for key, folder in folders_of]
     if config.ray.address is not None:
         findings.append(ray_cluster(config.ray.address))
     return findings
+
+
+def gateway(config: DiptychConfig) -> Finding:
+    """Providers, their keys, and what routes lead to."""
+    try:
+        check_gateway(config)
+    except StartupError as error:
+        return Finding("gateway", State.STOP, str(error), "correct these keys, or set these variables")
+    if lacking := unpriced(config.gateway):
+        return Finding("gateway", State.SLOW, "; ".join(lacking), "give these prices")
+    told = f"{len(config.gateway.routes)} routes, {len(config.providers)} providers named"
+    return Finding("gateway", State.OK, told)
 
 
 def models(config: DiptychConfig) -> tuple[dict[str, ModelFolder], list[Finding]]:
@@ -65,12 +89,38 @@ def security(config: DiptychConfig) -> Finding:
         return Finding("security", State.STOP, str(error), "docs/concepts/security.md shows how to make these files")
     if config.engines.leaves_host and config.security.tls is None:
         return Finding("security", State.SLOW, f"{PLAINTEXT} (engines.host {config.engines.host})", "set security.tls")
+    if config.router.leaves_host:
+        return Finding("security", State.SLOW, API_PLAINTEXT, "use 127.0.0.1 with a proxy that speaks TLS in front")
     told = (
         "mutual TLS between engines and routers"
         if config.security.tls is not None
         else "engines and routers talk on this machine only"
     )
     return Finding("security", State.OK, told)
+
+
+def store(config: DiptychConfig) -> Finding:
+    """Whether the store can be opened and is of this version, and whether a key opens an API that others can reach."""
+    remedy = "set data_dir to a folder on a local disk, or store.url to a database"
+    try:
+        url = url_of(config.store, config.data_dir)
+        file = file_of(url)
+        if file is not None and not file.exists():
+            above = next(parent for parent in file.parents if parent.exists())
+            if not _is_writable(above):
+                return Finding("store", State.STOP, f"{file} cannot be made in {above}", remedy)
+            if config.router.leaves_host and config.security.api_keys is None:
+                told = f"router.host {config.router.host} is reachable from other machines, and there is no key yet"
+                return Finding("store", State.STOP, told, "make one with `diptych keys create TENANT`")
+            return Finding("store", State.OK, f"{file} does not exist yet; the first start makes it")
+        missing = waiting_migrations(url)
+        if not missing:
+            check_exposed(config)
+    except StartupError as error:
+        return Finding("store", State.STOP, str(error), remedy)
+    if missing:
+        return Finding("store", State.OK, f"{shown(url)} gets {', '.join(missing)} at the next start")
+    return Finding("store", State.OK, f"{shown(url)} is up to date")
 
 
 def memory(config: DiptychConfig, folders: dict[str, ModelFolder]) -> Finding:

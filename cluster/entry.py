@@ -13,10 +13,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ray import serve
 from ray.serve import Application
@@ -24,16 +24,30 @@ from ray.serve.handle import DeploymentHandle
 
 from diptych.cluster.config import DiptychConfig, RouterSettings, SecuritySettings, check_config, load_config
 from diptych.cluster.control.sigterm import work_before_sigterm_ends
+from diptych.cluster.gateway.check import check_gateway, is_used
+from diptych.cluster.gateway.settings import GatewaySettings
 from diptych.cluster.inprocess import post_json
 from diptych.cluster.models import ModelFolder
+from diptych.cluster.models.identity import weights_id
+from diptych.cluster.models.texts import TextFacts
+from diptych.cluster.observability.logs import log_ours_as_json
 from diptych.cluster.observability.tracing import configure_tracing, flush_tracing
+from diptych.cluster.providers.fetch_settings import FetchSettings
+from diptych.cluster.providers.settings import ProviderSettings
+from diptych.cluster.store.settings import StoreSettings
+from diptych.cluster.tasks import settle_tasks, text_facts
 from diptych.protos.errors import EngineLost, InvalidRequest, ShuttingDown, StartupError, error_from_code
 from diptych.protos.faults import FaultSettings, plan_of
 from diptych.protos.trust import ROUTER
 from diptych.protos.types import EngineRef
 
 if TYPE_CHECKING:
+    from diptych.cluster.api.front_gateway import FrontGateway
+    from diptych.cluster.api.served import ServedModel
+    from diptych.cluster.api.text_model import TextModel
     from diptych.cluster.control.held import HeldSocket
+    from diptych.cluster.router.router import Router
+    from diptych.cluster.store.database import Store
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +71,9 @@ class RoutedModel:
     seed: int | None
     tool_format: str = "auto"
     reasoning_format: str = "auto"
+    weights: str = ""  # see models/identity.py
+    text: TextFacts | None = None  # of one that embeds or ranks
+    truncate: Literal["none", "start", "end"] = "none"  # its texts, where a request does not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +84,13 @@ class RouterPlan:
     models: tuple[RoutedModel, ...]
     security: SecuritySettings
     holder: Path  # where the listening socket is asked for
+    store: StoreSettings
+    data_dir: Path
     trace_file: Path | None = None
     faults: FaultSettings = field(default_factory=FaultSettings)
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
+    providers: Mapping[str, ProviderSettings] = field(default_factory=dict)
+    fetch: FetchSettings = field(default_factory=FetchSettings)
 
 
 @serve.deployment(
@@ -88,26 +110,34 @@ class RouterDeployment:
     async def __init__(self, plan: RouterPlan | DeploymentHandle[Any]) -> None:  # type: ignore[misc] # Serve awaits it
         from diptych.cluster.api.app import create_app
         from diptych.cluster.api.served import ServedModel
+        from diptych.cluster.api.text_model import TextModel
+        from diptych.cluster.batches.runner import BatchRunner
         from diptych.cluster.control.directory import ManagerDirectory
         from diptych.cluster.control.gcs import GcsStore
         from diptych.cluster.control.keyring import fetch
+        from diptych.cluster.control.replica_port import keep_port_on_node
         from diptych.cluster.keys import ApiKeys
         from diptych.cluster.router.router import Router
         from diptych.cluster.security import trust_of
+        from diptych.cluster.store.database import open_store
 
-        logging.getLogger("diptych").setLevel(logging.INFO)
+        log_ours_as_json()
+        keep_port_on_node()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         if isinstance(plan, DeploymentHandle):  # of Pools: waits until the engines are ready
             plan = cast("RouterPlan", await plan.router_plan.remote())
         configure_tracing(plan.trace_file, "router")
-        models = [
-            ServedModel.load(
+        models: list[ServedModel | TextModel] = [
+            TextModel.load(m.name, m.folder, m.text, truncate=m.truncate)
+            if m.text is not None
+            else ServedModel.load(
                 m.name,
                 m.folder,
                 max_context_tokens=m.max_context_tokens,
                 seed=m.seed,
                 tool_format=m.tool_format,
                 reasoning_format=m.reasoning_format,
+                weights=m.weights,
             )
             for m in plan.models
         ]
@@ -115,10 +145,18 @@ class RouterDeployment:
         trust = trust_of(plan.security, fetch(GcsStore()), ROUTER)
         faults = plan_of(plan.faults, "router")
         self._router = Router(directory=ManagerDirectory(faults), settings=plan.settings, trust=trust, faults=faults)
+        self._store = open_store(plan.store, plan.data_dir, self._router.metrics)
+        await self._store.start()
         await self._router.start()
-        file = plan.security.api_keys
-        self._app = create_app(self._router, models, None if file is None else ApiKeys(file))
-        self._own_app = create_app(self._router, models)  # for handles: who calls one holds Ray's token
+        keys = ApiKeys(plan.security.api_keys, self._store)
+        await keys.start()
+        self._front = await _front_gateway(plan, self._router, models, self._store)
+        routes = None if self._front is None else self._front.routes
+        self._app = create_app(self._router, models, keys, store=self._store, routes=routes)
+        self._batches = BatchRunner(self._router, models, self._store, routes=routes)
+        await self._batches.start()
+        # For handles: who calls one holds Ray's token.
+        self._own_app = create_app(self._router, models, store=self._store, routes=routes)
         self._settings = plan.settings
         self._draining: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
@@ -175,8 +213,12 @@ class RouterDeployment:
                     await asyncio.sleep(READY_POLL_S)
                     missing -= {session.info.ref for session in self._router.view.sessions() if session.is_ready}
         except TimeoutError:
-            names = ", ".join(sorted(ref.engine_id for ref in missing)) or "no decode engine"
+            names = ", ".join(sorted(ref.engine_id for ref in missing)) or "no engine"
             raise EngineLost(f"within {timeout_s:g} s the router did not reach {names}") from None
+
+    @property
+    def _in_work(self) -> bool:
+        return bool(self._router.in_flight) or (self._front is not None and bool(self._front.routes.work.num_choices))
 
     async def drain(self, grace_s: float) -> None:
         """Accept nothing more, let running requests end for `grace_s` seconds, cancel the rest. Once."""
@@ -185,10 +227,18 @@ class RouterDeployment:
         await asyncio.shield(self._draining)
 
     async def _end(self, grace_s: float) -> None:
+        await self._batches.stop()
         if self._held is not None:
             await self._held.close()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace_s
         await self._listener.stop(grace_s)
+        for app in (self._app, self._own_app):
+            await app.state.background.stop(max(end - loop.time(), 0.0))
         await self._router.stop()
+        if self._front is not None:
+            await self._front.stop()
+        await self._store.stop()
         flush_tracing()
 
     async def restart(self) -> tuple[int, int]:
@@ -224,7 +274,7 @@ class RouterDeployment:
             log.info("router replica %d gives way to %s", os.getpid(), successor or "nobody: no other has come up")
             await self._listener.hand_over(end - loop.time())
             # What came through Serve; its counts are plain numbers.
-            while self._router.in_flight and loop.time() < end:  # noqa: ASYNC110
+            while self._in_work and loop.time() < end:  # noqa: ASYNC110
                 await asyncio.sleep(READY_POLL_S)
         await self.drain(max(end - loop.time(), 0.0))
 
@@ -260,6 +310,27 @@ class RouterDeployment:
         return answer
 
 
+async def _front_gateway(
+    plan: RouterPlan, router: Router, models: Sequence[ServedModel | TextModel], store: Store
+) -> FrontGateway | None:
+    """Started; None where no name leads to it, and then nothing of it is imported."""
+    if not is_used(plan.gateway):
+        return None
+    from diptych.cluster.api.front_gateway import FrontGateway, GatewayPlan
+    from diptych.cluster.api.served import ServedModel
+    from diptych.cluster.control.gateway_board import ActorState
+
+    front = FrontGateway(
+        GatewayPlan(settings=plan.gateway, providers=plan.providers, fetch=plan.fetch),
+        router=router,
+        models=[model for model in models if isinstance(model, ServedModel)],
+        store=store,
+        shared=ActorState(),
+    )
+    await front.start()
+    return front
+
+
 async def _held_socket(plan: RouterPlan) -> HeldSocket | None:
     """None where nobody holds one within reach. Raises StartupError when the address is taken."""
     from diptych.cluster.control.held import HeldSocket
@@ -289,8 +360,10 @@ class PoolsDeployment:
 
     async def __init__(self, config: DiptychConfig) -> None:  # type: ignore[misc] # Serve awaits it
         from diptych.cluster.control.deploy import PoolsKeeper
+        from diptych.cluster.control.replica_port import keep_port_on_node
 
-        logging.getLogger("diptych").setLevel(logging.INFO)
+        log_ours_as_json()
+        keep_port_on_node()
         self._keeper = PoolsKeeper(config)
         folders = await self._keeper.start()
         self._plan = router_plan(config, folders, self._keeper.holder)
@@ -306,6 +379,7 @@ class PoolsDeployment:
 
 def router_plan(config: DiptychConfig, folders: Mapping[str, ModelFolder], holder: Path) -> RouterPlan:
     """What a router replica of this configuration is told; `folders` by model name, `holder` as in SocketHolder."""
+    config = settle_tasks(config, folders)
     models = tuple(
         RoutedModel(
             name=name,
@@ -314,6 +388,9 @@ def router_plan(config: DiptychConfig, folders: Mapping[str, ModelFolder], holde
             seed=settings.seed,
             tool_format=settings.tool_format,
             reasoning_format=settings.reasoning_format,
+            weights=weights_id(folders[name], computed=settings.computed, has_weights=settings.has_weights),
+            text=text_facts(name, settings, folders[name]),
+            truncate=settings.embed.truncate,
         )
         for name, settings in config.models.items()
     )
@@ -322,8 +399,13 @@ def router_plan(config: DiptychConfig, folders: Mapping[str, ModelFolder], holde
         models=models,
         security=config.security,
         holder=holder,
+        store=config.store,
+        data_dir=config.data_dir,
         trace_file=config.telemetry.trace_file,
         faults=config.faults,
+        gateway=config.gateway,
+        providers=config.providers,
+        fetch=config.fetch,
     )
 
 
@@ -352,6 +434,7 @@ def build(args: dict[str, Any]) -> Application:
         raise StartupError(
             f"{', '.join(foreign)}: these belong to `diptych serve`; a deployment finds Ray and Serve there"
         )
+    check_gateway(config)
     if "port" not in config.router.model_fields_set:
         config = config.model_copy(update={"router": config.router.model_copy(update={"port": 0})})
     timeout_s = stop_timeout_s(config)

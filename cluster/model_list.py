@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diptych.cluster.client.wire import headers
-from diptych.cluster.config import DiptychConfig, api_key, load_config
+from diptych.cluster.config import DiptychConfig, ModelSettings, api_key, load_config
 from diptych.cluster.control.state import find_cluster
-from diptych.cluster.models import built_in
+from diptych.cluster.models import built_in, resolve
+from diptych.cluster.models.source import FOLDERS
+from diptych.cluster.tasks import settle_tasks
 from diptych.protos.errors import StartupError
 
 TIMEOUT_S = 5.0
@@ -48,8 +50,10 @@ def render(config: DiptychConfig, running: tuple[str, list[str]]) -> str:
     lines += [f"  {name}" for name in built_in()]
     lines.append("\nconfigured (diptych serve)")
     for name, settings in config.models.items():
+        settings = _settled(name, settings, config)
         pools = ", ".join(f"{engines} {role}" for role, engines in settings.pools().items())
-        lines.append(f"  {name}: {settings.source}, {settings.layout}: {pools}")
+        kind = settings.task if settings.task in ("embed", "rerank") else settings.layout
+        lines.append(f"  {name}: {settings.source}, {kind}: {pools}")
     lines.append(f"\nconverted, in {config.cache_dir / 'models'}")
     folders = converted(config.cache_dir)
     lines += [f"  {name}: {size / 1e6:,.0f} MB, from {origin}" for name, size, origin in folders] or ["  none"]
@@ -57,6 +61,18 @@ def render(config: DiptychConfig, running: tuple[str, list[str]]) -> str:
     lines.append(f"\nserved now{f', at {url}' if url else ''}")
     lines += [f"  {name}" for name in names] or ["  none"]
     return "\n".join(lines)
+
+
+def _settled(name: str, settings: ModelSettings, config: DiptychConfig) -> ModelSettings:
+    """With its task, where a folder that is there tells it: nothing is converted or fetched for a list."""
+    if settings.task != "auto" or not (Path(settings.source).is_dir() or settings.source in FOLDERS):
+        return settings
+    one = config.model_copy(update={"models": {name: settings}})
+    try:
+        folder = resolve(settings.source, config.cache_dir, has_weights=settings.has_weights)
+        return settle_tasks(one, {name: folder}).models[name]
+    except StartupError:  # which `diptych doctor` and `diptych serve` tell
+        return settings
 
 
 def converted(cache_dir: Path) -> list[tuple[str, int, str]]:

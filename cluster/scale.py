@@ -32,7 +32,7 @@ def run_scale(
     """Change the pools of `model` one after the other; the exit code. `address` is a Ray cluster's, see `connect`."""
     try:
         if not sizes:
-            raise StartupError("say what to change: --prefill N, --decode N, or both")
+            raise StartupError("say what to change: --prefill N, --decode N, or --embed N")
         from diptych.cluster.control.connect import manager
 
         handle = manager(address, url, load_config(config, overrides).run_dir)

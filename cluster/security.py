@@ -57,7 +57,7 @@ def check_security(security: SecuritySettings, names: Collection[str]) -> None:
     if security.secret_file is not None:
         read_secret(security.secret_file)
     if security.api_keys is not None:
-        from .keys import read_keys
+        from .key_file import read_keys
 
         read_keys(security.api_keys)
     if security.tls is None:

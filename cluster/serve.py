@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from diptych.cluster.control.cluster import Cluster
 from diptych.cluster.control.launch import kill_family
 from diptych.cluster.control.state import ClusterState
 from diptych.cluster.control.timeline import Timeline
+from diptych.cluster.observability.logs import log_as_text
 from diptych.protos.errors import StartupError
 
 POLL_S = 0.25
@@ -65,7 +65,7 @@ def _print(line: str, stream: TextIO) -> None:
 
 def run_serve(config: DiptychConfig, began: float) -> int:
     """Serve until a signal; the exit code. `began` is the monotonic time at which the command started."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    log_as_text()
     timeline = Timeline(began, say)
     timeline.add("command", time.monotonic() - began)
     signals = Signals()
@@ -77,7 +77,7 @@ def run_serve(config: DiptychConfig, began: float) -> int:
         state = cluster.start()
         signals.is_serving = True
         signals.install()
-        _print_ready(state, timeline, cluster.degraded)
+        _print_ready(state, timeline, cluster.degraded, is_of_texts=state.models[0] in cluster.of_texts)
         while not signals.came:
             time.sleep(POLL_S)
             for sentence in cluster.poll():
@@ -101,7 +101,7 @@ def run_serve(config: DiptychConfig, began: float) -> int:
     return code
 
 
-def _print_ready(state: ClusterState, timeline: Timeline, degraded: list[str]) -> None:
+def _print_ready(state: ClusterState, timeline: Timeline, degraded: list[str], *, is_of_texts: bool) -> None:
     say("\nstart-up")
     say(timeline.table())
     say("\ndegraded choices")
@@ -111,8 +111,10 @@ def _print_ready(state: ClusterState, timeline: Timeline, degraded: list[str]) -
     say(f"       {state.serve_url}  (the same through Ray Serve)")
     client = f", for Ray clients {state.ray_client_address}" if state.ray_client_address else ""
     say(f"       ray address {state.ray_address}{client}; state in {state.folder}")
-    body = '{"model": "%s", "messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'
+    path, body = "chat/completions", '"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true'
+    if is_of_texts:
+        path, body = "rerank", '"query": "Why is the sky blue?", "documents": ["Rayleigh scattering", "a blue bird"]'
     say("\ntry it:")
-    say(f"  curl -N {state.url}/v1/chat/completions -H 'Content-Type: application/json' \\")
-    say(f"    -d '{body % state.models[0]}'")
+    say(f"  curl -N {state.url}/v1/{path} -H 'Content-Type: application/json' \\")
+    say(f'    -d \'{{"model": "{state.models[0]}", {body}}}\'')
     say("\nCtrl-C drains and stops; a second Ctrl-C stops at once.")

@@ -31,13 +31,19 @@ class Admission:
         """Give blocks to heads of the line while they fit. True: somebody became ready for a seat."""
         before = len(decision.admitted)
         while (head := self._all.line.head()) is not None:
-            if not self._all.pool.can_hold(len(head.tokens)):
+            try:
+                if not self._all.pool.can_hold(len(head.tokens)):
+                    self._all.line.discard(head.key)
+                    decision.impossible.append(head)
+                    continue
+                if self._is_full(head.place.priority):
+                    break
+                fits = self._try_admit(head, decision)
+            except BaseException as exc:
                 self._all.line.discard(head.key)
-                decision.impossible.append(head)
+                decision.failed.append((head, exc))
                 continue
-            if self._is_full(head.place.priority):
-                break
-            if not self._try_admit(head, decision) and (decision.must_settle or not self._try_unpin(head, decision)):
+            if not fits and (decision.must_settle or not self._try_unpin(head, decision)):
                 break
         return len(decision.admitted) > before
 

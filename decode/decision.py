@@ -31,6 +31,7 @@ class Decision:
     preempted: list[Sequence] = field(default_factory=list)  # lost their blocks, wait at the front of the line
     # Lost the cached prefix that their transfer builds on; the worker ends those that may not be computed here.
     unpinned: list[Sequence] = field(default_factory=list)
+    failed: list[tuple[Sequence, BaseException]] = field(default_factory=list)  # their own part of the round raised
     impossible: list[Sequence] = field(default_factory=list)  # grew beyond the whole pool; the worker ends them
 
     def preempt(self, residents: Residents, sequence: Sequence) -> None:

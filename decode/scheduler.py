@@ -92,18 +92,23 @@ class DecodeScheduler:
         """Nothing computes with or writes into its blocks any more."""
         self.all.drop(sequence)
 
-    def launched(self, shares: Iterable[Share]) -> None:
-        """A step with these is under way: the next one is decided as if it were done."""
+    def launched(self, shares: Iterable[Share]) -> list[tuple[Sequence, BaseException]]:
+        """A step with these is under way: the next one is decided as if it were done. Returns whose own part raised."""
+        failed: list[tuple[Sequence, BaseException]] = []
         for share in shares:
             sequence = share.sequence
             sequence.in_flight += 1
             sequence.under_way += share.num_tokens
             sequence.pending += share.samples
             self.all.num_in_flight += 1
-            if share.num_tokens > 1 and sequence.table is not None:
-                sequence.table.foresee(sequence.tokens, sequence.computed + sequence.under_way)
             if sequence.missing <= 1:
                 self.all.prompts.discard(sequence.key)
+            try:
+                if share.num_tokens > 1 and sequence.table is not None:
+                    sequence.table.foresee(sequence.tokens, sequence.computed + sequence.under_way)
+            except BaseException as exc:
+                failed.append((sequence, exc))
+        return failed
 
     def collected(self, share: Share) -> bool:
         """Its step is over, well or not; before `advance`, and also if the sequence has ended meanwhile. Whether it has
@@ -184,11 +189,20 @@ class DecodeScheduler:
                 break
         self._share_decoding(decision)
         self._share_prompts(decision, now)
-        if not decision.shares:
+        rows: list[StepRow] = []
+        sound: list[Share] = []
+        for share in decision.shares:
+            try:
+                rows.append(self._row(share))
+            except BaseException as exc:
+                decision.failed.append((share.sequence, exc))
+            else:
+                sound.append(share)
+        decision.shares = sound
+        if not sound:
             return None, decision
         self._next_step += 1
-        rows = tuple(self._row(share) for share in decision.shares)
-        return StepPlan(self._next_step, rows), decision
+        return StepPlan(self._next_step, tuple(rows)), decision
 
     def _seat_ready(self, decision: Decision) -> None:
         while (sequence := self.all.ready.head()) is not None:
@@ -212,7 +226,12 @@ class DecodeScheduler:
             # A prompt has its blocks; so has not what a guide was certain of, told since or while it had no seat.
             while sequence.state is State.RUNNING and sequence.missing > 0 and not sequence.is_full:
                 assert sequence.table is not None
-                if sequence.table.try_grow(sequence.length):
+                try:
+                    fits = sequence.table.try_grow(sequence.length)
+                except BaseException as exc:
+                    decision.failed.append((sequence, exc))
+                    break
+                if fits:
                     break
                 if self.all.num_in_flight:
                     decision.must_settle = True
@@ -223,10 +242,13 @@ class DecodeScheduler:
 
     def _share_decoding(self, decision: Decision) -> None:
         """A token of each decoding sequence; of those with tokens that nobody samples as many as the step takes."""
+        failed = {sequence.key for sequence, _ in decision.failed}
         decoding = [
             (one, missing)
             for one in self._by_urgency()
-            if ((missing := one.missing) == 1 or (missing > 1 and one.is_forced)) and not one.is_full
+            if one.key not in failed
+            and ((missing := one.missing) == 1 or (missing > 1 and one.is_forced))
+            and not one.is_full
         ]
         runs, spare = self._max_runs(len(decoding)), self._step_tokens - len(decoding)
         for sequence, missing in decoding:
@@ -244,9 +266,13 @@ class DecodeScheduler:
         room = MOST_TOLD
         while left and (sequence := prompts.head()) is not None:
             prompts.take(sequence.key)
+            try:
+                if not sequence.in_flight:
+                    self._extend_prefix(sequence)
+            except BaseException as exc:
+                decision.failed.append((sequence, exc))
+                continue
             served.append(sequence)
-            if not sequence.in_flight:
-                self._extend_prefix(sequence)
             num_tokens = min(left, sequence.missing)
             if sequence.rows.asks_of_prompt:
                 if not room:

@@ -47,6 +47,7 @@ class DecodeBench:
     """
 
     depth = 1  # of the runner; tests set it for all benches
+    num_request_faults = 0  # on demand: any other is an assertion that the barrier has caught
 
     def __init__(
         self,
@@ -250,6 +251,7 @@ class DecodeBench:
         """Nothing is held, nothing is awaited or under way, and no step failed but on demand."""
         assert not self.pipeline.num_outstanding
         assert self.worker.counters()["decode_step_faults_total"] == self.runner.num_faults
+        assert self.worker.counters()["decode_request_faults_total"] == self.num_request_faults
         assert not self.receiver.transfers
         assert self.pool.counts().used == 0, self.pool.counts()
         assert self.slots.num_free == self.slots.max_slots

@@ -116,26 +116,45 @@ class DecodeWorker:
         if earlier is not None and earlier.state is not State.DRAINING:
             log.warning("%s: a second decode order for a request in work is ignored", key)
             return
-        sequence = Sequence(
-            order,
-            *self._books.begin(order),
-            tokens=list(request.known),
-            state=State.WAITING,
-            limit=min(len(request.prompt) + request.sampling.max_tokens, self._max_context_tokens),
-            since=self._clock(),
-        )
-        error = self._refusal(request) if earlier is None else InvalidRequest(f"{key} was used before", "key")
+        try:
+            sequence = Sequence(
+                order,
+                *self._books.begin(order),
+                tokens=list(request.known),
+                state=State.WAITING,
+                limit=min(len(request.prompt) + request.sampling.max_tokens, self._max_context_tokens),
+                since=self._clock(),
+            )
+        except BaseException as exc:
+            self._books.refuse(key, self._books.fault(exc, key, "order"))
+        else:
+            self._take(sequence, is_again=earlier is not None)
+        self._books.flush()
+
+    def _take(self, sequence: Sequence, *, is_again: bool) -> None:
+        """Into the line, or wait for its KV; or end it."""
+        order, request, key = sequence.order, sequence.request, sequence.key
+        try:
+            error = InvalidRequest(f"{key} was used before", "key") if is_again else self._refusal(request)
+        except BaseException as exc:
+            error = self._books.fault(exc, key, "order")
         if error is not None:
             self._finish(sequence, FinishReason.ERROR, error)
-        else:
-            self._sequences[key] = sequence
+            return
+        self._sequences[key] = sequence
+        try:
             self._books.deadlines.add(key, request.deadline)
             if order.prefill is None:
                 self._compute_here(sequence)
             else:
                 have_tokens = self._scheduler.expect(sequence)
                 self._receiver.expect(key, order.prefill, sequence.num_known, have_tokens)
-        self._books.flush()
+        except BaseException as exc:
+            self._raised(sequence, exc, "order")
+
+    def _raised(self, sequence: Sequence, exc: BaseException, stage: str) -> None:
+        """The barrier: what raised in one sequence's work ends that sequence alone."""
+        self._end(sequence, FinishReason.ERROR, self._books.fault(exc, sequence.key, stage))
 
     def cancel(self, key: TransferKey) -> None:
         """End a sequence in any state; its blocks follow when the receiver lets go of them."""
@@ -152,7 +171,15 @@ class DecodeWorker:
         if sequence.state is State.DRAINING and not (isinstance(event, WantBlocks) or sequence.in_flight):
             self._forget(sequence)
         elif sequence.state in IN_TRANSFER:
-            self._on_transfer(sequence, event)
+            try:
+                self._on_transfer(sequence, event)
+            except BaseException as exc:
+                if sequence.state in IN_TRANSFER and not isinstance(event, WantBlocks):
+                    # The transfer is over: nobody will say once more that nothing writes into the blocks.
+                    self._finish(sequence, FinishReason.ERROR, self._books.fault(exc, sequence.key, "transfer"))
+                    self._forget(sequence)
+                else:
+                    self._raised(sequence, exc, "transfer")
         self._books.flush()
 
     def step(self) -> bool:
@@ -180,7 +207,8 @@ class DecodeWorker:
         self._books.totals["steps"] += 1
         self._books.totals["tokens"] += plan.num_tokens
         self._pipeline.launch(plan, partial(self._done, plan, shares, self._clock()))
-        self._scheduler.launched(shares)
+        for sequence, why in self._scheduler.launched(shares):
+            self._raised(sequence, why, "part of a step")
 
     def _done(self, plan: StepPlan, shares: list[Share], began: float, outcome: StepResult | EngineFault) -> None:
         self._books.totals["step_faults"] += isinstance(outcome, EngineFault)
@@ -193,7 +221,10 @@ class DecodeWorker:
             elif isinstance(outcome, EngineFault):
                 self._end(sequence, FinishReason.ERROR, outcome)
             else:
-                self._computed(share, plan, outcome, at, is_news=is_news)
+                try:
+                    self._computed(share, plan, outcome, at, is_news=is_news)
+                except BaseException as exc:
+                    self._raised(sequence, exc, "result")
         self._books.flush()  # now: another worker of the engine may have called
         self._books.step_seconds += self._pipeline.seconds_since(began)
 
@@ -279,7 +310,10 @@ class DecodeWorker:
         now = self._clock()
         for sequence in decision.granted:
             sequence.timer.enter("transfer", now)
-            self._receiver.grant(sequence.key, tuple(sequence.blocks))
+            try:
+                self._receiver.grant(sequence.key, tuple(sequence.blocks))
+            except BaseException as exc:
+                self._raised(sequence, exc, "transfer")
         for sequence in decision.unpinned:
             self._unpinned(sequence)
         self._books.totals["preemptions"] += len(decision.preempted)
@@ -290,6 +324,10 @@ class DecodeWorker:
                 sequence.timer.enter("decode", now)
             else:
                 sequence.timer.enter("prefill", now)
+                if not sequence.num_new:
+                    self._books.out.started.append(sequence.key)
+        for sequence, why in decision.failed:
+            self._raised(sequence, why, "part of a step")
         for sequence in decision.impossible:
             error = NoBlocks(f"the decode engine's KV pool cannot hold {len(sequence.tokens)} tokens")
             self._end(sequence, FinishReason.ERROR, error)

@@ -164,7 +164,7 @@ def hand_written(by_hand: HandWritten, *, dtype: str, deterministic: bool = Fals
 
 
 def _load_module(folder: Path, *, dtype: str, place: torch.device, random_seed: int | None) -> LoadedModel:
-    config = _read_config(folder)
+    config = read_config(folder)
     module = _build(config, DTYPES[dtype])
     with torch.inference_mode():
         if random_seed is None:
@@ -178,11 +178,11 @@ def _load_module(folder: Path, *, dtype: str, place: torch.device, random_seed: 
                     r"rotary_emb\.inv_freq$",
                 ],
             )
-            _fill_computed_buffers(module, place)
+            fill_computed_buffers(module, place)
         else:
             allocate_parameters(module, place)
             with seeded(random_seed, place):
-                _fill_computed_buffers(module, place)
+                fill_computed_buffers(module, place)
         text = config.get_text_config()
         shapes = find_layers(module, text, place)
         kv_heads, head_dim = _one_geometry(shapes)
@@ -306,7 +306,8 @@ def _read_json(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
+    """transformers' configuration of the model in `folder`. Raises StartupError."""
     from transformers import AutoConfig
 
     path = folder / "config.json"
@@ -333,8 +334,9 @@ def _build(config: Any, dtype: torch.dtype) -> nn.Module:
     return module.eval()
 
 
-def _fill_computed_buffers(module: nn.Module, device: torch.device) -> None:
-    """Buffers that no file holds (rotary frequencies and the like) come from the model's own initialisation.
+def fill_computed_buffers(module: nn.Module, device: torch.device) -> None:
+    """Buffers that no file holds (rotary frequencies and the like) come from the model's own initialisation. Raises
+    StartupError.
 
     They are NaN before, so that a buffer which the initialisation forgets is found here and not in the answers.
     """

@@ -102,6 +102,17 @@ class PrefillScheduler:
         self._step_tokens = step_tokens
         self._next_step = 0
         self._blocked: tuple[Job, PoolCounts] | None = None  # the head that did not fit, and how the pool was then
+        self._failed: list[tuple[Job, BaseException]] = []
+
+    def take_failed(self) -> list[tuple[Job, BaseException]]:
+        """Jobs whose own part of the scheduler's work raised; they compute nothing more, the worker ends them."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _fail(self, job: Job, exc: BaseException) -> None:
+        self.waiting.discard(job.key)
+        self.computing.discard(job.key)
+        self._failed.append((job, exc))
 
     def add(self, job: Job) -> None:
         """Join the line."""
@@ -117,8 +128,13 @@ class PrefillScheduler:
         admitted: list[Job] = []
         while self.num_holding < self._max_running and self._slots.num_free:
             job = self.waiting.head()
-            if job is None or not self._try_place(job):
-                break
+            try:
+                if job is None or not self._try_place(job):
+                    break
+            except BaseException as exc:
+                assert job is not None
+                self._fail(job, exc)
+                continue
             self.waiting.take(job.key)
             self.waiting.charge(job.place, job.missing)
             self.computing.add(job.key, job, job.place)
@@ -133,9 +149,13 @@ class PrefillScheduler:
         seen: list[Job] = []
         while left and (job := self.computing.head()) is not None:
             self.computing.take(job.key)
+            try:
+                if not job.in_flight:
+                    self._extend_prefix(job)
+            except BaseException as exc:
+                self._fail(job, exc)
+                continue
             seen.append(job)
-            if not job.in_flight:
-                self._extend_prefix(job)
             num_tokens = min(left, job.missing)
             if job.rows.asks_of_prompt:
                 if not room:
@@ -146,12 +166,21 @@ class PrefillScheduler:
             self.computing.charge(job.place, share.num_tokens)
             shares.append(share)
             left -= share.num_tokens
-        if not shares:
-            return None
         for job in seen:
             self.computing.add(job.key, job, job.place)  # until it is launched or stopped
+        rows: list[StepRow] = []
+        sound: list[Share] = []
+        for share in shares:
+            try:
+                rows.append(self._row(share))
+            except BaseException as exc:
+                self._fail(share.job, exc)
+            else:
+                sound.append(share)
+        if not sound:
+            return None
         self._next_step += 1
-        return StepPlan(self._next_step, tuple(self._row(share) for share in shares)), shares
+        return StepPlan(self._next_step, tuple(rows)), sound
 
     def launched(self, shares: Iterable[Share]) -> None:
         """A step with these is under way: the next one is planned as if it were done."""
@@ -160,10 +189,13 @@ class PrefillScheduler:
             job.in_flight += 1
             job.under_way += share.num_tokens
             self.num_in_flight += 1
-            assert job.table is not None
-            job.table.foresee(job.known, job.launched)
             if not job.missing:
                 self.computing.discard(job.key)
+            assert job.table is not None
+            try:
+                job.table.foresee(job.known, job.launched)
+            except BaseException as exc:
+                self._fail(job, exc)
 
     def collected(self, share: Share) -> None:
         """Its step is over, well or not; before `advance`, and also if the job has ended meanwhile."""
@@ -204,7 +236,12 @@ class PrefillScheduler:
             return False  # naming the prompt's blocks costs time; nothing has changed since the last try
         known = job.known
         table = self._pool.open(known, job.request.salt, max_cached_tokens=job.rows.max_cached_tokens(len(known)))
-        if not table.try_grow(len(known)):
+        try:
+            fits = table.try_grow(len(known))
+        except BaseException:
+            table.close()
+            raise
+        if not fits:
             table.close()
             self._blocked = (job, self._pool.counts())
             return False

@@ -85,19 +85,43 @@ class PrefillWorker:
         if earlier is not None and earlier.state is not State.DRAINING:
             log.warning("%s: a second prefill order for a request in work is ignored", key)
             return
-        job = Job(order, *self._books.begin(order))
-        error = self._refusal(order.request) if earlier is None else InvalidRequest(f"{key} was used before", "key")
-        if error is None:
-            self._jobs[key] = job
-            self._books.deadlines.add(key, order.request.deadline)
+        try:
+            job = Job(order, *self._books.begin(order))
+        except BaseException as exc:
+            error: DiptychError | None = self._books.fault(exc, key, "order")
+            assert error is not None
+            self._books.refuse(key, error)
+        else:
+            error = self._taken(job, is_again=earlier is not None)
+        if error is not None and earlier is None:
+            self._sender.abort(key, error)  # never opened: tells the decode engine not to wait
+        self._books.flush()
+
+    def _taken(self, job: Job, *, is_again: bool) -> DiptychError | None:
+        """Take `job` into the line, or end it and tell why."""
+        key, request = job.key, job.request
+        try:
+            error = InvalidRequest(f"{key} was used before", "key") if is_again else self._refusal(request)
+        except BaseException as exc:
+            error = self._books.fault(exc, key, "order")
+        if error is not None:
+            self._finish(job, FinishReason.ERROR, error)
+            return error
+        self._jobs[key] = job
+        try:
+            self._books.deadlines.add(key, request.deadline)
             self._scheduler.add(job)
             # At once, not when its turn comes: the decode engine's Expect must find it however long the queue is.
-            self._sender.open(key, order.decode, len(job.known))
-        else:
+            self._sender.open(key, job.order.decode, len(job.known))
+        except BaseException as exc:  # no blocks were told to the sender, which will never say that it let go of them
+            error = self._books.fault(exc, key, "order")
             self._finish(job, FinishReason.ERROR, error)
-            if earlier is None:
-                self._sender.abort(key, error)  # never opened: tells the decode engine not to wait
-        self._books.flush()
+            self._forget(job)
+        return error
+
+    def _failed(self, job: Job, exc: BaseException, stage: str) -> None:
+        """The barrier: what raised in one job's work ends that job alone."""
+        self._end(job, FinishReason.ERROR, self._books.fault(exc, job.key, stage))
 
     def cancel(self, key: TransferKey) -> None:
         """End a job in any state; its blocks follow when the sender lets go of them."""
@@ -130,8 +154,12 @@ class PrefillWorker:
             error = DeadlineExceeded("the request's deadline passed before its prompt was handed over")
             self._end(self._jobs[key], FinishReason.ERROR, error)
         for job in self._scheduler.admit():
-            self._start(job)
+            try:
+                self._start(job)
+            except BaseException as exc:
+                self._failed(job, exc, "start")
         planned = self._scheduler.plan()
+        self._end_failed()
         collected = False
         if planned is not None:
             self._launch(*planned)
@@ -146,6 +174,11 @@ class PrefillWorker:
         self._books.totals["tokens"] += plan.num_tokens
         self._pipeline.launch(plan, partial(self._done, plan, shares, self._clock()))
         self._scheduler.launched(shares)
+        self._end_failed()
+
+    def _end_failed(self) -> None:
+        for job, exc in self._scheduler.take_failed():
+            self._failed(job, exc, "part of a step")
 
     def _done(self, plan: StepPlan, shares: list[Share], began: float, outcome: StepResult | EngineFault) -> None:
         self._books.totals["step_faults"] += isinstance(outcome, EngineFault)
@@ -158,7 +191,10 @@ class PrefillWorker:
             elif isinstance(outcome, EngineFault):
                 self._end(job, FinishReason.ERROR, outcome)
             else:
-                self._computed(share, plan, outcome, at)
+                try:
+                    self._computed(share, plan, outcome, at)
+                except BaseException as exc:
+                    self._failed(job, exc, "result")
         self._books.flush()  # now: another worker of the engine may have called
         self._books.step_seconds += self._pipeline.seconds_since(began)
 
@@ -190,6 +226,7 @@ class PrefillWorker:
     def _start(self, job: Job) -> None:
         job.state = State.RUNNING
         job.timer.enter("prefill", self._clock())
+        self._books.out.started.append(job.key)
         if job.computed:
             self._sender.computed(job.key, job.computed, tuple(job.blocks))
 

@@ -23,6 +23,7 @@ from .types import EngineRef, Role
 ENGINE_SERVICE = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
 KV_SERVICE = kv_pb2.DESCRIPTOR.services_by_name["KvChannel"].full_name
 SESSION = f"/{ENGINE_SERVICE}/Session"
+EMBED = f"/{ENGINE_SERVICE}/Embed"
 KV_SESSION = f"/{KV_SERVICE}/Session"
 FETCH_BYTES = f"/{KV_SERVICE}/FetchBytes"
 CALLERS = {ENGINE_SERVICE: frozenset({ROUTER}), KV_SERVICE: frozenset({Role.DECODE.value})}

@@ -109,7 +109,8 @@ def _sampling_from_pb(msg: pb.Sampling) -> SamplingParams:
 def _constraint_to_pb(constraint: Constraint) -> pb.Constraint:
     msg = pb.Constraint(grammar=constraint.grammar, backend=constraint.backend.value, prefix=constraint.prefix)
     if (reasoning := constraint.reasoning) is not None:
-        msg.reasoning.CopyFrom(pb.Reasoning(start=reasoning.start, end=reasoning.end, is_open=reasoning.is_open))
+        start, end, is_open, budget = reasoning.start, reasoning.end, reasoning.is_open, reasoning.budget or 0
+        msg.reasoning.CopyFrom(pb.Reasoning(start=start, end=end, is_open=is_open, budget=budget))
     return msg
 
 
@@ -122,7 +123,8 @@ def _constraint_from_pb(msg: pb.Constraint) -> Constraint:
         raise InvalidRequest(f"the beginning of the answer has more than {MAX_PREFIX_BYTES} bytes", "messages")
     reasoning = None
     if msg.HasField("reasoning"):
-        reasoning = Reasoning(msg.reasoning.start, msg.reasoning.end, msg.reasoning.is_open)
+        told = msg.reasoning
+        reasoning = Reasoning(told.start, told.end, told.is_open, told.budget or None)
     return Constraint(grammar=msg.grammar, backend=Backend(msg.backend), prefix=msg.prefix, reasoning=reasoning)
 
 

@@ -28,11 +28,14 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """The answer may think before it keeps to the grammar. Both are token ids; everything between them is free."""
+    """The answer may think before it keeps to the grammar. Both are token ids; everything between them is free, and at
+    most `budget` tokens of the answer, where one is given: then `end` is what follows.
+    """
 
     start: int
     end: int
     is_open: bool = False  # the prompt ends inside it; else the answer may begin with `start`, or not think at all
+    budget: int | None = None  # at least 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

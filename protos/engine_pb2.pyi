@@ -11,9 +11,20 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PHASE_UNSPECIFIED: _ClassVar[Phase]
     PHASE_PREFILL: _ClassVar[Phase]
     PHASE_DECODE: _ClassVar[Phase]
+
+class EmbedKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EMBED_KIND_UNSPECIFIED: _ClassVar[EmbedKind]
+    EMBED_KIND_VECTORS: _ClassVar[EmbedKind]
+    EMBED_KIND_SIMILARITIES: _ClassVar[EmbedKind]
+    EMBED_KIND_SCORES: _ClassVar[EmbedKind]
 PHASE_UNSPECIFIED: Phase
 PHASE_PREFILL: Phase
 PHASE_DECODE: Phase
+EMBED_KIND_UNSPECIFIED: EmbedKind
+EMBED_KIND_VECTORS: EmbedKind
+EMBED_KIND_SIMILARITIES: EmbedKind
+EMBED_KIND_SCORES: EmbedKind
 
 class EngineRef(_message.Message):
     __slots__ = ("engine_id", "epoch", "target")
@@ -98,14 +109,16 @@ class Constraint(_message.Message):
     def __init__(self, grammar: _Optional[str] = ..., backend: _Optional[str] = ..., prefix: _Optional[str] = ..., reasoning: _Optional[_Union[Reasoning, _Mapping]] = ...) -> None: ...
 
 class Reasoning(_message.Message):
-    __slots__ = ("start", "end", "is_open")
+    __slots__ = ("start", "end", "is_open", "budget")
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     IS_OPEN_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
     start: int
     end: int
     is_open: bool
-    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., is_open: bool = ...) -> None: ...
+    budget: int
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., is_open: bool = ..., budget: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "min_p", "min_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "bias_token_ids", "bias_values", "bad_words", "allowed_token_ids", "logprobs", "prompt_logprobs")
@@ -200,20 +213,22 @@ class Welcome(_message.Message):
     def __init__(self, me: _Optional[_Union[EngineRef, _Mapping]] = ..., roles: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., block_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., prefix_root: _Optional[bytes] = ...) -> None: ...
 
 class StepTokens(_message.Message):
-    __slots__ = ("handle", "index", "token", "finishes", "logprobs", "prompt_logprobs")
+    __slots__ = ("handle", "index", "token", "finishes", "logprobs", "prompt_logprobs", "started")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHES_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
     handle: _containers.RepeatedScalarFieldContainer[int]
     index: _containers.RepeatedScalarFieldContainer[int]
     token: _containers.RepeatedScalarFieldContainer[int]
     finishes: _containers.RepeatedCompositeFieldContainer[Finish]
     logprobs: _containers.RepeatedCompositeFieldContainer[Logprobs]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PromptLogprobs]
-    def __init__(self, handle: _Optional[_Iterable[int]] = ..., index: _Optional[_Iterable[int]] = ..., token: _Optional[_Iterable[int]] = ..., finishes: _Optional[_Iterable[_Union[Finish, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ...) -> None: ...
+    started: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, handle: _Optional[_Iterable[int]] = ..., index: _Optional[_Iterable[int]] = ..., token: _Optional[_Iterable[int]] = ..., finishes: _Optional[_Iterable[_Union[Finish, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., started: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("row", "logprob", "rank", "top_token", "top_logprob")
@@ -315,3 +330,51 @@ class Status(_message.Message):
     counters: _containers.ScalarMap[str, float]
     steps: int
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_used: _Optional[int] = ..., transfers: _Optional[int] = ..., ring_slots_busy: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class EmbedOrder(_message.Message):
+    __slots__ = ("engine_epoch", "kind", "token", "length", "second", "skip", "dimensions", "timeout_s", "traceparent", "priority", "tenant", "weight")
+    ENGINE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    SECOND_FIELD_NUMBER: _ClassVar[int]
+    SKIP_FIELD_NUMBER: _ClassVar[int]
+    DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    engine_epoch: int
+    kind: EmbedKind
+    token: _containers.RepeatedScalarFieldContainer[int]
+    length: _containers.RepeatedScalarFieldContainer[int]
+    second: _containers.RepeatedScalarFieldContainer[int]
+    skip: int
+    dimensions: int
+    timeout_s: float
+    traceparent: str
+    priority: int
+    tenant: str
+    weight: float
+    def __init__(self, engine_epoch: _Optional[int] = ..., kind: _Optional[_Union[EmbedKind, str]] = ..., token: _Optional[_Iterable[int]] = ..., length: _Optional[_Iterable[int]] = ..., second: _Optional[_Iterable[int]] = ..., skip: _Optional[int] = ..., dimensions: _Optional[int] = ..., timeout_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class EmbedPart(_message.Message):
+    __slots__ = ("width", "values", "error", "times")
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    width: int
+    values: bytes
+    error: Error
+    times: EmbedTimes
+    def __init__(self, width: _Optional[int] = ..., values: _Optional[bytes] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., times: _Optional[_Union[EmbedTimes, _Mapping]] = ...) -> None: ...
+
+class EmbedTimes(_message.Message):
+    __slots__ = ("queue", "compute")
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    queue: float
+    compute: float
+    def __init__(self, queue: _Optional[float] = ..., compute: _Optional[float] = ...) -> None: ...

@@ -39,6 +39,11 @@ class EngineStub(object):
                 request_serializer=diptych_dot_protos_dot_engine__pb2.RouterFrame.SerializeToString,
                 response_deserializer=diptych_dot_protos_dot_engine__pb2.EngineFrame.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_stream(
+                '/diptych.engine.v1.Engine/Embed',
+                request_serializer=diptych_dot_protos_dot_engine__pb2.EmbedOrder.SerializeToString,
+                response_deserializer=diptych_dot_protos_dot_engine__pb2.EmbedPart.FromString,
+                _registered_method=True)
 
 
 class EngineServicer(object):
@@ -50,6 +55,13 @@ class EngineServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """of engines with the role embed; a call that ends is cancelled
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +69,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=diptych_dot_protos_dot_engine__pb2.RouterFrame.FromString,
                     response_serializer=diptych_dot_protos_dot_engine__pb2.EngineFrame.SerializeToString,
+            ),
+            'Embed': grpc.unary_stream_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=diptych_dot_protos_dot_engine__pb2.EmbedOrder.FromString,
+                    response_serializer=diptych_dot_protos_dot_engine__pb2.EmbedPart.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +103,33 @@ class Engine(object):
             '/diptych.engine.v1.Engine/Session',
             diptych_dot_protos_dot_engine__pb2.RouterFrame.SerializeToString,
             diptych_dot_protos_dot_engine__pb2.EngineFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/diptych.engine.v1.Engine/Embed',
+            diptych_dot_protos_dot_engine__pb2.EmbedOrder.SerializeToString,
+            diptych_dot_protos_dot_engine__pb2.EmbedPart.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,12 +8,19 @@ DiptychError
 |   |-- ContextTooLong      400
 |   |-- UnknownModel        404
 |   |-- RequestTooLarge     413
+|   |-- KeyReused           422, an Idempotency-Key with another request
+|   |-- AnswerNotKept       422, what an Idempotency-Key stands for was too large
 |   `-- Quarantined         422, engines failed over it
 |-- CapacityError           try again later
-|   |-- Overloaded          429 or 503 with retry-after
+|   |-- Overloaded          503 with retry-after
+|   |-- OverShare           429, the queue is full of this tenant's own
+|   |-- RateLimited         429, a key or a tenant asks too often
+|   |-- KeyInWork           409, an Idempotency-Key whose request is being answered
 |   |-- ShuttingDown        503, nothing of the request was begun
+|   |-- StoreUnavailable    503, the database cannot be used
 |   `-- NoBlocks            503
 |-- DeadlineExceeded        504
+|   `-- FirstTokenTimeout   504, no token in the time that the request gave it
 |-- Cancelled               499, nobody reads it
 |-- TransferError           the hinge; never reaches a client when a fallback exists
 |   |-- LayoutMismatch
@@ -42,6 +49,7 @@ class DiptychError(Exception):
     code: ClassVar[str] = "internal_error"
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    is_lasting: ClassVar[bool] = False  # until the server's operator does something about it
     kind: ClassVar[str] = "server_error"  # the `type` of OpenAI's error body
 
     def __init__(self, message: str, detail: str = "") -> None:
@@ -113,6 +121,20 @@ class Quarantined(RequestError):
     http_status = 422
 
 
+class KeyReused(RequestError):
+    """An Idempotency-Key came with another request than before."""
+
+    code = "idempotency_key_reused"
+    http_status = 422
+
+
+class AnswerNotKept(RequestError):
+    """The request with this Idempotency-Key was answered, and the answer was too large to be kept."""
+
+    code = "idempotent_answer_not_kept"
+    http_status = 422
+
+
 class CapacityError(DiptychError):
     """There is no room now. `retry_after_s` is an honest estimate in seconds."""
 
@@ -131,10 +153,40 @@ class Overloaded(CapacityError):
     """A bounded queue is full."""
 
 
+class OverShare(CapacityError):
+    """The queue is full, above all of this tenant's own requests; what others send is still taken."""
+
+    code = "tenant_over_share"
+    http_status = 429
+    kind = "rate_limit_error"
+
+
+class RateLimited(CapacityError):
+    """A key, a tenant or an address has used up what it may ask for a while; `retry_after_s` is when it may again."""
+
+    code = "rate_limit_exceeded"
+    http_status = 429
+    kind = "rate_limit_error"
+
+
+class KeyInWork(CapacityError):
+    """The request with this Idempotency-Key is being answered."""
+
+    code = "idempotency_key_in_use"
+    http_status = 409
+    kind = "invalid_request_error"
+
+
 class ShuttingDown(CapacityError):
     """This server ends; another one, or the next life of this one, may take the request."""
 
     code = "shutting_down"
+
+
+class StoreUnavailable(CapacityError):
+    """The database of keys, files and records cannot be read or written now; whether a write was done is unknown."""
+
+    code = "store_unavailable"
 
 
 class NoBlocks(CapacityError):
@@ -149,6 +201,12 @@ class DeadlineExceeded(DiptychError):
     code = "deadline_exceeded"
     http_status = 504
     kind = "timeout_error"
+
+
+class FirstTokenTimeout(DeadlineExceeded):
+    """No token came within the request's first_token_timeout_s; its work was stopped."""
+
+    code = "first_token_timeout"
 
 
 class Cancelled(DiptychError):

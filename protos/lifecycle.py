@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from .barrier import fault_of
 from .constraint import Guide
 from .errors import ContextTooLong, DiptychError, EngineFault, InvalidRequest, param_of
 from .fair_line import Place
@@ -256,18 +257,38 @@ class Books:
         self.num_live = 0
         self.deadlines = Deadlines()
         self.out = StepOutput()
-        self.totals = dict.fromkeys(("requests", "cached_tokens", *totals), 0)
+        self.totals = dict.fromkeys(("requests", "cached_tokens", "request_faults", *totals), 0)
         self.step_seconds = 0.0
         self._role = role
         self._emit = emit
         self._clock = clock
 
     def begin(self, order: PrefillOrder | DecodeOrder) -> tuple[Place, StageTimer, RowMaker]:
-        """A request that `end` will end."""
+        """A request that `end` will end. Counts nothing where it raises."""
+        place = Place.of(order.request, self.totals["requests"] + 1)
+        rows = RowMaker(order.request, order.guide)
         self.totals["requests"] += 1
         self.num_live += 1
-        place = Place.of(order.request, self.totals["requests"])
-        return place, StageTimer(self._clock()), RowMaker(order.request, order.guide)
+        return place, StageTimer(self._clock()), rows
+
+    def fault(self, exc: BaseException, key: TransferKey, stage: str) -> DiptychError:
+        """See barrier.fault_of; counted."""
+        error = fault_of(exc, key, stage)
+        self.totals["request_faults"] += 1
+        return error
+
+    def refuse(self, key: TransferKey, error: DiptychError) -> None:
+        """The end of a request that never began."""
+        self.out.finishes.append(
+            Finish(
+                key=key,
+                role=self._role,
+                reason=FinishReason.ERROR,
+                error_code=error.code,
+                error_message=str(error),
+                error_param=param_of(error),
+            )
+        )
 
     def end(self, finish: Finish, timer: StageTimer, error: DiptychError | None) -> None:
         """The terminal event; its times are the timer's, and its words those of an error that it ends with."""

@@ -7,19 +7,23 @@ The fields that choose tokens: openai_sampling.py; of messages, tools, the answe
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field, PlainValidator
 
 from .errors import InvalidRequest
-from .openai_messages import Message, read_messages
+from .messages import Message
+from .openai_messages import read_messages
 from .openai_output import FORM_FIELDS, OutputForm, read_form
 from .openai_sampling import Alternatives, SamplingFields, Wire, validated
 from .openai_template import TEMPLATE_FIELDS, TemplateOptions, read_template
 from .openai_tools import TOOL_FIELDS, ToolUse, read_tools
-from .strict_json import parse_object
+from .strict_json import parse_object, printable
+from .wire_checks import an_object, is_default, may_fit, refuse
 
 MAX_LABELS = 16
+MAX_OPTIONS_BYTES = 64 << 10
 
 # Known fields that change nothing at their default; any other value is refused.
 FIXED: dict[str, tuple[object, ...]] = {
@@ -29,7 +33,10 @@ FIXED: dict[str, tuple[object, ...]] = {
     "guided_decoding_backend": (None, "auto"),
     "guided_whitespace_pattern": (None,),
     "modalities": (None, ["text"]),
+    "moderation": (None,),
     "prediction": (None,),
+    "prompt_cache_options": (None, {}, {"mode": "implicit"}),
+    "prompt_cache_retention": (None, "in_memory"),
     "service_tier": (None, "auto", "default"),
     "skip_special_tokens": (None, True),
     "spaces_between_special_tokens": (None, True),
@@ -37,7 +44,7 @@ FIXED: dict[str, tuple[object, ...]] = {
     "suffix": (None, ""),
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
-    "verbosity": (None,),
+    "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
 MAX_ANSWERS = 128  # of one request, over all its prompts
@@ -51,21 +58,53 @@ _REFUSED = {
 }
 
 
+def no_obfuscation(value: object) -> None:
+    """Of the field stream_options.include_obfuscation. Raises InvalidRequest."""
+    if value is not None and value is not False:
+        name = "stream_options.include_obfuscation"
+        raise InvalidRequest(f"{name}: padding against traffic analysis is not offered: leave it out", name)
+
+
 class StreamOptions(Wire):
     """`include_usage`: one more chunk with the token counts before the end."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None  # padding against traffic analysis: not offered
+    include_obfuscation: Annotated[None, PlainValidator(no_obfuscation)] = None
 
 
-def _labels(value: object) -> None:
-    """Checked and dropped: labels change nothing in an answer and nothing is stored that could carry them."""
+def check_labels(value: object) -> None:
+    """Of the field metadata. Dropped where nothing is stored that could carry them. Raises InvalidRequest."""
     if value is None:
         return
     if not isinstance(value, dict) or not all(isinstance(label, str) for label in value.values()):
         raise InvalidRequest("metadata must be an object of strings", "metadata")
     if len(value) > MAX_LABELS or any(len(k) > 64 or len(v) > 512 for k, v in value.items()):
         raise InvalidRequest(f"metadata: at most {MAX_LABELS} entries of 64 and 512 characters", "metadata")
+
+
+# Where a request goes, and what opens it there: words of clients' libraries, and of gateways that providers run.
+_CONNECTION = frozenset(
+    "base_url api_base api_base_url baseurl endpoint endpoint_url azure_endpoint url host proxy proxies api_key apikey "
+    "api_version api_type key token authorization access_token azure_ad_token organization headers extra_headers "
+    "default_headers extra_query extra_body custom_llm_provider aws_access_key_id aws_secret_access_key "
+    "aws_session_token aws_bedrock_runtime_endpoint vertex_credentials".split()
+)
+
+
+def _options(value: object) -> Mapping[str, Mapping[str, Any]]:
+    """Of the field provider_options. Raises InvalidRequest."""
+    if value is None:
+        return {}
+    options = an_object(value, "provider_options")
+    if not may_fit(options, MAX_OPTIONS_BYTES):
+        raise refuse("provider_options", f"has more than {MAX_OPTIONS_BYTES} bytes of JSON")
+    found = {name: an_object(given, f"provider_options.{printable(name)}") for name, given in options.items()}
+    for name, given in found.items():
+        for field in given:
+            if field.lower().replace("-", "_") in _CONNECTION:
+                path = f"provider_options.{printable(name)}.{printable(field)}"
+                raise refuse(path, "may not be set by a request: where it goes and with which key, this server says")
+    return found
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -76,18 +115,22 @@ class GenerationRequest(SamplingFields):
     """What both endpoints share. None means: not given."""
 
     fixed: ClassVar[frozenset[str]]
-    made: ClassVar[frozenset[str]] = frozenset({"output_form"})  # of several fields of the body, none by its own name
+    # Of several fields of the body, or by readers of other wire formats; none by its own name.
+    made: ClassVar[frozenset[str]] = frozenset({"output_form", "cuts_to_fit"})
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None  # lower is sooner; not given: 0
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    first_token_timeout_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
     explain: bool | None = None  # how the request was answered, as the answer's field `diptych`
     user: Label | None = None
     safety_identifier: Label | None = None
-    metadata: Annotated[None, PlainValidator(_labels)] = None
+    prompt_cache_key: Label | None = None  # requests of one key go to where their prefixes are
+    metadata: Annotated[None, PlainValidator(check_labels)] = None
     output_form: OutputForm | None = None
+    cuts_to_fit: bool = False  # more tokens than fit may be asked for, and as many as fit are given
 
     @property
     def include_usage(self) -> bool:
@@ -95,16 +138,24 @@ class GenerationRequest(SamplingFields):
         return self.stream_options is not None and self.stream_options.include_usage is True
 
 
+def _messages(value: object) -> tuple[Message, ...]:
+    """A tuple, which no JSON holds, is what the reader of another wire format has read already."""
+    return value if isinstance(value, tuple) else read_messages(value)
+
+
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
     fixed = frozenset(FIXED) - {"suffix"}
-    made = frozenset({"output_form", "tool_use", "template"})
+    made = frozenset({"output_form", "cuts_to_fit", "tool_use", "template"})
 
-    messages: Annotated[tuple[Message, ...], PlainValidator(read_messages)]
+    messages: Annotated[tuple[Message, ...], PlainValidator(_messages)]
     tool_use: ToolUse | None = None
     template: TemplateOptions = TemplateOptions()
     include_reasoning: bool | None = None  # false: the answer comes without its reasoning
+    reasoning_budget: Count | None = None  # the most tokens of reasoning; then it is ended
+    # By provider: fields that go into its requests as they are; own pools and other providers never see them.
+    provider_options: Annotated[Mapping[str, Mapping[str, Any]], PlainValidator(_options)] = {}
     schema_in_prompt: bool | None = None  # false: the model is not told the schema that its answer is held to
     structured: bool | None = None  # events of a stream that tell each finished part of a JSON answer
     max_tokens: Count | None = None
@@ -163,7 +214,13 @@ RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 def parse_chat(body: bytes) -> ChatRequest:
     """The chat request in `body`. Raises InvalidRequest naming the field."""
-    fields = parse_object(body)
+    return read_chat(parse_object(body))
+
+
+def read_chat(fields: dict[str, Any]) -> ChatRequest:
+    """The chat request in the fields of a body, some of which are taken out of it; a tuple of canonical messages may
+    stand for the plain ones. Raises InvalidRequest naming the field.
+    """
     tools = _taken(fields, TOOL_FIELDS)
     options = _taken(fields, TEMPLATE_FIELDS)
     request = _parse(ChatRequest, fields, tool_use=read_tools(tools), template=read_template(options))
@@ -238,10 +295,6 @@ def _without_fixed(fields: dict[str, Any], known: frozenset[str]) -> dict[str, A
     for name, value in fields.items():
         if name not in known:
             kept[name] = value
-        elif not any(_same(value, default) for default in FIXED[name]):
+        elif not is_default(value, FIXED[name]):
             raise InvalidRequest(f"{name} {_REFUSED.get(name, 'is not supported yet: leave it out')}", name)
     return kept
-
-
-def _same(value: object, default: object) -> bool:
-    return value == default and isinstance(value, bool) == isinstance(default, bool)

@@ -1,50 +1,39 @@
-"""The messages of a chat request: who said what, the calls of functions and what came of them.
+"""The messages of a chat request in OpenAI's form, read into the canonical ones of messages.py.
 
-`read_messages` is called by openai.py; cluster/api/turns.py turns messages into what a chat template reads. The
-deprecated roles and fields (`function`, `function_call`) become what replaced them.
+`read_messages` is called by openai.py. The deprecated roles and fields (`function`, `function_call`) become what
+replaced them. Parts of contents: openai_parts.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from .errors import InvalidRequest
-from .openai_sampling import Wire, validated
+from .messages import Media, Message, Part, Reasoning, Refusal, Role, Text, ToolCall, ToolResult
+from .openai_carried import restored
+from .openai_parts import read_content
 from .strict_json import MAX_CONTAINERS, parse_inner, printable
 from .wire_checks import JsonObject, a_list, a_text, an_object, one_of, refuse
 
 MAX_MESSAGES = 4096
 MAX_CALLS = 128  # of one message
 MAX_ID_CHARS = 256
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES: tuple[Role | Literal["function"], ...] = ("system", "developer", "user", "assistant", "tool", "function")
 # Fields of an assistant's message; clients that pass an answer on send them empty, also with other roles.
 _ASSISTANTS: dict[str, tuple[object, ...]] = {
     "annotations": (None, []),
     "audio": (None,),
     "function_call": (None,),
     "parsed": (None,),
+    "provider_specific_fields": (None,),  # what providers want back; LiteLLM's copy of what its own classes lack
     "reasoning": (None,),
     "reasoning_content": (None,),
     "refusal": (None,),
     "tool_calls": (None, []),
 }
 _KNOWN = frozenset({"role", "content", "name", "tool_call_id", *_ASSISTANTS})
-
-Role = Literal["system", "developer", "user", "assistant", "tool"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolCall:
-    """A call in an assistant's message. `arguments` is what `text`, the client's JSON, holds."""
-
-    id: str
-    name: str
-    arguments: JsonObject
-    text: str
 
 
 @dataclass(slots=True)
@@ -56,21 +45,6 @@ class _Announced:
     names: dict[str, str]
     latest: dict[str, str]
     containers: int = MAX_CONTAINERS
-
-
-class Message(Wire):
-    """One turn; `content` is the joined text of its parts, empty where an assistant only called functions.
-
-    A tool's message answers the call `tool_call_id` of an earlier message; its `name` is the function's.
-    """
-
-    role: Role
-    content: str
-    name: Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)] | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    refusal: str | None = None
 
 
 def read_messages(value: object) -> tuple[Message, ...]:
@@ -99,19 +73,29 @@ def _message(value: object, path: str, announced: _Announced) -> Message:
     role = one_of(given.get("role"), f"{path}.role", ROLES)
     if role == "assistant":
         return _assistant(given, path, announced)
-    for name, defaults in _ASSISTANTS.items():
-        if given.get(name) not in defaults:
-            raise refuse(f"{path}.{name}", f"is for assistant messages; this one is the {role}'s")
-    fields: dict[str, Any] = {"role": role, "content": _content(given.get("content"), f"{path}.content")}
-    fields["name"] = given.get("name")
+    for field, defaults in _ASSISTANTS.items():
+        if given.get(field) not in defaults:
+            raise refuse(f"{path}.{field}", f"is for assistant messages; this one is the {role}'s")
+    parts = read_content(given.get("content"), f"{path}.content")
+    who = _name(given.get("name"), path)
     if role == "function":
-        fields |= {"role": "tool", "tool_call_id": _legacy_id(given.get("name"), path, announced)}
-    elif role == "tool":
-        fields["tool_call_id"] = call_id = _answered(given.get("tool_call_id"), path, announced)
-        fields["name"] = given.get("name") or announced.names[call_id]
-    if role != "tool" and given.get("tool_call_id") is not None:
+        call_id = _legacy_id(given.get("name"), path, announced)
+        return _result(call_id, announced.names[call_id], parts)
+    if role == "tool":
+        call_id = _answered(given.get("tool_call_id"), path, announced)
+        return _result(call_id, who or announced.names[call_id], parts)
+    if given.get("tool_call_id") is not None:
         raise refuse(f"{path}.tool_call_id", f"is for tool messages; this one is the {role}'s")
-    return validated(Message, fields, f"{path}.")
+    return Message(role=role, parts=parts, name=who)
+
+
+def _result(call_id: str, name: str, parts: Sequence[Part]) -> Message:
+    inner = tuple(part for part in parts if isinstance(part, Text | Media))
+    return Message(role="tool", parts=(ToolResult(call_id=call_id, name=name, parts=inner),))
+
+
+def _name(value: object, path: str) -> str | None:
+    return None if value is None else a_text(value, f"{path}.name", most=MAX_ID_CHARS)
 
 
 def _answered(value: object, path: str, announced: _Announced) -> str:
@@ -140,21 +124,18 @@ def _assistant(given: JsonObject, path: str, announced: _Announced) -> Message:
     calls = _calls(given, path, announced)
     refusal = _optional(given.get("refusal"), f"{path}.refusal")
     content = given.get("content")
+    said: tuple[Part, ...] = ()
     if content is None or (content == [] and calls):
         if not calls and refusal is None:
             raise refuse(f"{path}.content", "is missing: a message without calls has a text, if an empty one")
-        text = ""
     else:
-        text = _content(content, f"{path}.content", may_refuse=True)
-    fields = {
-        "role": "assistant",
-        "content": text or refusal or "",  # a refusal is what the model said in place of an answer
-        "name": given.get("name"),
-        "tool_calls": calls,
-        "reasoning_content": _reasoning(given, path),
-        "refusal": refusal,
-    }
-    return validated(Message, fields, f"{path}.")
+        said = read_content(content, f"{path}.content", may_refuse=True)
+    thought = _reasoning(given, path)
+    first = () if thought is None else (Reasoning(thought),)
+    refused = () if refusal is None else (Refusal(refusal),)
+    who = _name(given.get("name"), path)
+    message = Message(role="assistant", parts=(*first, *said, *refused, *calls), name=who)
+    return restored(message, given.get("provider_specific_fields"), f"{path}.provider_specific_fields")
 
 
 def _reasoning(given: JsonObject, path: str) -> str | None:
@@ -190,7 +171,8 @@ def _calls(given: JsonObject, path: str, announced: _Announced) -> tuple[ToolCal
 
 def _call(value: object, path: str, announced: _Announced) -> ToolCall:
     entry = an_object(value, path, {"id", "type", "function", "index"})  # index: left over from a stream
-    one_of(entry.get("type", "function"), f"{path}.type", ("function",))
+    if entry.get("type") is not None:
+        one_of(entry["type"], f"{path}.type", ("function",))
     if "function" not in entry:
         raise refuse(f"{path}.function", "is missing: name and arguments stand in it")
     name, text, arguments = _function(entry["function"], f"{path}.function", announced)
@@ -209,21 +191,3 @@ def _function(value: object, path: str, announced: _Announced) -> tuple[str, str
     arguments, containers = parse_inner(text, f"{path}.arguments", announced.containers)
     announced.containers -= containers
     return name, text, arguments
-
-
-def _content(value: object, path: str, *, may_refuse: bool = False) -> str:
-    if isinstance(value, str):
-        return value
-    if value is None:
-        raise refuse(path, "is missing")
-    if not isinstance(value, list) or not value:
-        raise refuse(path, "must be a string or a list of text parts")
-    texts = []
-    for i, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" and not (may_refuse and kind == "refusal"):
-            raise refuse(f"{path}[{i}]", "must be a part of type text; this model reads text only")
-        if part.keys() != {"type", kind} or not isinstance(part[kind], str):
-            raise refuse(f"{path}[{i}]", f"must have the fields type and {kind}, a string")
-        texts.append(part[kind])
-    return "".join(texts)

@@ -10,20 +10,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .errors import InvalidRequest
 from .openai_tools import MAX_SCHEMA_BYTES
 from .strict_json import parse_inner
-from .wire_checks import JsonObject, a_flag, a_list, a_name, a_text, an_object, compact, refuse
+from .wire_checks import JsonObject, a_flag, a_list, a_name, a_text, an_object, compact, may_fit, refuse
 
 MAX_CHOICE_ENTRIES = 4096
 FORM_FIELDS = frozenset(
     {"response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"}
 )
 Kind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
-_ANY_OBJECT = '{"type":"object"}'
+ANY_OBJECT = '{"type":"object"}'
 _NAME = re.compile(r"[^\x00-\x1f\x7f]{1,64}")  # told to the model alone; clients send class names such as Page[User]
 _NAME_WORDS = "1 to 64 characters of one line"
 _STRUCTURED = frozenset({"json", "regex", "choice", "grammar", "json_object"})
@@ -49,7 +49,8 @@ class OutputForm:
     choice      the texts, of which one is the answer
     grammar     a context-free grammar, as given
 
-    `path` is the field that asked for it. `name` and `description` are a json_schema's, told to the model.
+    `path` is the field that asked for it. `name` and `description` are a json_schema's, told to the model; `strict` is
+    its, too, as it was said: the schema is enforced whatever it says, but bytes that are passed on tell a provider.
     """
 
     kind: Kind
@@ -57,6 +58,7 @@ class OutputForm:
     path: str
     name: str | None = None
     description: str | None = None
+    strict: bool | None = field(default=None, compare=False)
 
     @property
     def is_json(self) -> bool:
@@ -66,7 +68,7 @@ class OutputForm:
     @property
     def is_guided(self) -> bool:
         """Whether it was asked for in vLLM's way, which means the whole answer, and not in OpenAI's."""
-        return not self.path.startswith("response_format")
+        return self.path.startswith(("guided_", "structured_outputs"))
 
     @property
     def schema(self) -> JsonObject | None:
@@ -79,8 +81,8 @@ class OutputForm:
 
 
 def read_form(fields: Mapping[str, object]) -> OutputForm | None:
-    """The form in a body's FORM_FIELDS; None where there is none. Raises InvalidRequest naming the path, and where
-    there are two, both.
+    """The form in a body's FORM_FIELDS, in which one that was read before may stand as the response_format; None where
+    there is none. Raises InvalidRequest naming the path, and where there are two, both.
     """
     found = [_response_format(fields.get("response_format"))]
     for kind in ("json", "regex", "choice", "grammar"):
@@ -95,8 +97,8 @@ def read_form(fields: Mapping[str, object]) -> OutputForm | None:
 
 def _response_format(value: object) -> OutputForm | None:
     path = "response_format"
-    if value is None:
-        return None
+    if value is None or isinstance(value, OutputForm):
+        return value
     if not isinstance(value, dict):
         raise refuse(path, "must be an object with a type: text, json_object or json_schema")
     kind = value.get("type")
@@ -105,7 +107,7 @@ def _response_format(value: object) -> OutputForm | None:
         return None
     if kind == "json_object":
         an_object(value, path, {"type"})
-        return OutputForm(kind="json_object", value=_ANY_OBJECT, path=path)
+        return OutputForm(kind="json_object", value=ANY_OBJECT, path=path)
     if kind != "json_schema":
         words = "is missing" if kind is None else "must be text, json_object or json_schema"
         raise refuse(f"{path}.type", words)
@@ -114,16 +116,24 @@ def _response_format(value: object) -> OutputForm | None:
     if "json_schema" not in value:
         raise refuse(inner, "is missing: name and schema stand in it")
     asked = an_object(value["json_schema"], inner, {"name", "description", "schema", "strict"})
-    a_flag(asked.get("strict"), f"{inner}.strict")  # the schema is enforced whatever it says
+    return named_schema(asked, inner)
+
+
+def named_schema(asked: JsonObject, path: str) -> OutputForm:
+    """The form in an object with name, description, schema and strict, whose other fields the caller has refused.
+    Raises InvalidRequest.
+    """
+    strict = a_flag(asked.get("strict"), f"{path}.strict")
     if asked.get("schema") is None:
-        raise refuse(f"{inner}.schema", 'is missing; {"type": "json_object"} asks for any object')
+        raise refuse(f"{path}.schema", 'is missing; {"type": "json_object"} asks for any object')
     description = asked.get("description")
     return OutputForm(
         kind="json_schema",
-        value=_schema(asked["schema"], f"{inner}.schema"),
-        path=f"{inner}.schema",
-        name=a_name(asked.get("name"), f"{inner}.name", _NAME, _NAME_WORDS),
-        description=None if description is None else a_text(description, f"{inner}.description", most=4096, least=0),
+        value=_schema(asked["schema"], f"{path}.schema"),
+        path=f"{path}.schema",
+        name=a_name(asked.get("name"), f"{path}.name", _NAME, _NAME_WORDS),
+        description=None if description is None else a_text(description, f"{path}.description", most=4096, least=0),
+        strict=strict,
     )
 
 
@@ -137,7 +147,7 @@ def _structured_outputs(value: object) -> list[OutputForm | None]:
             raise refuse(f"{path}.{name}", "is a setting of another server's backend: leave it out")
     forms = [_form(kind, asked.get(kind), f"{path}.{kind}") for kind in ("json", "regex", "choice", "grammar")]
     if a_flag(asked.get("json_object"), f"{path}.json_object"):
-        forms.append(OutputForm(kind="json_object", value=_ANY_OBJECT, path=f"{path}.json_object"))
+        forms.append(OutputForm(kind="json_object", value=ANY_OBJECT, path=f"{path}.json_object"))
     if not any(forms):
         raise refuse(path, "asks for nothing: give it json, regex, choice, grammar or json_object")
     return forms
@@ -172,10 +182,16 @@ def _schema(value: object, path: str) -> str:
     """As an object, or as the JSON of one, which is how vLLM's clients send it."""
     if isinstance(value, str):
         value = parse_inner(_bounded(value, path), path)[0]
-    return _bounded(compact(an_object(value, path)), path)
+    if not may_fit(an_object(value, path), MAX_SCHEMA_BYTES):
+        raise _too_long(path)
+    return _bounded(compact(value), path)
 
 
 def _bounded(text: str, path: str) -> str:
     if len(text) > MAX_SCHEMA_BYTES or len(text.encode()) > MAX_SCHEMA_BYTES:
-        raise refuse(path, f"has more than {MAX_SCHEMA_BYTES} bytes")
+        raise _too_long(path)
     return text
+
+
+def _too_long(path: str) -> InvalidRequest:
+    return refuse(path, f"has more than {MAX_SCHEMA_BYTES} bytes")

@@ -6,25 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import DiptychError, RequestError
+from .replies import Usage
 
 JsonObject = dict[str, Any]
 
 
-def usage(
-    prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int | None = None
-) -> JsonObject:
-    """Token counts of one request. `cached_tokens` of the prompt were found in a prefix cache; `reasoning_tokens` of a
-    chat answer came before what it says.
-    """
+def usage(used: Usage) -> JsonObject | None:
+    """Token counts of one request; what nobody told is left out, and without both totals there is none."""
+    prompt, completion = used.input_tokens, used.output_tokens
+    if prompt is None or completion is None:
+        return None
     counts: JsonObject = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
     }
-    if reasoning_tokens is not None:
-        counts["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    if of_prompt := _told(cached_tokens=used.cache_read_tokens, audio_tokens=used.input_audio_tokens):
+        counts["prompt_tokens_details"] = of_prompt
+    if of_answer := _told(reasoning_tokens=used.reasoning_tokens, audio_tokens=used.output_audio_tokens):
+        counts["completion_tokens_details"] = of_answer
     return counts
+
+
+def _told(**counts: int | None) -> JsonObject:
+    return {name: count for name, count in counts.items() if count is not None}
 
 
 def chat_message(text: str) -> JsonObject:
@@ -43,7 +48,14 @@ def text_choice(index: int, text: str, finish_reason: str, logprobs: JsonObject 
 
 
 def completion(
-    kind: str, *, id: str, created: int, model: str, fingerprint: str, choices: list[JsonObject], use: JsonObject
+    kind: str,
+    *,
+    id: str,
+    created: int,
+    model: str,
+    fingerprint: str | None,
+    choices: list[JsonObject],
+    use: JsonObject | None,
 ) -> JsonObject:
     """A whole answer; `kind` is chat.completion or text_completion, `created` in Unix seconds."""
     head: JsonObject = {"id": id, "object": kind, "created": created, "model": model}
@@ -51,10 +63,10 @@ def completion(
 
 
 def model_card(
-    name: str, created: int, max_context_tokens: int, defaults: Mapping[str, float], capabilities: JsonObject
+    name: str, created: int, max_context_tokens: int | None, defaults: Mapping[str, float], capabilities: JsonObject
 ) -> JsonObject:
     """One entry of /v1/models; `defaults` hold for sampling fields that a request does not give. `capabilities`: so
-    that no client needs a list of models' names.
+    that no client needs a list of models' names. `max_context_tokens` None: only providers know.
     """
     return {
         "id": name,

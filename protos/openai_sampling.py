@@ -5,6 +5,7 @@ What can be checked without a model is checked here; vocabulary, context and def
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Annotated, Any, TypeVar
 
@@ -20,6 +21,7 @@ MAX_STOP_CHARS = 256
 MAX_BIASED = 1024
 MAX_BAD_WORDS = 128
 MAX_STOP_TOKENS = 128
+MAX_ALLOWED_TOKENS = 1 << 18
 # A number in a token id's place goes on to the vocabulary's check; more digits than this are no id anywhere.
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
@@ -51,21 +53,20 @@ def _texts(value: object, name: str, most: int, wanted: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
-def _token_ids(value: object, name: str) -> tuple[int, ...]:
+def _token_ids(value: object, name: str, most: int) -> tuple[int, ...]:
+    if isinstance(value, list) and len(value) > most:
+        raise InvalidRequest(f"{name} has {len(value)} ids; the limit is {most}", name)
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         raise InvalidRequest(f"{name} must be a list of token ids", name)
     return tuple(sorted(set(value)))
 
 
 def _stop_token_ids(value: object) -> tuple[int, ...]:
-    tokens = () if value is None else _token_ids(value, "stop_token_ids")
-    if len(tokens) > MAX_STOP_TOKENS:
-        raise InvalidRequest(f"stop_token_ids has {len(tokens)} ids; the limit is {MAX_STOP_TOKENS}", "stop_token_ids")
-    return tokens
+    return () if value is None else _token_ids(value, "stop_token_ids", MAX_STOP_TOKENS)
 
 
 def _allowed_token_ids(value: object) -> tuple[int, ...] | None:
-    tokens = None if value is None else _token_ids(value, "allowed_token_ids")
+    tokens = None if value is None else _token_ids(value, "allowed_token_ids", MAX_ALLOWED_TOKENS)
     if tokens == ():
         raise InvalidRequest("allowed_token_ids is empty: no token could be sampled", "allowed_token_ids")
     return tokens
@@ -130,6 +131,11 @@ class SamplingFields(Wire):
 
 
 ModelT = TypeVar("ModelT", bound=Wire)
+
+
+def seed_of_choice(seed: int, index: int) -> int:
+    """Of answer `index`, from 1 on, of several to a request with `seed`: 64 bits without a sign, as `seed` has."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8])
 
 
 # pydantic's words where they speak of Python

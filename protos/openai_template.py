@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from .wire_checks import JsonObject, a_flag, a_name, an_object, one_of, refuse
 
@@ -26,29 +26,48 @@ _RESERVED = frozenset(
     "messages tools documents add_generation_prompt continue_final_message chat_template tokenize conversation "
     "raise_exception strftime_now namespace range dict loop self super caller varargs kwargs true false none".split()
 )
-Effort = Literal["none", "minimal", "low", "medium", "high"]
-_EFFORTS: tuple[Effort, ...] = ("none", "minimal", "low", "medium", "high")
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+EFFORTS: tuple[Effort, ...] = get_args(Effort)
+_MOST = ("xhigh", "max")
 Scalar = str | int | float | bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateOptions:
-    """`variables`: of chat_template_kwargs and reasoning_effort. `continue_final`: the answer goes on with the last
-    message's text, after which the rendering ends; else it ends as the template begins an answer, or, with
-    `generation_prompt` false, behind the last message.
+    """`variables`: of chat_template_kwargs and reasoning_effort. `implied`: others that nobody wrote, by which an own
+    model's template does what the request's format means by its silence; providers are not told of them.
+    `effort`: the level that the request's own field asked for, which providers are told; among `variables` stands the
+    word that templates have for it. `continue_final`: the answer goes on with the last message's text, after which the
+    rendering ends; else it ends as the template begins an answer, or, with `generation_prompt` false, behind the last
+    message.
     """
 
     variables: Mapping[str, Scalar] = field(default_factory=dict)
+    implied: Mapping[str, Scalar] = field(default_factory=dict)
+    effort: Effort | None = None
     generation_prompt: bool = True
     continue_final: bool = False
+
+    @property
+    def asked_effort(self) -> str | None:
+        """How much a request wants the model to reason, in its own word; None: it says nothing of it."""
+        told = self.variables.get("reasoning_effort") if self.effort is None else self.effort
+        return None if told is None else str(told)
+
+
+def in_templates(effort: Effort) -> Effort:
+    """The word that chat templates have for an effort: they know no more than high."""
+    return "high" if effort in _MOST else effort
 
 
 def read_template(fields: Mapping[str, object]) -> TemplateOptions:
     """The options in a body's TEMPLATE_FIELDS. Raises InvalidRequest naming the path."""
     variables = _variables(fields.get(_NAMES))
+    effort: Effort | None = None
     if fields.get("reasoning_effort") is not None:
-        effort = one_of(fields["reasoning_effort"], "reasoning_effort", _EFFORTS)
-        if variables.setdefault("reasoning_effort", effort) != effort:
+        effort = one_of(fields["reasoning_effort"], "reasoning_effort", EFFORTS)
+        shown = in_templates(effort)
+        if variables.setdefault("reasoning_effort", shown) not in (shown, effort):
             raise refuse("reasoning_effort", f"and {_NAMES}.reasoning_effort differ: send one of them")
     continues = a_flag(fields.get("continue_final_message"), "continue_final_message") is True
     prompt = a_flag(fields.get("add_generation_prompt"), "add_generation_prompt")
@@ -56,7 +75,10 @@ def read_template(fields: Mapping[str, object]) -> TemplateOptions:
         told = "and add_generation_prompt exclude each other: an answer goes on with the last message or begins anew"
         raise refuse("continue_final_message", told)
     return TemplateOptions(
-        variables=variables, generation_prompt=prompt is not False and not continues, continue_final=continues
+        variables=variables,
+        effort=effort,
+        generation_prompt=prompt is not False and not continues,
+        continue_final=continues,
     )
 
 

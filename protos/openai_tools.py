@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .errors import InvalidRequest
-from .wire_checks import JsonObject, a_flag, a_list, a_name, a_text, an_object, compact, one_of, refuse
+from .messages import Kept
+from .wire_checks import JsonObject, a_flag, a_list, a_name, a_text, an_object, compact, may_fit, one_of, refuse
 
 MAX_TOOLS = 128
 MAX_SCHEMA_BYTES = 64 << 10  # JSON of all schemas of a request together: what a grammar is made of
@@ -28,11 +29,19 @@ Mode = Literal["none", "auto", "required"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """A function that the model may call. `parameters` is a schema of an object, with `type` and `properties`."""
+    """A function that the model may call. `parameters` is a schema of an object, with `type` and `properties`. `strict`
+    as it was said: arguments follow their schema whatever it says, but bytes that are passed on say it to a provider.
+
+    For errors: `path`, where it stands in the request (empty: as in chat), and `schema_field`, the schema's name there.
+    """
 
     name: str
     description: str | None
     parameters: JsonObject
+    kept: Kept = ""  # up to here, as of a message's part
+    strict: bool | None = field(default=None, compare=False)
+    path: str = field(default="", compare=False)
+    schema_field: str = field(default="parameters", compare=False)
 
     def told(self) -> JsonObject:
         """As chat templates are told of it: OpenAI's shape."""
@@ -116,20 +125,28 @@ def _entries(fields: Mapping[str, object]) -> tuple[Sequence[object], bool]:
 
 
 def _tools(entries: Sequence[object], *, is_legacy: bool) -> tuple[Tool, ...]:
+    if is_legacy:
+        return checked_tools([(f"functions[{i}]", entry) for i, entry in enumerate(entries)])
+    paths = [f"tools[{i}]" for i in range(len(entries))]
+    inner = [(f"{path}.function", _function_of(entry, path)) for path, entry in zip(paths, entries, strict=True)]
+    return checked_tools(inner)
+
+
+def checked_tools(entries: Sequence[tuple[str, object]]) -> tuple[Tool, ...]:
+    """The tools in objects with name, description, parameters and strict, each with its path; their names differ, and
+    all of them together have a bearable size. Raises InvalidRequest.
+    """
     tools: list[Tool] = []
     places: dict[str, str] = {}
     schema_bytes = description_chars = 0
-    for i, entry in enumerate(entries):
-        path = f"functions[{i}]" if is_legacy else f"tools[{i}]"
-        if not is_legacy:
-            entry = _function_of(entry, path)
-            path += ".function"
+    for path, entry in entries:
         tool = _tool(entry, path)
         if tool.name in places:
             raise refuse(f"{path}.name", f"is {tool.name}, as {places[tool.name]} is: a call could mean either")
         places[tool.name] = f"{path}.name"
-        schema_bytes += len(compact(tool.parameters).encode())
-        if schema_bytes > MAX_SCHEMA_BYTES:
+        is_short = may_fit(tool.parameters, MAX_SCHEMA_BYTES - schema_bytes)
+        schema_bytes += len(compact(tool.parameters).encode()) if is_short else 0
+        if not is_short or schema_bytes > MAX_SCHEMA_BYTES:
             told = f"together have more than {MAX_SCHEMA_BYTES} bytes of JSON: offer fewer or simpler functions"
             raise refuse(f"{path}.parameters", f"and the schemas before it {told}")
         description_chars += len(tool.description or "")
@@ -144,7 +161,8 @@ def _function_of(entry: object, path: str) -> object:
     if not isinstance(entry, dict):
         raise refuse(path, "must be an object")
     if (kind := entry.get("type")) != "function":
-        words = "is missing" if kind is None else "must be function: this server has no tools of its own"
+        told = "must be function: tools that a server runs, and tools without a schema, do not exist here"
+        words = "is missing" if kind is None else told
         raise refuse(f"{path}.type", words)
     if "function" not in entry:
         raise refuse(f"{path}.function", "is missing: name, description and parameters stand in it")
@@ -157,8 +175,9 @@ def _tool(entry: object, path: str) -> Tool:
     description = function.get("description")
     if description is not None:
         description = a_text(description, f"{path}.description", least=0)
-    a_flag(function.get("strict"), f"{path}.strict")  # arguments follow their schema whatever it says
-    return Tool(name=name, description=description, parameters=_parameters(function.get("parameters"), path))
+    strict = a_flag(function.get("strict"), f"{path}.strict")
+    parameters = _parameters(function.get("parameters"), path)
+    return Tool(name=name, description=description, parameters=parameters, strict=strict, path=path)
 
 
 def _parameters(value: object, path: str) -> JsonObject:
@@ -209,7 +228,8 @@ def _known_function(value: object, path: str, every: tuple[str, ...]) -> str:
     if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("function"), dict):
         raise refuse(path, f"must have the shape {_NAMED_SHAPE}")
     an_object(value, path, {"type", "function"})
-    return _known(value["function"].get("name"), f"{path}.function.name", every)
+    function = an_object(value["function"], f"{path}.function", {"name"})
+    return _known(function.get("name"), f"{path}.function.name", every)
 
 
 def _known(name: object, path: str, every: tuple[str, ...]) -> str:

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .errors import EngineFault, EngineLost
+from .barrier import PASSES
+from .errors import EngineFault
 from .ports import Clock, Runner
 from .step import StepPlan, StepResult
 
@@ -51,9 +52,9 @@ class StepPipeline:
         fault = None
         try:
             self.runner.launch(plan)
-        except EngineLost:
+        except PASSES:
             raise
-        except Exception as exc:
+        except BaseException as exc:  # a library's panic is no Exception
             fault = _fault(plan, exc)
         self._steps.append(_Step(plan, done, fault))
 
@@ -79,9 +80,9 @@ class StepPipeline:
     def _collect(self, plan: StepPlan) -> StepResult | EngineFault:
         try:
             result = self.runner.collect()
-        except EngineLost:
+        except PASSES:
             raise
-        except Exception as exc:
+        except BaseException as exc:
             return _fault(plan, exc)
         if not _fits(plan, result):
             log.error("step %d came back as %r", plan.step_id, result)
@@ -94,7 +95,7 @@ class StepPipeline:
         return result
 
 
-def _fault(plan: StepPlan, exc: Exception) -> EngineFault:
+def _fault(plan: StepPlan, exc: BaseException) -> EngineFault:
     log.error("step %d with %d rows raised", plan.step_id, len(plan.rows), exc_info=exc)
     fault = EngineFault("the engine failed while computing this request", f"{type(exc).__name__}: {exc}")
     fault.__cause__ = exc

@@ -14,12 +14,13 @@ Device = Literal["cpu", "cuda"]
 STEP_TOKENS: Final[dict[Device, int]] = {"cpu": 512, "cuda": 8192}
 MAX_RUNNING: Final[dict[Device, int]] = {"cpu": 64, "cuda": 512}
 CPU_KV_MIB: Final = 512
+EMBED_STEP_TOKENS: Final[dict[Device, int]] = {"cpu": 2048, "cuda": 32_768}
 
 
 class Settings(BaseModel):
-    """Frozen; an unknown key is an error."""
+    """Frozen; an unknown key is an error. What was given is not in the text of a failed validation: it may be a key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -123,6 +124,39 @@ class DecodeSettings(DecodePoolSettings):
 
     max_running: int = Field(MAX_RUNNING["cpu"], ge=1)
     step_tokens: int = Field(STEP_TOKENS["cpu"], ge=1)
+
+
+class EmbedPoolSettings(Settings):
+    """The pool of a model that embeds or ranks texts, and what it makes of them where its folder does not say."""
+
+    engines: int = Field(1, ge=1, description="engines in the pool")
+    step_tokens: int | None = Field(
+        None, ge=1, description="tokens computed per step, over all requests; null: 2048 on a CPU, 32768 on a card"
+    )
+    max_waiting: int = Field(
+        256, ge=0, description="requests of an engine that are not computed yet; one more is refused"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: the cores divided by the engines")
+    pooling: Literal["auto", "mean", "cls", "last"] = Field(
+        "auto",
+        description="from the vectors of tokens to one of the text; auto: as the folder's sentence-transformers files "
+        "say, else last for decoders and mean for encoders",
+    )
+    normalize: bool | None = Field(
+        None, description="vectors of length 1; null: as those files say, true where there are none"
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=2,
+        description="longest text in tokens; null: as those files say, else as many as the model can read",
+    )
+    truncate: Literal["none", "start", "end"] = Field(
+        "none", description="a longer text, where the request does not say: refused, or cut at its start or end"
+    )
+
+    def tokens_on(self, device: Device) -> int:
+        """Of a step."""
+        return self.step_tokens or EMBED_STEP_TOKENS[device]
 
 
 def _given(settings: Settings) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class EngineInfo:
     dtype: str
     degraded: tuple[str, ...] = ()  # choices that cost speed, in words
     layout: str = "disaggregated"  # of its model; in `colocated` decode engines compute the prompts, too
+    seats: int = 0  # requests that it decodes at once; 0: it does not tell
     draining: bool = False  # its running requests finish, it takes no new ones
 
 

@@ -14,8 +14,10 @@ from .errors import InvalidRequest
 
 MAX_DEPTH = 64  # the deepest honest body, a tool schema, stays below 30
 MAX_CONTAINERS = 65_536  # objects and lists in one body: bounds the time that the parser holds the interpreter
+MAX_MEMBERS = 131_072  # of all objects in one body, for the same reason
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_BRACKET = re.compile(rb'"(?:[^"\\]+|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
+# A text, which is a member's name where the group is there; or a bracket. Brackets within texts do not count.
+_TOKEN = re.compile(rb'"(?:[^"\\]+|\\.)*+"([ \t\r\n]*:)?|[\[{]|[\]}]', re.DOTALL)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -36,15 +38,17 @@ def parse_inner(text: str, path: str, most_containers: int = MAX_CONTAINERS) -> 
         return _object(text, text.encode(), most_containers)
     except InvalidRequest as exc:
         why = exc.message.replace("the body", "the text", 1)
-        if most_containers < MAX_CONTAINERS and why.endswith("lists"):
+        if most_containers < MAX_CONTAINERS and "objects and lists" in why:
             why = f"with the calls before it there are more than {MAX_CONTAINERS} objects and lists"
         raise InvalidRequest(f"{path} must hold the JSON of an object: {why}", path) from None
 
 
 def _object(text: str, body: bytes, most_containers: int) -> tuple[dict[str, Any], int]:
-    containers = _check_depth(body, most_containers)
+    containers = _check_size(body, most_containers)
+    odd = _OddNumbers()
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_float)
+        value = json.loads(text, object_pairs_hook=odd.pairs, parse_constant=odd.constant, parse_float=odd.number)
+        odd.check()
     except json.JSONDecodeError as exc:
         raise InvalidRequest(f"the body is not valid JSON: {exc.msg} (line {exc.lineno} column {exc.colno})") from None
     except ValueError:  # CPython's limit on the digits of an integer
@@ -56,22 +60,35 @@ def _object(text: str, body: bytes, most_containers: int) -> tuple[dict[str, Any
     return value, containers
 
 
-def _check_depth(body: bytes, most_containers: int) -> int:
-    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+def _check_size(body: bytes, most_containers: int) -> int:
+    """The number of objects and lists, 0 where they are few."""
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH and body.count(b":") <= MAX_MEMBERS:
         return 0
-    depth = containers = 0
-    for match in _BRACKET.finditer(body):  # strings match whole, so that brackets in them do not count
+    depth = containers = members = 0
+    field = b""  # of the outermost object, in which the parser is
+    for match in _TOKEN.finditer(body):
         first = body[match.start()]
         if first in b"[{":
             depth += 1
             containers += 1
             if containers > most_containers:
-                raise InvalidRequest(f"the body holds more than {most_containers} objects and lists")
+                raise _too_much(field, f"holds more than {most_containers} objects and lists")
             if depth > MAX_DEPTH:
-                raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
+                raise _too_much(field, f"is nested more than {MAX_DEPTH} levels deep")
         elif first in b"]}":
             depth -= 1
+        elif match.lastindex is not None:
+            members += 1
+            if depth == 1:
+                field = match[0].removesuffix(match[1])
+            if members > MAX_MEMBERS:
+                raise _too_much(field, f"holds objects with more than {MAX_MEMBERS} members together")
     return containers
+
+
+def _too_much(field: bytes, words: str) -> InvalidRequest:
+    name = printable(field[1:-1].decode()) or None
+    return InvalidRequest(f"the body {words}" + (f", where {name} is" if name else ""), name)
 
 
 def _check_surrogates(value: dict[str, Any]) -> None:
@@ -92,15 +109,37 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(name: str) -> float:
-    raise InvalidRequest(f"{name} is not a JSON number")
+class _OddNumbers:
+    """Of one text: numbers that JSON does not have, or that no float holds, are an error of the field that has them."""
 
+    def __init__(self) -> None:
+        self._words = ""  # of the first one
 
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise InvalidRequest(f"{text[:32]} is too large for a number")
-    return value
+    def constant(self, name: str) -> object:
+        """NaN and the infinities, which Python's parser reads."""
+        self._words = self._words or f"{name} is not a JSON number"
+        return self
+
+    def number(self, text: str) -> object:
+        value = float(text)
+        if math.isfinite(value):
+            return value
+        self._words = self._words or f"{text[:32]} is too large for a number"
+        return self
+
+    def pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """An object, its members known."""
+        if self._words:
+            for key, value in pairs:
+                if value is self:
+                    name = printable(key)
+                    raise InvalidRequest(f"{name}: {self._words}", name)
+        return _unique_keys(pairs)
+
+    def check(self) -> None:
+        """One that is no member of an object: in a list, or all there is."""
+        if self._words:
+            raise InvalidRequest(self._words)
 
 
 def printable(text: str, limit: int = 80) -> str:

@@ -19,6 +19,12 @@ class Role(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    EMBED = "embed"  # vectors and scores of whole texts; holds no KV and has no other role beside it
+
+
+GENERATING = (Role.PREFILL, Role.DECODE)  # the two that share one request
+# Of these a model has one pool that it cannot answer without.
+ANSWERING = frozenset({Role.DECODE, Role.EMBED})
 
 
 class FinishReason(StrEnum):
@@ -183,6 +189,7 @@ class StepOutput:
     finishes: list[Finish] = field(default_factory=list)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by row of the columns, where asked for
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    started: list[TransferKey] = field(default_factory=list)  # whose prompts it has begun to compute
 
     def add(self, key: TransferKey, index: int, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """One more row of the columns."""
@@ -193,7 +200,7 @@ class StepOutput:
         self.tokens.append(token)
 
     def __bool__(self) -> bool:
-        return bool(self.keys or self.finishes or self.prompt_logprobs)
+        return bool(self.keys or self.finishes or self.prompt_logprobs or self.started)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

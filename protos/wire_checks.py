@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from .errors import InvalidRequest
 from .strict_json import printable
 
+PIECE_BYTES = 4 << 10  # that are written as JSON in one go where others wait for the interpreter
 JsonObject = dict[str, Any]
 ChoiceT = TypeVar("ChoiceT", bound=str)
 
@@ -62,6 +63,11 @@ def a_flag(value: object, path: str) -> bool | None:
     return value
 
 
+def is_default(value: object, defaults: Collection[object]) -> bool:
+    """Whether `value` is one of `defaults`; true and 1 are two values, as they are in JSON."""
+    return any(value == default and isinstance(value, bool) == isinstance(default, bool) for default in defaults)
+
+
 def one_of(value: object, path: str, choices: tuple[ChoiceT, ...]) -> ChoiceT:
     """`value`, which must be one of `choices`. Raises InvalidRequest."""
     for choice in choices:
@@ -84,3 +90,49 @@ def a_name(value: object, path: str, pattern: re.Pattern[str], words: str) -> st
 def compact(value: object) -> str:
     """`value` as JSON without spaces, keys in their order."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def compact_in_pieces(value: object) -> str:
+    """As `compact`, for threads: the interpreter's lock is held for no longer than a piece of it or one text takes."""
+    pieces: list[str] = []
+    _add_pieces(value, pieces)
+    return "".join(pieces)
+
+
+def _add_pieces(value: object, pieces: list[str]) -> None:
+    if not isinstance(value, dict | list) or not value or may_fit(value, PIECE_BYTES):
+        pieces.append(compact(value))
+    elif isinstance(value, dict):
+        lead = "{"
+        for name, inner in value.items():
+            pieces.append(f"{lead}{compact(name)}:")
+            _add_pieces(inner, pieces)
+            lead = ","
+        pieces.append("}")
+    else:
+        lead = "["
+        for inner in value:
+            pieces.append(lead)
+            _add_pieces(inner, pieces)
+            lead = ","
+        pieces.append("]")
+
+
+def may_fit(value: object, most: int) -> bool:
+    """False where `value`, plain JSON, takes surely more than `most` bytes as JSON; looks no further than that takes.
+
+    Asked before `compact`, which holds the interpreter's lock until it is through, and everybody's streams with it.
+    """
+    left: list[object] = [value]
+    size = -1  # every value but the outermost is followed by a comma or a bracket
+    while left:
+        part = left.pop()
+        size += len(part) + 3 if isinstance(part, str) else 2
+        if isinstance(part, dict):
+            left.extend(part)
+            left.extend(part.values())
+        elif isinstance(part, list):
+            left.extend(part)
+        if size > most:
+            return False
+    return True

@@ -4,8 +4,24 @@ process cannot do both. On a card, TRITON_INTERPRET=1 asks for the interpreter a
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import os
+import shutil
+import tempfile
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # where kernels alone are tested
+    pass
+else:  # how long an example takes on a busy machine is no property of what it tests
+    settings.register_profile("diptych", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("diptych")
+
+# No test, and no command that one starts, writes where this user's keys and files are.
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="diptych-tests-data-")
+atexit.register(shutil.rmtree, os.environ["XDG_DATA_HOME"], ignore_errors=True)
 
 
 def has_card() -> bool:
@@ -20,3 +36,9 @@ def has_card() -> bool:
 
 if not has_card():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests are no garbage: to look through them again and again stops what a test measures or bounds."""
+    gc.collect()
+    gc.freeze()

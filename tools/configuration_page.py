@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from diptych.cluster.config import DiptychConfig, default_cache_dir, default_run_dir
+from diptych.cluster.config import DiptychConfig, default_cache_dir, default_data_dir, default_run_dir
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration reference
@@ -24,7 +24,11 @@ Every key of `diptych.yaml`, with its default. Made by `make docs` from the clas
 `NAME` stands for a name that you choose. An unknown key is an error that names it and the nearest known one.
 """
 NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}
-PLACES = {str(default_cache_dir()): "~/.cache/diptych", str(default_run_dir()): "/tmp/diptych-UID"}
+PLACES = {
+    str(default_cache_dir()): "~/.cache/diptych",
+    str(default_data_dir()): "~/.local/share/diptych",
+    str(default_run_dir()): "/tmp/diptych-UID",
+}
 BOUNDS = (
     ("ge", "at least "),
     ("gt", "above "),
@@ -61,7 +65,8 @@ def groups(cls: type[BaseModel] = DiptychConfig, path: str = "") -> Iterator[Gro
         plain, optional = _without_none(field.annotation)
         named = get_origin(plain) is dict
         if get_origin(plain) is tuple:
-            keys.append(Key(below, _list(plain), "[]", field.description or ""))
+            default = "required" if field.is_required() else "[]"
+            keys.append(Key(below, _list(plain), default, field.description or ""))
             continue
         settings = get_args(plain)[1] if named else plain
         if not (isinstance(settings, type) and issubclass(settings, BaseModel)):
@@ -106,10 +111,7 @@ def _without_none(annotation: Any) -> tuple[Any, bool]:
 
 def _kind(annotation: Any, field: FieldInfo) -> str:
     plain, optional = _without_none(annotation)
-    if get_origin(plain) is Annotated:
-        plain = get_args(plain)[0]
-    choices = get_args(plain) if get_origin(plain) is Literal else ()
-    words = " or ".join(f"`{choice}`" for choice in choices) if choices else NAMES[plain]
+    words = _words(plain)
     limits = [
         f"{text}{getattr(bound, name)}"
         for bound in field.metadata
@@ -119,12 +121,29 @@ def _kind(annotation: Any, field: FieldInfo) -> str:
     return ", ".join([words, *limits]) + (", or null" if optional else "")
 
 
+def _words(plain: Any) -> str:
+    origin, inner = get_origin(plain), get_args(plain)
+    if origin is Annotated:
+        return _words(inner[0])
+    if origin is Literal:
+        return " or ".join(f"`{choice}`" for choice in inner)
+    if origin in {Union, types.UnionType}:
+        return " or ".join(_words(one) for one in inner)
+    if origin is dict:
+        return "texts by name" if inner[1] is str else "values by name"
+    return NAMES[plain]
+
+
 def _list(annotation: Any) -> str:
-    """A key whose value is a list of groups."""
+    """A key whose value is a list of groups, or of texts."""
+    if get_args(annotation)[0] is str:
+        return "list of texts"
     return "list of " + ", ".join(f"`{key}`" for key in get_args(annotation)[0].model_fields)
 
 
 def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
     assert value is not PydanticUndefined
     if isinstance(value, bool) or value is None:

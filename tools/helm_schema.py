@@ -5,6 +5,7 @@ What stands below `diptych` comes from the classes behind `diptych.yaml`, so the
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from diptych.cluster.config import MODEL_NAME, DiptychConfig
+from diptych.protos.providers.quirks import Quirks
 
 CHART = Path(__file__).resolve().parents[1] / "helm"
 SCHEMA, README = CHART / "values.schema.json", CHART / "README.md"
@@ -20,8 +22,9 @@ BEGIN, END = "<!-- values: made by `make docs` -->", "<!-- end of values -->"
 # What the chart decides by itself, because it follows from the pods, or what has no meaning in them.
 CHARTS_OWN = {
     # All processes of a release share a pod, so their channels are unix sockets and the secret never leaves it.
-    "": {"run_dir", "cache_dir", "telemetry", "security", "faults"},
+    "": {"run_dir", "cache_dir", "data_dir", "telemetry", "security", "faults"},
     "engines": {"host"},
+    "store": {"password_file"},
     "router": {"host", "port", "serve_port"},
     "ray": {"address", "start_timeout_s", "object_store_mib"},
 }
@@ -112,6 +115,18 @@ def chart_schema() -> dict[str, Any]:
             claimName=text("an existing PersistentVolumeClaim with model folders, mounted read only; empty: none"),
             path=text("where it is mounted", "^/[A-Za-z0-9/_.-]+$"),
         ),
+        "data": group(
+            "what outlives a pod: API keys, files, batches, responses",
+            claimName=text(
+                "an existing PersistentVolumeClaim for the database's file and the contents of files; empty: they end "
+                "with the pod"
+            ),
+            passwordSecret=text("an existing Secret whose key `password` is that of diptych.store.url; empty: none"),
+        ),
+        "providers": group(
+            "keys of outside providers that diptych.providers names",
+            keysSecret=text("an existing Secret with their variables, such as GROQ_API_KEY; empty: none"),
+        ),
         "serviceAccount": group(
             "of the pods; it has no rights, and its token is not mounted",
             create={"type": "boolean", "description": "make one"},
@@ -154,6 +169,12 @@ def config_schema() -> dict[str, Any]:
         node = tree["properties"][path] if path else tree
         for name in names:
             del node["properties"][name]
+    quirks = tree["properties"]["providers"]["additionalProperties"]["properties"]["quirks"]
+    words = "see docs/providers.md; checked when the configuration is read"
+    quirks |= {
+        "additionalProperties": False,
+        "properties": {quirk.name: {"description": words} for quirk in dataclasses.fields(Quirks)},
+    }
     models = tree["properties"]["models"]
     models |= {
         "description": "models by name; empty: the built-in one",

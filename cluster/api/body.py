@@ -72,11 +72,11 @@ def _too_large(limits: LimitSettings) -> RequestTooLarge:
     return RequestTooLarge(f"the body is larger than {limits.body_bytes} bytes")
 
 
-async def refuse_body(error: DiptychError, receive: Receive, send: Send) -> None:
+async def refuse_body(error: DiptychError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer `error` at once, then read and drop what the client still sends, for a while, and close."""
-    response = response_of(error)
+    response = response_of(error, scope)
     headers = [*response.raw_headers, (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": error.http_status, "headers": headers})
+    await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
     dropped = 0
     try:

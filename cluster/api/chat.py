@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diptych.protos.openai import ChatRequest, GenerationRequest, parse_chat
-from diptych.protos.openai_replies import JsonObject, chat_choice, chat_message, completion
+from diptych.protos.openai_replies import JsonObject, chat_choice, completion, usage
 
 from .answer import Choice, Piece
-from .generation import Answer, Whole
-from .logprobs import Entry, chat_logprobs, prompt_logprobs
+from .endpoint import AnswerView, Whole
+from .logprobs import Entry, chat_logprobs
 from .prepared import Prepared, prepare_chat
+from .said import is_legacy, message_of
 from .served import ServedModel
+from .sse import OpenAIStream
 from .text import TokenTable
 
 
-class ChatEndpoint:
+class ChatEndpoint(OpenAIStream):
     """Messages through the chat template."""
 
     is_chat = True
     id_prefix = "chatcmpl-"
+    relays = True
     default_max_tokens: int | None = None
 
     def parse(self, body: bytes) -> ChatRequest:
@@ -53,30 +56,28 @@ class ChatEndpoint:
         """Token by token."""
         return chat_logprobs(entries, table)
 
-    def answer(self, answer: Answer, choices: list[Whole]) -> JsonObject:
+    def answer(self, answer: AnswerView, choices: list[Whole]) -> JsonObject:
         """The whole answer; vLLM's prompt_logprobs stand at its top."""
+        legacy = is_legacy(answer.request)
         reply = completion(
             "chat.completion",
             id=answer.id,
             created=answer.created,
             model=answer.request.model,
-            fingerprint=answer.model.fingerprint,
-            choices=[_shaped(whole) for whole in choices],
-            use=answer.usage(),
+            fingerprint=answer.fingerprint,
+            choices=[_shaped(whole, is_legacy=legacy) for whole in choices],
+            use=usage(answer.used()),
         )
-        first, num_top = choices[0].choice, answer.request.prompt_logprobs
-        if num_top is not None and first.prompt_logprobs is not None:
-            table = answer.model.renderer.table
-            reply["prompt_logprobs"] = prompt_logprobs(first.call.prompt, first.prompt_logprobs, num_top, table)
+        if choices[0].prompt_logprobs is not None:
+            reply["prompt_logprobs"] = choices[0].prompt_logprobs
         return reply
 
 
-def _shaped(whole: Whole) -> JsonObject:
-    reader, reason = whole.choice.reader, whole.choice.finish_reason
-    if reader is None:
-        shaped = chat_choice(whole.choice.index, chat_message(whole.text), reason, whole.logprobs)
-    else:
-        shaped = chat_choice(whole.choice.index, reader.message(), reader.finish_reason(reason), whole.logprobs)
+def _shaped(whole: Whole, *, is_legacy: bool) -> JsonObject:
+    choice, message = whole.choice, message_of(whole.said, is_legacy=is_legacy)
+    if (carried := choice.carried) is not None:
+        message["provider_specific_fields"] = carried
+    shaped = chat_choice(choice.index, message, choice.end_reason, whole.logprobs)
     if whole.faults:
         shaped["schema_errors"] = whole.faults
     return shaped

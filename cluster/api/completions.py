@@ -6,22 +6,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from diptych.protos.openai import CompletionRequest, GenerationRequest, parse_completion
-from diptych.protos.openai_replies import JsonObject, completion, text_choice
+from diptych.protos.openai_replies import JsonObject, completion, text_choice, usage
 
 from .answer import Choice, Piece
-from .generation import Answer, Whole
-from .logprobs import Entry, prompt_logprobs, text_logprobs
+from .endpoint import AnswerView, Whole
+from .logprobs import Entry, text_logprobs
 from .prepared import Prepared, prepare_completion
 from .sampling import check_token_ids
 from .served import ServedModel
+from .sse import OpenAIStream
 from .text import TextStream, TokenTable
 
 
-class CompletionEndpoint:
+class CompletionEndpoint(OpenAIStream):
     """A text or token ids, as they are."""
 
     is_chat = False
     id_prefix = "cmpl-"
+    relays = False
     default_max_tokens: int | None = 16  # OpenAI's documented default
 
     def parse(self, body: bytes) -> CompletionRequest:
@@ -80,23 +82,22 @@ class CompletionEndpoint:
         """In columns."""
         return text_logprobs(entries, table)
 
-    def answer(self, answer: Answer, choices: list[Whole]) -> JsonObject:
+    def answer(self, answer: AnswerView, choices: list[Whole]) -> JsonObject:
         """The whole answer; vLLM's prompt_logprobs stand in each choice."""
         shaped = []
         for whole in choices:
-            choice, top = whole.choice, answer.request.prompt_logprobs
-            shaped.append(text_choice(choice.index, whole.text, choice.finish_reason, whole.logprobs))
+            choice = whole.choice
+            shaped.append(text_choice(choice.index, whole.text, choice.end_reason, whole.logprobs))
             if whole.faults:
                 shaped[-1]["schema_errors"] = whole.faults
-            if top is not None and choice.prompt_logprobs is not None:
-                told = prompt_logprobs(choice.call.prompt, choice.prompt_logprobs, top, answer.model.renderer.table)
-                shaped[-1] |= {"prompt_logprobs": told}
+            if whole.prompt_logprobs is not None:
+                shaped[-1] |= {"prompt_logprobs": whole.prompt_logprobs}
         return completion(
             "text_completion",
             id=answer.id,
             created=answer.created,
             model=answer.request.model,
-            fingerprint=answer.model.fingerprint,
+            fingerprint=answer.fingerprint,
             choices=shaped,
-            use=answer.usage(),
+            use=usage(answer.used()),
         )

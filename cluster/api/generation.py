@@ -1,189 +1,147 @@
-"""The two generation endpoints: body to GenerateCall, tokens to one JSON answer or a stream of events.
+"""A checked request on its way to an own model's answer: body to GenerateCall, tokens to one JSON answer or the bytes
+of a stream.
 
-chat.py and completions.py say what differs between them; this file is what they share. No status line is sent before
-the first token, so that every earlier failure has its own HTTP status.
+Generator knows no connection: answering.py uses it for HTTP endpoints, batches and stored responses, pool_target.py for
+the gateway. No status line is sent before the first token, so that every earlier failure has its own HTTP status.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import json
+import hashlib
 import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Scope
 
+from diptych.cluster.keys import Key
 from diptych.cluster.router.call import GenerateCall
+from diptych.cluster.router.registry import TrackedRequest
 from diptych.cluster.router.router import Router
-from diptych.protos.errors import ContextTooLong, InvalidRequest, RequestTooLarge, UnknownModel
+from diptych.protos.deltas import Content
+from diptych.protos.errors import ContextTooLong, InvalidRequest, UnknownModel
 from diptych.protos.openai import GenerationRequest
-from diptych.protos.openai_replies import JsonObject, usage
+from diptych.protos.openai_replies import JsonObject
 from diptych.protos.strict_json import printable
 from diptych.protos.types import SamplingParams
+from diptych.protos.wire_checks import compact, compact_in_pieces, may_fit
 
-from .access import tenant_of
-from .answer import Choice, Piece, run
-from .body import header, label, read_body, refuse_body
-from .errors import BodyTimeout, public
-from .logprobs import Entry
-from .prepared import Prepared
-from .reading import AnswerReader
+from .access import caller_of, most_urgent_of, tenant_of
+from .answer import Answer, Choice, Piece, run
+from .body import header, label
+from .endpoint import Endpoint, StreamEncoder, Whole
+from .errors import public
+from .logprobs import Entry, prompt_logprobs
+from .reading import AnswerReader, Said
 from .sampling import of_choice, sampling_of
 from .served import ServedModel
-from .sse import DONE, EventEncoder, error_event
-from .text import TextStream, TokenTable
+from .text import TextStream
 
-INLINE_BODY_BYTES = 64 << 10  # larger bodies are parsed in a thread: the event loop stays free of long work
-_SSE_HEADERS = [
+# Larger bodies are parsed, and answers shaped and written, in a thread: the event loop stays free of long work.
+INLINE_BODY_BYTES = 8 << 10
+INLINE_LOGPROBS = 1000
+SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
 
 
-class Endpoint(Protocol):
-    """What differs between chat and completions."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Who asks, and since when. `arrived_at` on the router's clock."""
 
-    is_chat: bool
-    id_prefix: str
-    default_max_tokens: int | None  # where the client named none, cut to what fits; None: the router's default
+    tenant: str
+    session: str = ""
+    traceparent: str = ""
+    arrived_at: float
+    tracked: TrackedRequest | None = None  # the request that clients may ask about; its id is the answer's
+    most_urgent: int | None = None  # the lowest priority that it may ask for
+    key: Key | None = None  # that opened
+    headers: Sequence[tuple[bytes, bytes]] = ()  # as they came, for overrides.py
 
-    def parse(self, body: bytes) -> GenerationRequest:
-        """The checked body. Raises InvalidRequest."""
+    def priority(self, asked: int | None) -> int:
+        """What a request gets. Raises InvalidRequest for more than its tenant may: others would wait behind it."""
+        if asked is not None and self.most_urgent is not None and asked < self.most_urgent:
+            raise InvalidRequest(
+                f"priority is {asked}, and this tenant may ask for {self.most_urgent} and more, where lower is sooner "
+                "(router.tenants, most_urgent)",
+                "priority",
+            )
+        return asked or 0
 
-    async def prepare(self, request: GenerationRequest, model: ServedModel, room: int) -> Prepared:
-        """The prompts in token ids, `room` being the context's size, and what is known of the answers."""
-
-    def max_tokens(self, request: GenerationRequest) -> tuple[str, int] | None:
-        """The field by which the client asked for a number of tokens, and the number; None where it named none."""
-
-    def logprobs(self, request: GenerationRequest) -> int | None:
-        """Alternatives told with each generated token; None: no logprobs."""
-
-    def prompt_logprobs(self, request: GenerationRequest) -> int | None:
-        """The same for the prompt's tokens."""
-
-    def echo(self, request: GenerationRequest, choice: Choice, table: TokenTable) -> Piece | None:
-        """The prompt as the beginning of the answer, where the client wants that."""
-
-    def shape_logprobs(self, entries: Sequence[Entry], table: TokenTable) -> JsonObject:
-        """The `logprobs` of a choice."""
-
-    def answer(self, answer: Answer, choices: list[Whole]) -> JsonObject:
-        """The whole answer's body, but for what both endpoints have."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What all choices of one answer share."""
-
-    request: GenerationRequest
-    is_chat: bool
-    model: ServedModel
-    choices: list[Choice]
-    prepared: Prepared
-    id: str
-    created: int
-
-    def first_of(self, choice: Choice) -> Choice:
-        """The first choice of the same prompt."""
-        return self.choices[choice.index - choice.index % self.request.num_choices]
-
-    def usage(self) -> JsonObject:
-        """Each prompt once, the tokens of all choices; found in a cache is what the first of a prompt found there."""
-        firsts = self.choices[:: self.request.num_choices]
-        return usage(
-            sum(len(first.call.prompt) for first in firsts),
-            sum(choice.num_tokens for choice in self.choices),
-            sum(first.explanation.cached_tokens for first in firsts if first.explanation is not None),
-            sum(choice.reasoning_tokens for choice in self.choices) if self.is_chat else None,
+    @classmethod
+    def of(cls, scope: Scope, tracked: TrackedRequest) -> Origin:
+        """Of an HTTP request. Raises InvalidRequest for a header that names nothing."""
+        return cls(
+            tenant=tenant_of(scope),
+            session=label(scope, "x-session-id"),
+            traceparent=header(scope, b"traceparent"),
+            arrived_at=tracked.born,
+            tracked=tracked,
+            most_urgent=most_urgent_of(scope),
+            key=caller_of(scope),
+            headers=scope["headers"],
         )
 
-    def explanation(self) -> JsonObject | None:
-        """How each choice was answered, if the client asked."""
-        if not self.request.explain:
-            return None
-        told = [choice.explanation for choice in self.choices]
-        return {"choices": [dataclasses.asdict(entry) for entry in told if entry is not None]}
 
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """A finished choice. `faults`: see Prepared.faults."""
-
-    choice: Choice
-    text: str
-    logprobs: JsonObject | None
-    faults: list[str]
-
-
-class GenerationApp:
-    """The ASGI application of one endpoint."""
+class Generator:
+    """Answers of own models in the form of one endpoint, without a connection."""
 
     def __init__(self, endpoint: Endpoint, router: Router, models: dict[str, ServedModel]) -> None:
-        self._endpoint = endpoint
-        self._router = router
+        self.endpoint = endpoint
+        self.router = router
         self._models = models
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        arrived_at = self._router.clock()  # the head is here; body, template and tokenizer take of the request's time
-        try:
-            body = await read_body(scope, receive, self._router.settings.limits)
-            answer = await self._prepare(body, scope, arrived_at)
-        except (RequestTooLarge, BodyTimeout) as exc:
-            await refuse_body(exc, receive, send)
-            return
-        except ClientDisconnect:
-            return
-        reply = self._stream(answer, send) if answer.request.stream else self._whole(answer, send)
-        try:
-            await until_disconnect(receive, reply)
-        except InvalidRequest as exc:
-            raise answer.prepared.blamed(exc) from exc
-
-    async def _prepare(self, body: bytes, scope: Scope, arrived_at: float) -> Answer:
-        tenant, session = tenant_of(scope), label(scope, "x-session-id")
+    async def parse(self, body: bytes) -> GenerationRequest:
+        """The checked body; a large one is looked at in a thread. Raises InvalidRequest."""
         if len(body) <= INLINE_BODY_BYTES:
-            request = self._endpoint.parse(body)
-        else:
-            request = await asyncio.to_thread(self._endpoint.parse, body)
+            return self.endpoint.parse(body)
+        return await asyncio.to_thread(self.endpoint.parse, body)
+
+    async def prepare(self, request: GenerationRequest, origin: Origin) -> Answer:
+        """The answer to be, of which nothing was begun. Raises RequestError."""
         model = self._models.get(request.model)
         if model is None:
             known = ", ".join(sorted(self._models))
             raise UnknownModel(f"the model {printable(request.model)} is not served; there is: {known}", "model")
-        room = min(model.max_context_tokens, self._router.view.capacity_tokens(model.name) or model.max_context_tokens)
+        room = min(model.max_context_tokens, self.router.view.capacity_tokens(model.name) or model.max_context_tokens)
+        priority = origin.priority(request.priority)
+        self.router.check_room(model.name, origin.tenant, priority)
         choices: list[Choice] = []
-        prepared = await self._endpoint.prepare(request, model, room)
+        prepared = await self.endpoint.prepare(request, model, room)
         for prompt in prepared.prompts:
-            max_tokens = self._max_tokens(request, len(prompt), room)
+            max_tokens, is_cut = self._max_tokens(request, len(prompt), room)
             call = GenerateCall(
                 model=model.name,
                 prompt=prompt,
                 sampling=await self._sampling(request, model, prompt, max_tokens),
-                salt=tenant.encode(),
+                salt=origin.tenant.encode(),
                 timeout_s=request.timeout_s,
-                arrived_at=arrived_at,
-                traceparent=header(scope, b"traceparent"),
-                priority=request.priority or 0,
-                tenant=tenant,
-                session=session,
+                first_token_timeout_s=request.first_token_timeout_s,
+                arrived_at=origin.arrived_at,
+                traceparent=origin.traceparent,
+                priority=priority,
+                tenant=origin.tenant,
+                session=origin.session or session_of(request.prompt_cache_key),
                 constraint=prepared.constraint,
+                tracked=origin.tracked,
             )
             for place in range(request.num_choices):
                 choice = _choice(len(choices), place, request, model, call, is_scoring=max_tokens == 0)
+                choice.is_cut = is_cut
                 if prepared.reading is not None:
                     choice.reader = AnswerReader(prepared.reading)
                     choice.text = _text_stream(request, model, call, is_marked=True)
                 choices.append(choice)
-        answer_id = self._endpoint.id_prefix + os.urandom(12).hex()
-        return Answer(request, self._endpoint.is_chat, model, choices, prepared, answer_id, int(time.time()))
+        answer_id = origin.tracked.id if origin.tracked else self.endpoint.id_prefix + os.urandom(12).hex()
+        is_chat, created = self.endpoint.is_chat, int(time.time())
+        return Answer(request, is_chat, model, choices, prepared, answer_id, created, origin.tenant)
 
     async def _sampling(
         self, request: GenerationRequest, model: ServedModel, prompt: tuple[int, ...], max_tokens: int
@@ -193,141 +151,152 @@ class GenerationApp:
             model,
             prompt,
             max_tokens=max(max_tokens, 1),
-            logprobs=self._endpoint.logprobs(request),
-            prompt_logprobs=self._endpoint.prompt_logprobs(request),
+            logprobs=self.endpoint.logprobs(request),
+            prompt_logprobs=self.endpoint.prompt_logprobs(request),
         )
 
-    def _max_tokens(self, request: GenerationRequest, num_prompt: int, room: int) -> int:
+    def _max_tokens(self, request: GenerationRequest, num_prompt: int, room: int) -> tuple[int, bool]:
+        """And whether that is less than was asked for."""
         left = room - num_prompt
         if left < 1:
             raise ContextTooLong(
                 f"this model's context holds {room} tokens; the prompt has {num_prompt} and leaves no room",
-                "messages" if self._endpoint.is_chat else "prompt",
+                "messages" if self.endpoint.is_chat else "prompt",
             )
-        asked = self._endpoint.max_tokens(request)
+        asked = self.endpoint.max_tokens(request)
         if asked is None:
-            return min(self._endpoint.default_max_tokens or self._router.settings.default_max_tokens, left)
+            return min(self.endpoint.default_max_tokens or self.router.settings.default_max_tokens, left), False
         name, wanted = asked
+        if request.cuts_to_fit:
+            return min(wanted, left), left < wanted
         if wanted > left:
             raise ContextTooLong(
                 f"this model's context holds {room} tokens; the prompt has {num_prompt} and "
                 f"{name} asks for {wanted} more, of which at most {left} fit",
                 name,
             )
-        return wanted
+        return wanted, False
 
-    async def _whole(self, answer: Answer, send: Send) -> None:
-        texts: list[list[str]] = [[] for _ in answer.choices]
+    async def whole(self, answer: Answer) -> JsonObject:
+        """The body of the whole answer. Raises what ended it."""
+        said: list[list[Said]] = [[] for _ in answer.choices]
         entries: list[list[Entry]] = [[] for _ in answer.choices]
-        async with aclosing(run(self._router, answer.choices)) as events:
-            async for choice, piece in events:
-                if piece is not None:
-                    texts[choice.index].append(piece.text)
-                    entries[choice.index].extend(piece.entries)
-                    choice.read(piece)
+        try:
+            async with aclosing(run(self.router, answer.choices)) as events:
+                async for choice, piece in events:
+                    if piece is not None:
+                        entries[choice.index].extend(piece.entries)
+                        said[choice.index].extend(choice.read(piece))
+        except InvalidRequest as exc:
+            raise answer.prepared.blamed(exc) from exc
+        faults = []
+        for choice in answer.choices:
+            if choice.reader is not None:
+                said[choice.index].extend(choice.reader.finish())
+            faults.append(await self._faults(answer, choice, _text_of(said[choice.index])))
+        shape = partial(self._shaped, answer, said, entries, faults)
+        is_small = self._num_logprobs(answer, entries) <= INLINE_LOGPROBS
+        return shape() if is_small else await asyncio.to_thread(shape)
+
+    def _num_logprobs(self, answer: Answer, entries: Sequence[Sequence[Entry]]) -> int:
+        top, prompt_top = self.endpoint.logprobs(answer.request), self.endpoint.prompt_logprobs(answer.request)
+        number = 0 if top is None else (1 + top) * sum(map(len, entries))
+        return number + (0 if prompt_top is None else (1 + prompt_top) * answer.prompt_tokens)
+
+    def _shaped(
+        self,
+        answer: Answer,
+        said: Sequence[Sequence[Said]],
+        entries: Sequence[Sequence[Entry]],
+        faults: Sequence[list[str]],
+    ) -> JsonObject:
         whole = []
         for choice in answer.choices:
-            echoed, text = self._echo(answer, choice), "".join(texts[choice.index])
-            told = [*echoed.entries, *_moved(entries[choice.index], choice.echoed)]
-            if choice.reader is not None:
-                choice.reader.finish()
-            faults = self._faults(answer, choice, text)
-            whole.append(Whole(choice, echoed.text + text, self._logprobs(answer, told), faults))
-        reply = self._endpoint.answer(answer, whole)
+            echoed, i = self._echo(answer, choice), choice.index
+            told = [*echoed.entries, *_moved(entries[i], choice.echoed)]
+            all_said = [Content(echoed.text), *said[i]] if echoed.text else said[i]
+            of_prompt = None if i and self.endpoint.is_chat else _of_prompt(answer, choice)
+            whole.append(Whole(choice, all_said, self._logprobs(answer, told), faults[i], of_prompt))
+        reply = self.endpoint.answer(answer, whole)
         if (explanation := answer.explanation()) is not None:
             reply["diptych"] = explanation
-        body = json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", answer.id.encode()),
-            *answer.prepared.headers,
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
+        return reply
 
-    def _echo(self, answer: Answer, choice: Choice) -> Piece:
-        choice.prompt_logprobs = answer.first_of(choice).prompt_logprobs
-        piece = self._endpoint.echo(answer.request, choice, answer.model.renderer.table) or Piece("")
-        choice.echoed = len(piece.text)
-        return piece
-
-    def _logprobs(self, answer: Answer, entries: Sequence[Entry]) -> JsonObject | None:
-        if self._endpoint.logprobs(answer.request) is None:
-            return None
-        return self._endpoint.shape_logprobs(entries, answer.model.renderer.table)
-
-    async def _stream(self, answer: Answer, send: Send) -> None:
-        start: dict[str, Any] = {"type": "http.response.start", "status": 200}
-        start["headers"] = [*_SSE_HEADERS, (b"x-request-id", answer.id.encode()), *answer.prepared.headers]
-        encoders = [self._encoder(answer, choice.index) for choice in answer.choices]
-        leads = [encoder.role() for encoder in encoders]  # each goes out with its choice's first text, in one write
+    async def stream(self, answer: Answer) -> AsyncGenerator[bytes, None]:
+        """The answer's events, encoded, the last of which ends it. Raises what ended it before its first one; a later
+        failure is the last event.
+        """
+        encoders = [self.endpoint.encoder(answer, choice.index) for choice in answer.choices]
+        leads = [encoder.begin() for encoder in encoders]  # each goes out with its choice's first text, in one write
         seen: set[int] = set()
         texts: list[list[str]] = [[] for _ in answer.choices]  # of answers that are checked
         try:
-            async with aclosing(run(self._router, answer.choices)) as events:
+            async with aclosing(run(self.router, answer.choices)) as events:
                 async for choice, piece in events:
-                    if not seen:
-                        await send(start)
                     i, data = choice.index, b""
                     if i not in seen:
                         seen.add(i)
                         data = leads[i] + self._encoded(answer, encoders[i], self._echo(answer, choice), None)
                     if piece is None:
-                        data += self._end(answer, choice, encoders[i], "".join(texts[i]))
+                        data += await self._end(answer, choice, encoders[i], "".join(texts[i]))
                     else:
                         if answer.prepared.checks is not None:
                             texts[i].append(piece.text)
                         data += self._encoded(answer, encoders[i], piece, choice)
                     if data:
-                        await send({"type": "http.response.body", "body": data, "more_body": True})
-            end = b""
-            use = answer.usage() if answer.request.include_usage else None
-            explanation = answer.explanation()
-            if use is not None or explanation is not None:
-                end = encoders[0].end(use, explanation)
-            end += DONE
+                        yield data
+            end = self.endpoint.end(answer)
         except Exception as exc:
+            told = answer.prepared.blamed(exc) if isinstance(exc, InvalidRequest) else exc
             if not seen:
-                raise
-            end = error_event(public(answer.prepared.blamed(exc) if isinstance(exc, InvalidRequest) else exc))
-        await send({"type": "http.response.body", "body": end, "more_body": False})
+                raise told from exc
+            end = self.endpoint.failed(answer, public(told))
+        yield end
 
-    def _encoder(self, answer: Answer, index: int) -> EventEncoder:
-        return EventEncoder(
-            chat=self._endpoint.is_chat,
-            id=answer.id,
-            created=answer.created,
-            model=answer.request.model,
-            fingerprint=answer.model.fingerprint,
-            include_usage=answer.request.include_usage,
-            index=index,
-        )
+    def _echo(self, answer: Answer, choice: Choice) -> Piece:
+        choice.prompt_logprobs = answer.first_of(choice).prompt_logprobs
+        piece = self.endpoint.echo(answer.request, choice, answer.model.renderer.table) or Piece("")
+        choice.echoed = len(piece.text)
+        return piece
 
-    def _encoded(self, answer: Answer, encoder: EventEncoder, piece: Piece, choice: Choice | None) -> bytes:
+    def _logprobs(self, answer: Answer, entries: Sequence[Entry]) -> JsonObject | None:
+        if self.endpoint.logprobs(answer.request) is None:
+            return None
+        return self.endpoint.shape_logprobs(entries, answer.model.renderer.table)
+
+    def _encoded(self, answer: Answer, encoder: StreamEncoder, piece: Piece, choice: Choice | None) -> bytes:
         """`choice` None: the piece is no part of its answer."""
         moved = _moved(piece.entries, choice.echoed) if choice is not None else piece.entries
         logprobs = self._logprobs(answer, moved) if moved else None
         if choice is not None and choice.reader is not None:
-            return encoder.deltas(choice.read(piece), logprobs)
+            return encoder.said(choice.read(piece), logprobs)
         return encoder.text(piece.text, logprobs) if piece.text or logprobs else b""
 
-    def _end(self, answer: Answer, choice: Choice, encoder: EventEncoder, text: str) -> bytes:
-        """What the end of a choice settles, and the chunk that tells why it ended."""
-        reader = choice.reader
-        if reader is None:
-            return encoder.finish(choice.finish_reason, self._faults(answer, choice, text))
-        data = encoder.deltas(reader.finish(), None)
-        return data + encoder.finish(reader.finish_reason(choice.finish_reason), self._faults(answer, choice, text))
+    async def _end(self, answer: Answer, choice: Choice, encoder: StreamEncoder, text: str) -> bytes:
+        """What the end of a choice settles, and the events that tell why it ended."""
+        data = b"" if choice.reader is None else encoder.said(choice.reader.finish())
+        return data + encoder.finish(choice, await self._faults(answer, choice, text))
 
-    def _faults(self, answer: Answer, choice: Choice, text: str) -> list[str]:
+    async def _faults(self, answer: Answer, choice: Choice, text: str) -> list[str]:
         """How a complete answer fails its form: the engines' grammar cannot express all of every schema."""
         if choice.finish_reason != "stop" or choice.text.stopped:
             return []
-        faults = answer.prepared.faults(choice.reader, text)
+        faults = await answer.prepared.faults(choice.reader, text)
         if faults:
-            self._router.metrics.counters["answers_out_of_form"].labels(model=answer.model.name).inc()
+            self.router.metrics.counters["answers_out_of_form"].labels(model=answer.model.name).inc()
         return faults
+
+
+async def written(body: JsonObject) -> bytes:
+    """An answer's body as JSON; a large one in a thread, beside everybody's streams."""
+    if may_fit(body, INLINE_BODY_BYTES):
+        return compact(body).encode()
+    return (await asyncio.to_thread(compact_in_pieces, body)).encode()
+
+
+def session_of(key: str | None) -> str:
+    """Requests of one prompt_cache_key are one session, where no header names another."""
+    return "" if key is None else f"prompt_cache_key-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
 
 def _choice(
@@ -335,7 +304,7 @@ def _choice(
 ) -> Choice:
     return Choice(
         index=index,
-        call=dataclasses.replace(call, sampling=of_choice(call.sampling, place)),
+        call=replace(call, sampling=of_choice(call.sampling, place)),
         text=_text_stream(request, model, call, is_marked=False),
         leads=place == 0,
         keep_end=request.include_stop_str_in_output is True,
@@ -352,6 +321,18 @@ def _text_stream(request: GenerationRequest, model: ServedModel, call: GenerateC
         include_stop=request.include_stop_str_in_output is True,
         min_tokens=call.sampling.min_tokens,
     )
+
+
+def _text_of(said: Sequence[Said]) -> str:
+    return "".join([one.text for one in said if isinstance(one, Content)])
+
+
+def _of_prompt(answer: Answer, choice: Choice) -> object:
+    """vLLM's prompt_logprobs."""
+    top = answer.request.prompt_logprobs
+    if top is None or choice.prompt_logprobs is None:
+        return None
+    return prompt_logprobs(choice.call.prompt, choice.prompt_logprobs, top, answer.model.renderer.table)
 
 
 def _moved(entries: Sequence[Entry], by: int) -> Sequence[Entry]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import select
 import socket
 from collections.abc import Generator
@@ -30,15 +29,16 @@ from diptych.protos.errors import (
     ShuttingDown,
     StartupError,
 )
-from diptych.protos.openai_replies import error_body
 from diptych.protos.trust import Refusals
 
 from .address import BACKLOG, bind
 from .body import refuse_body
+from .errors import response_of
 
 MAX_HEADERS = 128
 # Bytes that are neither header nor body: the frames of a chunked body. Honest clients need 1 in 100 of the body.
 FRAMING_BYTES = 64 << 10
+FRAMING_SHARE = 64  # large uploads in chunks may have one byte in so many more
 LINGER_S = 1.0  # a connection that is silent for longer has no request on its way
 HAND_OVER_POLL_S = 0.05
 
@@ -78,7 +78,7 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.limits.max_connections:
+        if len(self.connections) > self.limits.max_connections and not self._has_made_room():
             self._refuse(Overloaded(f"this listener has {self.limits.max_connections} connections, its limit"))
         else:
             self._expect_headers()
@@ -128,7 +128,7 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         if not self._is_refused:
-            self._extra_bytes -= len(body)
+            self._extra_bytes -= len(body) + len(body) // FRAMING_SHARE
             super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -167,6 +167,15 @@ class _BoundedProtocol(HttpToolsProtocol):
         if not poll.poll(0):
             self.transport.close()
 
+    def _has_made_room(self) -> bool:
+        """Whether a connection was closed on which nothing is asked: who keeps many of them keeps nobody out."""
+        ours = [one for one in self.connections if isinstance(one, _BoundedProtocol)]
+        for connection in sorted(ours, key=lambda one: one._heard_at):
+            connection.close_if_silent()
+            if connection.transport.is_closing():
+                return True
+        return False
+
     def refuse_further(self) -> None:
         """The answer in work goes on; requests to come are told that the server ends."""
         self.app = _shutting_down
@@ -191,9 +200,11 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._count(error.code)
         self._stop(self._header_timer)
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            body = json.dumps(error_body(error)).encode()
-            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-            self.transport.write(STATUS_LINE[error.http_status] + head + body)
+            path = (getattr(self, "url", None) or b"").partition(b"?")[0].decode("latin-1")
+            answer = response_of(error, {"path": path, "headers": self.headers or []})
+            headers = [*answer.raw_headers, (b"connection", b"close")]
+            head = b"".join(b"%b: %b\r\n" % header for header in headers)
+            self.transport.write(STATUS_LINE[answer.status_code] + head + b"\r\n" + answer.body)
         self.transport.close()
 
     def _count(self, code: str) -> None:
@@ -208,7 +219,7 @@ class _BoundedProtocol(HttpToolsProtocol):
 
 
 async def _shutting_down(scope: Scope, receive: Receive, send: Send) -> None:
-    await refuse_body(ShuttingDown("this server is shutting down; try again"), receive, send)
+    await refuse_body(ShuttingDown("this server is shutting down; try again"), scope, receive, send)
 
 
 class _Server(uvicorn.Server):

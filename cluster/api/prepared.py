@@ -10,11 +10,12 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from diptych.cluster.constraints.compose import Composed, compose
-from diptych.cluster.constraints.validate import Validator
+from diptych.cluster.constraints.compose import Composed, any_text, compose
+from diptych.cluster.constraints.validate import validator
 from diptych.cluster.formats.format import JSON, Format, ToolFormat
 from diptych.protos.constraint import Constraint, Reasoning
 from diptych.protos.errors import InvalidRequest
+from diptych.protos.messages import Message
 from diptych.protos.openai import ChatRequest, CompletionRequest, GenerationRequest
 from diptych.protos.openai_output import OutputForm
 from diptych.protos.openai_replies import JsonObject
@@ -42,10 +43,10 @@ class Checks:
         """Sentences with the places in the answer."""
         found: list[str] = []
         if self.content is not None and not calls:
-            found += Validator(self.content).errors(self.prefix + content)
+            found += validator(self.content).errors(self.prefix + content)
         for number, (name, arguments) in enumerate(calls):
             if (schema := self.calls.get(name)) is not None:
-                errors = Validator(schema).errors(arguments)
+                errors = validator(schema).errors(arguments)
                 found += [f"tool_calls[{number}].function.arguments: {error}" for error in errors]
         return found
 
@@ -60,6 +61,7 @@ class Prepared:
     checks: Checks | None = None
     headers: list[Header] = field(default_factory=list)
     asked: str = ""  # the field that put the constraint
+    unenforced: str = ""  # keywords of its schema that the engines' grammar does not hold answers to, with their places
 
     def blamed(self, error: InvalidRequest) -> InvalidRequest:
         """An engine's error, of the constraint's field where it names none: engines do not know which field it was."""
@@ -67,17 +69,17 @@ class Prepared:
             return error
         return InvalidRequest(f"{self.asked}: {error.message}", self.asked, error.detail)
 
-    def faults(self, reader: AnswerReader | None, text: str) -> list[str]:
+    async def faults(self, reader: AnswerReader | None, text: str) -> list[str]:
         """How a complete answer fails its form; `text` where nobody reads it."""
         if self.checks is None:
             return []
-        if reader is None:
-            return self.checks.faults(text, ())
-        return self.checks.faults(reader.content, reader.calls)
+        calls = [] if reader is None else [(call.name, call.arguments) for call in reader.calls]
+        return await asyncio.to_thread(self.checks.faults, text if reader is None else reader.content, calls)
 
 
 async def prepare_chat(request: ChatRequest, model: ServedModel, room: int) -> Prepared:
     """Raises InvalidRequest naming the field, ContextTooLong."""
+    check_readable(request.messages, model)
     renderer, marks, form = model.renderer, model.format.reasoning, request.output_form
     tools = request.tool_use
     if tools is not None and (tools.mode == "none" or (form is not None and form.is_guided)):
@@ -104,11 +106,13 @@ async def prepare_chat(request: ChatRequest, model: ServedModel, room: int) -> P
             prefix=prefix,
         )
     composed = await _composed(request, form, tools, tool_format, model)
-    if composed is None:
-        return Prepared(prompts=[prompt], reading=reading)
     reasoning = None
     if marks is not None and not prefix and (is_inside or marks.end not in lead):
-        reasoning = _reasoning(model, is_open=is_inside)
+        reasoning = _reasoning(model, is_open=is_inside, budget=request.reasoning_budget)
+    if composed is None:
+        is_watched = reasoning is not None and reasoning.budget is not None
+        constraint = replace(any_text(), reasoning=reasoning) if is_watched else None
+        return Prepared(prompts=[prompt], constraint=constraint, reading=reading, asked="reasoning_budget")
     schemas = {tool.name: tool.parameters for tool in tools.allowed} if tools is not None else {}
     return Prepared(
         prompts=[prompt],
@@ -117,7 +121,27 @@ async def prepare_chat(request: ChatRequest, model: ServedModel, room: int) -> P
         checks=Checks(content=form.schema if form is not None else None, calls=schemas, prefix=prefix),
         headers=_headers(composed) if schemas or (form is not None and form.is_json) else [],
         asked=_asked(form),
+        unenforced=_unenforced(composed),
     )
+
+
+def check_chat(request: ChatRequest, model: ServedModel) -> None:
+    """What can be said before tokens are counted and grammars made. Raises InvalidRequest naming the field."""
+    check_readable(request.messages, model)
+    if request.tool_use is not None and request.tool_use.mode != "none":
+        _tool_format(model)
+    if request.reasoning_budget is not None:
+        _reasoning(model, is_open=False, budget=request.reasoning_budget)
+    model.renderer.chat_text(request.messages, tools=request.tool_use, options=request.template)
+
+
+def check_readable(messages: Sequence[Message], model: ServedModel) -> None:
+    """Raises InvalidRequest for a part that the model cannot read."""
+    for message in messages:
+        for part in message.media:
+            what = "an image" if part.kind == "image" else "a sound" if part.kind == "audio" else "a file"
+            told = f"is {what}, and the model {printable(model.name)} reads text only"
+            raise InvalidRequest(f"{part.path} {told}", part.path)
 
 
 async def prepare_completion(
@@ -168,12 +192,17 @@ def _tool_format(model: ServedModel) -> ToolFormat:
     return model.format.tools
 
 
-def _reasoning(model: ServedModel, *, is_open: bool) -> Reasoning | None:
-    """The model's, where each of its markers is one token: only so an engine sees where it ends."""
+def _reasoning(model: ServedModel, *, is_open: bool, budget: int | None) -> Reasoning | None:
+    """The model's, where each of its markers is one token: only so an engine sees where it ends. Raises InvalidRequest
+    for a budget where an engine cannot see that.
+    """
     marks = model.format.reasoning
     if marks is None or not {marks.start, marks.end} <= model.markers.keys():
+        if budget is not None and marks is not None:
+            told = f"cannot be kept: the model {printable(model.name)} marks its reasoning with words, not with tokens"
+            raise InvalidRequest(f"reasoning_budget {told}; leave the budget out", "reasoning_budget")
         return None
-    return Reasoning(model.markers[marks.start], model.markers[marks.end], is_open)
+    return Reasoning(model.markers[marks.start], model.markers[marks.end], is_open, budget)
 
 
 def _instruction(form: OutputForm) -> str | None:
@@ -192,8 +221,12 @@ def _instruction(form: OutputForm) -> str | None:
 
 def _headers(composed: Composed) -> list[Header]:
     headers = [(b"x-schema-coverage", composed.coverage.encode())]
-    if composed.notes:
-        told = ", ".join(f"{note.keyword or 'the schema'} at {note.path}" for note in composed.notes)
-        clean = printable(told, MAX_TOLD_CHARS).encode("ascii", "backslashreplace")[:MAX_TOLD_CHARS]
+    if told := _unenforced(composed):
+        clean = told.encode("ascii", "backslashreplace")[:MAX_TOLD_CHARS]
         headers.append((b"x-schema-unsupported", clean))
     return headers
+
+
+def _unenforced(composed: Composed) -> str:
+    told = ", ".join(f"{note.keyword or 'the schema'} at {note.path}" for note in composed.notes)
+    return printable(told, MAX_TOLD_CHARS)

@@ -5,25 +5,25 @@ The sandbox and its bounds are template.py's; how a conversation is put so that 
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import hashlib
 import json
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from diptych.protos.errors import ContextTooLong, InvalidRequest, StartupError
-from diptych.protos.openai_messages import Message
+from diptych.protos.messages import Message, Text, said
 from diptych.protos.openai_template import FLAGS, TemplateOptions
 from diptych.protos.openai_tools import ToolUse
 from diptych.protos.strict_json import printable
 from diptych.protos.wire_checks import compact
 
+from .fair_thread import FairThread
 from .template import REFUSALS, Budget, TooMuch, compile_template, render, template_data
 from .template_facts import facts_of
 from .text import TokenTable
@@ -44,7 +44,7 @@ class Renderer:
         template: str | None,
         *,
         variables: dict[str, str] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.thread_time,
     ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -59,7 +59,7 @@ class Renderer:
         # A byte-level token stands for at most as many characters as its string has; others may swallow any number.
         is_plain = self.table.is_byte_level and tokenizer.normalizer is None
         self._longest = max(map(len, tokenizer.get_vocab())) if is_plain else None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+        self._thread = FairThread("tokenise")
 
     @classmethod
     def load(cls, folder: Path, template: str | None) -> Renderer:
@@ -72,7 +72,7 @@ class Renderer:
 
     def close(self) -> None:
         """End the tokenising thread."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._thread.close()
 
     @property
     def has_template(self) -> bool:
@@ -85,6 +85,10 @@ class Renderer:
         model is asked to write calls in the generic form, `{"name": ..., "arguments": {...}}`.
         """
         return self._facts is not None and self._facts.knows_tools
+
+    def reads(self, variable: str) -> bool:
+        """Whether the template looks at a variable of this name."""
+        return self._facts is not None and variable in self._facts.reads
 
     def chat_text(
         self,
@@ -108,7 +112,7 @@ class Renderer:
         mark = _mark(messages[-1].content) if options.continue_final else ""
         if mark:
             last = messages[-1]
-            messages = [*messages[:-1], last.model_copy(update={"content": last.content + mark})]
+            messages = [*messages[:-1], replace(last, parts=(*last.parts, Text(mark)))]
         words = [instruction] if instruction else []
         if tools is not None and not self._facts.knows_tools:
             words.insert(0, tools_in_words(tools))
@@ -143,7 +147,7 @@ class Renderer:
             return ""
         if options.continue_final:
             return messages[-1].content
-        turns = turns_of([Message(role="user", content=_ASKED)], self._facts)
+        turns = turns_of([said("user", _ASKED)], self._facts)
         form, _ = next(attempts(turns, (), self._facts))
         data = template_data(form, self._told(options), generation_prompt=options.generation_prompt)
         try:
@@ -165,7 +169,7 @@ class Renderer:
         switches: dict[str, object] = {}
         if given.get("reasoning_effort") == "none":  # the switch that templates have for it
             switches = {name: False for name in FLAGS if name in reads}
-        return {**self._variables, **switches, **given}
+        return {**self._variables, **options.implied, **switches, **given}
 
     async def encode(self, text: str, *, add_special: bool, max_tokens: int, param: str) -> tuple[int, ...]:
         """Token ids; long texts in a thread. Raises ContextTooLong early when `text` cannot fit into `max_tokens`."""
@@ -178,7 +182,7 @@ class Renderer:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special).ids
             return tuple(ids)
         batch = operator.methodcaller("encode_batch", [text], add_special_tokens=add_special)  # frees the interpreter
-        encodings = await asyncio.get_running_loop().run_in_executor(self._pool, batch, self.tokenizer)
+        encodings = await self._thread.run(functools.partial(batch, self.tokenizer))
         return tuple(encodings[0].ids)
 
     async def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -191,7 +195,7 @@ class Renderer:
         if sum(map(len, forms)) <= INLINE_CHARS:
             encodings = batch(self.tokenizer)
         else:
-            encodings = await asyncio.get_running_loop().run_in_executor(self._pool, batch, self.tokenizer)
+            encodings = await self._thread.run(functools.partial(batch, self.tokenizer))
         return tuple(dict.fromkeys(tuple(encoding.ids) for encoding in encodings if encoding.ids))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Set
 from dataclasses import replace
 
 from diptych.protos.errors import InvalidRequest
 from diptych.protos.openai import GenerationRequest
+from diptych.protos.openai_sampling import seed_of_choice
 from diptych.protos.strict_json import printable
 from diptych.protos.types import SamplingParams
 
@@ -68,8 +68,7 @@ def of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
     """The same for choice `index` of several: a seed of its own, and the prompt's logprobs are told once, with 0."""
     if index == 0:
         return sampling
-    digest = hashlib.sha256(f"{sampling.seed} {index}".encode()).digest()
-    return replace(sampling, seed=int.from_bytes(digest[:8]), prompt_logprobs=None)
+    return replace(sampling, seed=seed_of_choice(sampling.seed, index), prompt_logprobs=None)
 
 
 def check_token_ids(tokens: Iterable[int], vocab_size: int, param: str) -> None:

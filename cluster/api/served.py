@@ -36,6 +36,7 @@ class ServedModel:
     format: Format = NO_FORMAT  # in which it writes reasoning and calls
     markers: Mapping[str, int] = field(default_factory=dict)  # those of the format that are one token, and this token
     marked_table: TokenTable = field(init=False)  # which shows them, special or not
+    weights: str = ""  # the same as another model's that gives the same answers; empty where nobody knows
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
     fingerprint: str = field(init=False)  # OpenAI's system_fingerprint: the same at every router that serves the same
 
@@ -56,6 +57,7 @@ class ServedModel:
         seed: int | None = None,
         tool_format: str = AUTO,
         reasoning_format: str = AUTO,
+        weights: str = "",
     ) -> ServedModel:
         """From a resolved model folder; formats by name, `none`, or `auto`. Raises StartupError."""
         facts = folder.facts
@@ -74,6 +76,7 @@ class ServedModel:
             seed=seed,
             defaults=facts.defaults,
             format=format,
+            weights=weights,
             markers={text: vocabulary[text] for text in format.markers if text in vocabulary},
         )
 

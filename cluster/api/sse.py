@@ -1,4 +1,4 @@
-"""Server-sent events in OpenAI's shapes: everything that does not change within a choice is encoded once.
+"""Server-sent events in OpenAI's shapes of chat and completions: what does not change within a choice is encoded once.
 
 One event per engine step: prefix + escaped text + suffix.
 """
@@ -10,7 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diptych.protos.errors import DiptychError
-from diptych.protos.openai_replies import error_body
+from diptych.protos.openai_replies import JsonObject, error_body, usage
+
+from .endpoint import AnswerView, ChoiceView
+from .reading import Said
+from .said import deltas_of, is_legacy
 
 DONE = b"data: [DONE]\n\n"
 
@@ -25,22 +29,14 @@ def _event(value: dict[str, Any]) -> bytes:
 class EventEncoder:
     """The chunks of one choice. `chat` chooses between chat.completion.chunk and text_completion."""
 
-    def __init__(
-        self, *, chat: bool, id: str, created: int, model: str, fingerprint: str, include_usage: bool, index: int
-    ) -> None:
-        self._chat = chat
+    def __init__(self, answer: AnswerView, index: int) -> None:
+        self._chat = answer.is_chat
         self._index = index
-        self._head: dict[str, Any] = {
-            "id": id,
-            "object": "chat.completion.chunk" if chat else "text_completion",
-            "created": created,
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
-        # With include_usage every chunk has the field, null but for the last one.
-        self._tail: dict[str, Any] = {"usage": None} if include_usage else {}
+        self._is_legacy = is_legacy(answer.request)
+        self._head = _head(answer)
+        self._tail = _tail(answer)
         marker = "\x00"
-        before, after = self._chunk({"content": marker} if chat else marker, None).split(_escape(marker).encode())
+        before, after = self._chunk({"content": marker} if self._chat else marker, None).split(_escape(marker).encode())
         self._before, self._after = before, after
 
     def _chunk(
@@ -58,7 +54,7 @@ class EventEncoder:
             choice["schema_errors"] = list(faults)
         return _event({**self._head, "choices": [choice], **self._tail})
 
-    def role(self) -> bytes:
+    def begin(self) -> bytes:
         """The first chunk of a chat answer; empty for completions."""
         return self._chunk({"role": "assistant", "content": ""}, None) if self._chat else b""
 
@@ -68,29 +64,71 @@ class EventEncoder:
             return self._chunk({"content": text} if self._chat else text, None, logprobs)
         return self._before + _escape(text).encode() + self._after
 
-    def deltas(self, deltas: Sequence[dict[str, Any]], logprobs: dict[str, Any] | None) -> bytes:
+    def said(self, said: Sequence[Said], logprobs: JsonObject | None = None) -> bytes:
         """Pieces of a chat answer, one event each; the logprobs go with the first, or alone."""
+        deltas = deltas_of(said, is_legacy=self._is_legacy)
         if logprobs is None:
             return b"".join([self._delta(delta) for delta in deltas])
         first, *rest = deltas or [{}]
         return self._chunk(first, None, logprobs) + b"".join([self._delta(delta) for delta in rest])
 
-    def _delta(self, delta: dict[str, Any]) -> bytes:
+    def _delta(self, delta: JsonObject) -> bytes:
         if len(delta) == 1 and "content" in delta:
             return self.text(delta["content"])
         return self._chunk(delta, None)
 
-    def finish(self, reason: str, faults: Sequence[str] = ()) -> bytes:
+    def finish(self, choice: ChoiceView, faults: Sequence[str]) -> bytes:
         """The chunk that says why the answer ended, and how it fails its form, if it does."""
-        return self._chunk({} if self._chat else "", reason, faults=faults)
+        carried = choice.carried
+        last = {} if carried is None else {"provider_specific_fields": carried}
+        return self._chunk(last if self._chat else "", choice.end_reason, faults=faults)
 
-    def end(self, use: dict[str, Any] | None, explanation: dict[str, Any] | None) -> bytes:
-        """The last chunk, without choices, for clients that asked for token counts or for an explanation."""
+
+class OpenAIStream:
+    """What the streams of chat and completions have in common; a base of their endpoints."""
+
+    def encoder(self, answer: AnswerView, index: int) -> EventEncoder:
+        """See Endpoint."""
+        return EventEncoder(answer, index)
+
+    def end(self, answer: AnswerView) -> bytes:
+        """A chunk without choices for clients that asked for token counts or for an explanation; and the end."""
+        use = usage(answer.used()) if answer.request.include_usage else None
+        explanation = answer.explanation()
+        if use is None and explanation is None:
+            return DONE
         more = {} if explanation is None else {"diptych": explanation}
-        tail = self._tail if use is None else {"usage": use}
-        return _event({**self._head, "choices": [], **tail, **more})
+        tail = _tail(answer) if use is None else {"usage": use}
+        return _event({**_head(answer), "choices": [], **tail, **more}) + DONE
+
+    def failed(self, answer: AnswerView, error: DiptychError) -> bytes:
+        """What ends a broken stream instead of a finish and [DONE]."""
+        return _event(error_body(error))
+
+    def worded(self, error: DiptychError) -> DiptychError:
+        """Fields are called as OpenAI calls them."""
+        return error
+
+    def remark(self, words: str) -> bytes:
+        """A comment."""
+        return comment(words)
 
 
-def error_event(error: DiptychError) -> bytes:
-    """What ends a broken stream instead of a finish and [DONE]."""
-    return _event(error_body(error))
+def comment(words: str) -> bytes:
+    """What readers of server-sent events pass over. `words` without line breaks."""
+    return f": {words}\n\n".encode()
+
+
+def _head(answer: AnswerView) -> JsonObject:
+    return {
+        "id": answer.id,
+        "object": "chat.completion.chunk" if answer.is_chat else "text_completion",
+        "created": answer.created,
+        "model": answer.request.model,
+        "system_fingerprint": answer.fingerprint,
+    }
+
+
+def _tail(answer: AnswerView) -> JsonObject:
+    """With include_usage every chunk has the field, null but for the last one."""
+    return {"usage": None} if answer.request.include_usage else {}

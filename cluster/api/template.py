@@ -37,10 +37,10 @@ class TooMuch(Exception):
 
 class Budget:
     """What the renderings of one conversation may take: `MAX_RENDER_S` together, and each twice the data's characters
-    and `MAX_GROWTH_CHARS`. `clock` tells seconds.
+    and `MAX_GROWTH_CHARS`. `clock` tells seconds; this thread's work, not the wait for a core, counts.
     """
 
-    def __init__(self, data_chars: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, data_chars: int, clock: Callable[[], float] = time.thread_time) -> None:
         self.most_chars = 2 * data_chars + MAX_GROWTH_CHARS
         self._clock = clock
         self._end = clock() + MAX_RENDER_S

@@ -297,20 +297,20 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
-        self.matched = False
+        self.found: str | None = None
 
     def feed(self, text: str) -> str:
-        """Text that is safe to show. After `matched` there is none."""
+        """Text that is safe to show. After a stop string was `found` there is none."""
         if not self._stops:
             return text
-        if self.matched:
+        if self.found is not None:
             return ""
         text = self._held + text
         hits = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
-            self.matched = True
-            self._held = ""
             end, begin = min(hits)
+            self.found = text[begin:end]
+            self._held = ""
             return text[: end if self._include else begin]
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
@@ -347,6 +347,7 @@ class TextStream:
     ) -> None:
         self._detokenizer = table.new(prompt)
         self._matcher = StopMatcher(stops, include=include_stop)
+        self.watches = bool(stops)  # for strings that end the text
         self._unwatched = min_tokens if stops else 0
         self.num_settled = 0  # characters that the tokens so far have become
         self.num_shown = 0  # those of them that belong to no stop string
@@ -354,7 +355,12 @@ class TextStream:
     @property
     def stopped(self) -> bool:
         """Whether a stop string was found."""
-        return self._matcher.matched
+        return self._matcher.found is not None
+
+    @property
+    def found_stop(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._matcher.found
 
     def feed(self, tokens: Sequence[int]) -> str:
         """The text that these tokens add, as far as it is settled."""

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from diptych.protos.openai_messages import Message, ToolCall
+from diptych.protos.messages import Message, ToolCall
 from diptych.protos.openai_tools import Tool, ToolUse
 
 from .template_facts import TemplateFacts, in_parts
@@ -51,7 +51,7 @@ def turns_of(messages: Sequence[Message], facts: TemplateFacts) -> list[Turn]:
     turns: list[Turn] = []
     for role, group in itertools.groupby(messages, key=lambda message: message.role):
         if role == "tool" and not facts.knows_results:
-            results = [f"Result of {found.name} ({found.tool_call_id}):\n{found.content}" for found in group]
+            results = [_result_in_words(message) for message in group]
             turns.append({"role": "user", "content": _paragraphs(results)})
         else:
             turns += [_turn(message, facts) for message in group]
@@ -62,8 +62,10 @@ def _turn(message: Message, facts: TemplateFacts) -> Turn:
     role: str = message.role
     if role == "developer" and not facts.knows_developer:
         role = "system"
-    turn: Turn = {"role": role, "content": message.content}
-    for name in ("name", "tool_call_id", "refusal"):
+    turn: Turn = {"role": role, "content": _content(message)}
+    if (result := message.result) is not None:
+        turn |= {"name": result.name, "tool_call_id": result.call_id}
+    for name in ("name", "refusal"):
         if (value := getattr(message, name)) is not None:
             turn[name] = value
     if message.reasoning_content is not None:
@@ -80,6 +82,18 @@ def _turn(message: Message, facts: TemplateFacts) -> Turn:
         for call in message.tool_calls
     ]
     return turn
+
+
+def _result_in_words(message: Message) -> str:
+    result = message.result
+    assert result is not None
+    return f"Result of {result.name} ({result.call_id}):\n{_content(message)}"
+
+
+def _content(message: Message) -> str:
+    """Templates have no word for a call that failed."""
+    failed = message.result is not None and message.result.is_error
+    return f"The call failed:\n{message.content}" if failed else message.content
 
 
 def calls_in_words(calls: Sequence[ToolCall]) -> str:

@@ -25,7 +25,7 @@ from diptych.cluster.models import ModelFolder, resolve
 from diptych.protos.echo import ECHO
 from diptych.protos.errors import StartupError
 from diptych.protos.status import EngineInfo
-from diptych.protos.types import EngineId, Role
+from diptych.protos.types import GENERATING, EngineId, Role
 
 from .batches import ENGINE, SESSION, Run, measure, measure_session, trace
 from .figures import PeakMemory, regime, save_result, system, write_result
@@ -205,7 +205,7 @@ def _settings(options: OfflineOptions) -> tuple[str, ModelSettings, DiptychConfi
     update: dict[str, Any] = {"layout": layout}
     if options.random_weights:
         update["weights"] = "random"
-    for pool in Role:
+    for pool in GENERATING:
         update[pool.value] = getattr(settings, pool).model_copy(update={"max_waiting": _ONE_BATCH})
     if "pace" not in settings.decode.model_fields_set:  # nobody waits for a single answer here
         update["decode"] = update["decode"].model_copy(update={"pace": "throughput"})

@@ -144,6 +144,9 @@ class _Counter:
         received.num_tokens = index + 1
         received.last_token_s = now
 
+    def on_start(self) -> None:
+        """See Sink: nobody here asks."""
+
     def on_prompt(self, piece: PromptLogprobs) -> None:
         """Nobody asks for them."""
 

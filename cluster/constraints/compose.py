@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from diptych.cluster.constraints import lark, trial
@@ -68,6 +69,12 @@ def compose(
     return _from_cache(_key(form, tools, format, ids), lambda: _with_tools(form, tools, format, ids))
 
 
+@cache
+def any_text() -> Constraint:
+    """Of an answer that may be any text, for engines that watch its reasoning."""
+    return Constraint(grammar=trial.regex_grammar("(?s:.*)"))
+
+
 _COMPOSED: Final = Newest[Composed](max_count=1024, max_bytes=32 << 20)
 
 
@@ -83,7 +90,7 @@ def _key(form: OutputForm | None, tools: ToolUse | None, format: ToolFormat | No
     texts = [repr((form.kind, form.path, form.value)) if form else "", format.name if format else "", repr(ids)]
     if tools is not None:
         texts += [repr((tools.mode, tools.names, tools.most_calls, tools.is_legacy))]
-        texts += [part for tool in tools.tools for part in (tool.name, compact(tool.parameters))]
+        texts += [part for tool in tools.tools for part in (tool.path, tool.name, compact(tool.parameters))]
     return key_of(*texts)
 
 
@@ -114,12 +121,13 @@ def _with_tools(form: OutputForm | None, tools: ToolUse, format: ToolFormat, ids
     for number, tool in enumerate(tools.tools):
         if tool.name not in tools.names:
             continue
-        path = f"{group}[{number}]{inner}"
+        path = tool.path or f"{group}[{number}]{inner}"
         try:
             written.prefix(format, tool.name)
         except ValueError as error:
             raise InvalidRequest(f"{path}.name: {error}", f"{path}.name") from error
-        offered.append(Offered(name=tool.name, schema=_followed(tool.parameters, f"{path}.parameters", notes, ignored)))
+        schema = _followed(tool.parameters, f"{path}.{tool.schema_field}", notes, ignored)
+        offered.append(Offered(name=tool.name, schema=schema))
     answer: object = None
     if form is not None and form.is_json and tools.mode == "auto":
         answer = _followed(form.schema, _schema_path(form), notes, ignored)

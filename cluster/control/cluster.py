@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,15 @@ from typing import Any, cast
 from diptych.cluster.config import DiptychConfig
 from diptych.cluster.engine.card_plan import card_plans
 from diptych.cluster.engine.spec import EngineStarted
+from diptych.cluster.gateway.check import check_gateway, unpriced
+from diptych.cluster.keys import check_exposed
 from diptych.cluster.models import ModelFolder, resolve
 from diptych.cluster.security import check_security, names_of
+from diptych.cluster.security_settings import API_PLAINTEXT
+from diptych.cluster.store.schema import prepare_store
+from diptych.cluster.tasks import settle_tasks
 from diptych.protos.errors import StartupError
+from diptych.protos.types import Role
 
 from . import cards, host, keyring
 from .holder import SocketHolder, holder_path
@@ -31,6 +38,7 @@ from .timeline import Timeline
 
 PROXY_DRAIN_S = 2.0
 CALL_TIMEOUT_S = 20.0
+_RAISED = re.compile(r"[A-Za-z_.]*(Error|Exception|Interrupt|Exit)\b")  # the last line of a traceback
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +68,16 @@ class Cluster:
         self._num_news = -1
         self._ending = contextlib.ExitStack()  # what to undo, last first
         self.degraded: list[str] = []
+        self.of_texts: frozenset[str] = frozenset()  # models that embed or rank
 
     def start(self) -> ClusterState:
         """Up to the first request that would be answered. Raises StartupError."""
         config, stage = self._config, self._timeline.stage
+        check_gateway(config)
         self._check_ports()
-        check_security(config.security, names_of(config))
+        with stage("store"):
+            prepare_store(config.store, config.data_dir)
+            check_exposed(config)
         with stage("prepare model"):
             folders = {
                 name: resolve(
@@ -77,10 +89,13 @@ class Cluster:
                 )
                 for name, settings in config.models.items()
             }
+        config = settle_tasks(config, folders)
+        check_security(config.security, names_of(config))
         self._folder = folder = make_folder(config.run_dir)
         self._ending.callback(self.remove_folder)
         present = cards.find()
         plan = plan_cluster(config, folders, folder, present=present)
+        self.of_texts = frozenset(pool.model for pool in plan.pools if pool.role is Role.EMBED)
         memory = plan_memory(plan.engines(), host.available_memory(), ray_is_ours=config.ray.address is None)
         self._say("\nmemory plan (MiB)")
         self._say(memory.table() + "\n")
@@ -107,6 +122,8 @@ class Cluster:
             if engine.memory_plan:
                 self._say(f"\n{engine.memory_plan}")
         self.degraded = sorted({choice for engine in started for choice in engine.info.degraded})
+        self.degraded += [API_PLAINTEXT] if config.router.leaves_host else []
+        self.degraded += unpriced(config.gateway)
         state = ClusterState(
             pid=os.getpid(),
             url=url,
@@ -265,8 +282,21 @@ class Cluster:
         try:
             self._router = serve.run(router.bind(plan), name=APP_NAME, route_prefix="/")
         except RuntimeError as exc:
-            raise StartupError(f"the router did not start: {' '.join(str(exc).split())[-600:]}") from exc
+            raise StartupError(f"the router did not start: {_of_serve(exc)}", str(exc)) from exc
         return f"http://{config.router.host}:{port}"
+
+
+def _of_serve(failure: RuntimeError) -> str:
+    """Why the deployment failed: Serve's error says that it did, its status has the replica's own last line."""
+    from ray import serve
+
+    from diptych.cluster.entry import APP_NAME
+
+    app = serve.status().applications.get(APP_NAME)
+    told = [one.message for one in app.deployments.values()] if app is not None else []
+    lines = [line.strip() for message in told for line in message.splitlines() if line.strip()]
+    causes = [line for line in lines if _RAISED.match(line)]
+    return " ".join((causes or lines or [str(failure)])[-1].split())[-600:]
 
 
 def _engine_note(engine: EngineStarted) -> str:

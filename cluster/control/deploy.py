@@ -15,8 +15,11 @@ from pathlib import Path
 import ray
 
 from diptych.cluster.config import DiptychConfig
+from diptych.cluster.keys import check_exposed
 from diptych.cluster.models import ModelFolder, resolve
 from diptych.cluster.security import check_security, names_of
+from diptych.cluster.store.schema import prepare_store
+from diptych.cluster.tasks import settle_tasks
 from diptych.protos.errors import StartupError
 
 from . import host, keyring
@@ -54,7 +57,8 @@ class PoolsKeeper:
     async def start(self) -> dict[str, ModelFolder]:
         """Until all engines are ready; the models' folders by name. Raises StartupError, and nothing is left then."""
         config = self._config
-        check_security(config.security, names_of(config))
+        await asyncio.to_thread(prepare_store, config.store, config.data_dir)
+        await asyncio.to_thread(check_exposed, config)
         folders = {
             name: await asyncio.to_thread(
                 resolve,
@@ -66,6 +70,7 @@ class PoolsKeeper:
             )
             for name, settings in config.models.items()
         }
+        check_security(config.security, names_of(settle_tasks(config, folders)))
         self._folder = make_folder(config.run_dir, FOLDER)
         holder = SocketHolder(holder_path(self._folder, _cluster_name()))
         holder.start()  # first: a router whose holder died looks for this one, and shows it its socket

@@ -50,6 +50,9 @@ def ray_environment(token_path: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Its agent would serve Ray's metrics on a port that asks for no token; ours are the routers'.
+        "RAY_enable_metrics_collection": "0",
+        "DASHBOARD_METRIC_PORT": "-1",  # so would its head: no such port can be opened, and it goes on without
         # Off, this variable makes Ray treat the machine as a cluster of its own and bind to loopback only. On Linux
         # nothing else depends on it; without it Ray replaces 127.0.0.1 by the address of the network card.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

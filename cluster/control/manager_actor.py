@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
 import ray
 
+from diptych.cluster.observability.logs import log_as_json
 from diptych.protos.faults import FaultPlan, FaultSettings, Point, plan_of
 from diptych.protos.status import EngineInfo
 from diptych.protos.types import EngineId, Role
@@ -36,7 +36,7 @@ class PoolManagerActor:
     """One per cluster. A restarted one adopts the engines that its store knows."""
 
     def __init__(self) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        log_as_json()
         self._store = store = GcsStore()
         self._changed = asyncio.Event()
         self._read = asyncio.Event()

@@ -136,6 +136,9 @@ def _engine_row(spec: EngineSpec) -> MemoryRow:
     facts, ring = spec.facts, ring_bytes(spec) if Role.PREFILL in spec.roles else 0
     if spec.device != "cpu":
         return MemoryRow(spec.engine_id, ring=ring, process=CARD_PROCESS)
+    if spec.text is not None:
+        weights = facts.num_parameters * ITEM_BYTES[spec.dtype]
+        return MemoryRow(spec.engine_id, weights=weights, process=ENGINE_PROCESS)
     layout = KvLayout(
         layers=facts.layers,
         kv_heads=facts.kv_heads,

@@ -14,6 +14,7 @@ from pathlib import Path
 from diptych.cluster.config import DiptychConfig, ModelSettings
 from diptych.cluster.engine.spec import EngineSpec, check_cpu
 from diptych.cluster.models import ModelFolder
+from diptych.cluster.tasks import settle_tasks, text_facts
 from diptych.protos.echo import ECHO
 from diptych.protos.errors import StartupError
 from diptych.protos.types import EngineId, Role
@@ -88,6 +89,7 @@ def plan_cluster(
 
     `present`: cards of the machine that the engines will be on; None: this one's.
     """
+    config = settle_tasks(config, folders)
     for name, settings in config.models.items():
         wanted, room = settings.max_context_tokens, folders[name].facts.max_context_tokens
         if wanted is not None and wanted > room:
@@ -201,9 +203,11 @@ def cores_per_engine(num_engines: int) -> int:
 
 
 def choose_dtype(settings: ModelSettings, device: str) -> tuple[str, tuple[str, ...]]:
-    """What auto means on that device, and what it costs."""
+    """What auto means on that device, and what it costs. Vectors are compared with those of other days and programs."""
     if settings.dtype != "auto":
         return settings.dtype, ()
+    if Role.EMBED in settings.pools():
+        return "float32", ()
     if device == "cuda" or host.has_native_bfloat16():
         return "bfloat16", ()
     return "float32", (NO_BFLOAT16,)
@@ -219,7 +223,7 @@ def _template(
 ) -> EngineSpec:
     dtype, costs = choose_dtype(settings, settings.device)
     degraded = list(costs)
-    if settings.layout == "disaggregated":
+    if settings.layout == "disaggregated" and role is not Role.EMBED:
         degraded += [NO_SHM] if config.transfer.transport == "grpc" else []
         degraded += [NO_SHM_OFF_UNIX] if config.engines.host and config.transfer.transport == "auto" else []
     if config.engines.leaves_host and config.security.tls is None:
@@ -236,6 +240,7 @@ def _template(
         transfer=config.transfer,
         folder=folder.path,
         facts=folder.facts,
+        text=text_facts(name, settings, folder),
         dtype=dtype,
         run_dir=run_dir,
         host=config.engines.host,

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from diptych.cluster.engine.spec import EngineStarted
 from diptych.protos.errors import EngineLost, Fenced, InvalidRequest, StartupError, UnknownModel
 from diptych.protos.status import EngineInfo
-from diptych.protos.types import EngineId, Role
+from diptych.protos.types import ANSWERING, EngineId, Role
 
 from .kept import keep, read_kept
 from .life import Course, EngineProcesses, Life
@@ -174,9 +174,9 @@ class Pools:
         self.adopt()
         async with self._lock:
             pool = self._pool(model, role)
-            if engines < 0 or (engines == 0 and role is Role.DECODE):
+            if engines < 0 or (engines == 0 and role in ANSWERING):
                 raise InvalidRequest(
-                    f"the decode pool of {model} needs at least 1 engine, or its requests would have nowhere to go; "
+                    f"the {role} pool of {model} needs at least 1 engine, or its requests would have nowhere to go; "
                     "to serve the model no more, take it out of the configuration",
                     role.value,
                 )
@@ -426,7 +426,7 @@ class Pools:
                     self._check_more(pool, 1)
                     fresh = self._launch(pool)
             except StartupError as error:
-                if not must_end and pool.role is Role.DECODE and len(self._present(*life.pool)) == 1:
+                if not must_end and pool.role in ANSWERING and len(self._present(*life.pool)) == 1:
                     return Scaled(failed=(f"engine {life.engine_id} stays, it is the only one of its pool: {error}",))
                 leaving = self._send_away(life)
         if fresh is None:
@@ -538,12 +538,13 @@ class Pools:
             names = ", ".join(sorted({name for name, _ in self._pools}))
             raise UnknownModel(f"the model {model} is not served; served here: {names or 'none'}", "model")
         if (model, role) not in self._pools:
-            raise InvalidRequest(f"{model} has the layout colocated, which has no {role} pool", role.value)
+            pools = " and ".join(sorted(own for name, own in self._pools if name == model))
+            raise InvalidRequest(f"{model} has no {role} pool; it has {pools}", role.value)
         return self._pools[model, role]
 
     def _keys(self, model: str | None, role: Role | None) -> list[tuple[str, Role]]:
-        if model is not None:
-            self._pool(model, role or Role.DECODE)  # raises where there is none
+        if model is not None:  # _pool raises where there is none
+            self._pool(model, role or next((own for name, own in self._pools if name == model), Role.DECODE))
         return [key for key in self._pools if model in (None, key[0]) and role in (None, key[1])]
 
     def _key_of(self, model: str, roles: Collection[Role]) -> tuple[str, Role]:

@@ -73,8 +73,10 @@ def write_state(state: ClusterState) -> None:
 
 
 def write_config(state: ClusterState, config: DiptychConfig) -> None:
-    """Beside the state; no secrets are in it, only the names of their files."""
-    _publish(state.config_file, config.model_dump_json())
+    """Beside the state, what was written of it: a default may not be written where it does not apply, such as a prefill
+    pool of a colocated layout. No secrets are in it, only the names of their files.
+    """
+    _publish(state.config_file, config.model_dump_json(exclude_unset=True))
 
 
 def read_config(state: ClusterState) -> DiptychConfig:

@@ -8,12 +8,20 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from diptych.cluster.control.sigterm import on_first_sigterm
+from diptych.cluster.observability.logs import log_as_json
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.types import Role
 
 from .spec import EngineSpec, EngineStarted
+
+if TYPE_CHECKING:
+    from diptych.protos.trust import Trust
+
+    from .embed_engine import EmbedEngine
+    from .engine import Engine
 
 UNHEARD_S = 5.0  # a manager pings more often
 LAST_WORDS_S = 2.0
@@ -24,7 +32,7 @@ class EngineActor:
     """Decodes nothing, decides nothing: calls the Engine."""
 
     def __init__(self, spec: EngineSpec) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        log_as_json()
         self._spec = spec
         self._ended = threading.Event()
         self._starting = threading.Lock()
@@ -50,16 +58,24 @@ class EngineActor:
         from diptych.cluster.observability.tracing import configure_tracing
         from diptych.cluster.security import engine_name, trust_of
 
-        from .engine import Engine
         from .garbage import settle
 
         configure_tracing(self._spec.trace_file, self._spec.engine_id)
         trust = trust_of(self._spec.security, fetch(GcsStore()), engine_name(self._spec.possible_roles))
-        self._engine = Engine(self._spec, on_failure=self._fail, trust=trust)
+        self._engine = self._made(trust)
         imports = ("imports", time.monotonic() - began)
         started = self._engine.start()
         settle()
         return replace(started, timeline=(imports, *started.timeline))
+
+    def _made(self, trust: Trust) -> Engine | EmbedEngine:
+        if Role.EMBED in self._spec.roles:
+            from .embed_engine import EmbedEngine
+
+            return EmbedEngine(self._spec, on_failure=self._fail, trust=trust)
+        from .engine import Engine
+
+        return Engine(self._spec, on_failure=self._fail, trust=trust)
 
     def pid(self) -> int:
         """Of its process."""

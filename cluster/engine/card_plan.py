@@ -82,7 +82,7 @@ def card_plans(specs: Iterable[EngineSpec], present: Sequence[Card]) -> list[str
         return []
     tables = []
     for spec in specs:
-        if spec.device == "cuda":
+        if spec.device == "cuda" and spec.text is None:  # else nothing but weights stays there
             plan = plan_card(spec, card_bytes(spec, free=emptiest.free - CONTEXT, total=emptiest.total))
             check_card(spec, plan)
             tables.append(plan.table(f"{spec.engine_id} on one {emptiest.name}"))

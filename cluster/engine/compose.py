@@ -337,4 +337,5 @@ def _info(spec: EngineSpec, loaded: Brain, num_blocks: int) -> EngineInfo:
         dtype=loaded.layout.dtype,
         degraded=tuple(degraded),
         layout=spec.settings.layout,
+        seats=min(spec.decode.max_running, spec.decode.step_tokens) if Role.DECODE in spec.possible_roles else 0,
     )

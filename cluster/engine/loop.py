@@ -54,7 +54,9 @@ class StepLoop:
         self._read()
 
     def run(self) -> None:
-        """Until `stop`. An exception of a worker is a defect: it ends the loop and with it the engine."""
+        """Until `stop`. What a worker raises is of no one request (protos/barrier.py): it ends the loop and with it the
+        engine.
+        """
         idle = False
         while not self._stopping.is_set():
             idle = not self.turn(self.sleep_s() if idle else 0.0)

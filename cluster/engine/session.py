@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from diptych.cluster.observability.tracing import record_phase
 from diptych.protos import codec, engine_pb2_grpc
 from diptych.protos import engine_pb2 as pb
+from diptych.protos.barrier import fault_of
 from diptych.protos.constraint import Guide
 from diptych.protos.errors import (
     Cancelled,
@@ -125,6 +126,7 @@ class _Columns:
     finishes: list[pb.Finish] = field(default_factory=list)
     logprobs: list[pb.Logprobs] = field(default_factory=list)
     prompt_logprobs: list[pb.PromptLogprobs] = field(default_factory=list)
+    started: list[int] = field(default_factory=list)
 
     def frame(self) -> pb.EngineFrame:
         step = pb.StepTokens(
@@ -134,6 +136,7 @@ class _Columns:
             finishes=self.finishes,
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,
+            started=self.started,
         )
         return pb.EngineFrame(tokens=step)
 
@@ -278,6 +281,10 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             # Told also to a router that does not read now: without a status it would hold the session for alive later.
             await context.abort(session.failure.code, session.failure.message)
 
+    async def Embed(self, request: pb.EmbedOrder, context: grpc.aio.ServicerContext) -> None:
+        """Not of this engine: embed_service.py has it (the name is the proto's)."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"engine {self._info.ref.engine_id} has no role embed")
+
     async def _open(self, frames: AsyncIterator[pb.RouterFrame]) -> _Session:
         first = await anext(aiter(frames), None)
         if first is None or first.WhichOneof("frame") != "open":
@@ -340,7 +347,9 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
                 raise ShuttingDown(f"engine {self._info.ref.engine_id} takes no new requests: it is shutting down")
             if order.request.constraint is None:
                 self._put(order)
-        except DiptychError as error:
+        except BaseException as exc:
+            key = TransferKey(msg.transfer_id, msg.attempt)
+            error = fault_of(exc, key, "order")
             if isinstance(error, CapacityError):  # a copy of the order must not find room where this one did not
                 session.give_up(msg.handle, key)
                 if role is Role.PREFILL and self._abandon is not None:
@@ -457,20 +466,42 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
     def _route_step(self, role: Role, output: StepOutput) -> None:
         routes = self._routes[role]
         columns: defaultdict[_Session, _Columns] = defaultdict(_Columns)
-        for piece in output.prompt_logprobs:
-            route = routes.get(piece.key)
+        for started in output.started:
+            route = routes.get(started)
             if route is not None and route.session in self._sessions:
-                message = codec.prompt_logprobs_to_pb(route.handle, piece)
-                columns[route.session].prompt_logprobs.append(message)
+                columns[route.session].started.append(route.handle)
+        self._route_prompts(role, output, columns)
         for row, (key, index, token) in enumerate(zip(output.keys, output.indexes, output.tokens, strict=True)):
             route = routes.get(key)
             if route is not None and route.session in self._sessions:
                 own = columns[route.session]
                 if output.logprobs and (logprobs := output.logprobs.get(row)) is not None:
-                    own.logprobs.append(codec.logprobs_to_pb(logprobs, len(own.handles)))
+                    try:
+                        own.logprobs.append(codec.logprobs_to_pb(logprobs, len(own.handles)))
+                    except BaseException as exc:
+                        self._spoiled(role, key, route, exc)
+                        continue
                 own.handles.append(route.handle)
                 own.indexes.append(index)
                 own.tokens.append(token)
+        self._route_ends(role, output, columns)
+        for session, own in columns.items():
+            session.send(own.frame())
+
+    def _route_prompts(self, role: Role, output: StepOutput, columns: defaultdict[_Session, _Columns]) -> None:
+        routes = self._routes[role]
+        for piece in output.prompt_logprobs:
+            route = routes.get(piece.key)
+            if route is not None and route.session in self._sessions:
+                try:
+                    message = codec.prompt_logprobs_to_pb(route.handle, piece)
+                except BaseException as exc:
+                    self._spoiled(role, piece.key, route, exc)
+                else:
+                    columns[route.session].prompt_logprobs.append(message)
+
+    def _route_ends(self, role: Role, output: StepOutput, columns: defaultdict[_Session, _Columns]) -> None:
+        routes = self._routes[role]
         for finish in output.finishes:
             ended = routes.pop(finish.key, None)
             if ended is None:
@@ -478,11 +509,18 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             is_held = ended.handle in ended.session.handles  # else it was given away, and its router told
             ended.session.give_up(ended.handle, finish.key)
             engine = self._info.ref.engine_id
-            record_phase(finish, ended.traceparent, engine, ended.started_ns, time.time_ns())
+            try:
+                record_phase(finish, ended.traceparent, engine, ended.started_ns, time.time_ns())
+            except Exception:
+                log.exception("%s: its span is lost", finish.key)
             if is_held and ended.session in self._sessions:
                 columns[ended.session].finishes.append(codec.finish_to_pb(ended.handle, finish))
-        for session, own in columns.items():
-            session.send(own.frame())
+
+    def _spoiled(self, role: Role, key: TransferKey, route: _Route, exc: BaseException) -> None:
+        """What the step has for one request cannot be told: that request ends, here and in its worker."""
+        error = fault_of(exc, key, "output")
+        self._inbox.put(CancelRequest(role, key))
+        self._end_held(role, key, route, error)
 
     # ---- status and block names ----
 

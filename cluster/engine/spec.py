@@ -9,6 +9,7 @@ from pathlib import Path
 from diptych.cluster.config import ModelSettings, SecuritySettings
 from diptych.cluster.control import cards
 from diptych.cluster.models import ModelFacts
+from diptych.cluster.models.texts import TextFacts
 from diptych.kvtransfer.layout import KvLayout
 from diptych.protos.echo import ECHO
 from diptych.protos.errors import StartupError
@@ -42,6 +43,7 @@ class EngineSpec:
     transfer: TransferSettings
     folder: Path
     facts: ModelFacts
+    text: TextFacts | None = None  # of an engine of the role embed
     dtype: str
     run_dir: Path
     host: str | None = None  # None: a unix socket in run_dir
@@ -137,6 +139,8 @@ class EngineSpec:
     @property
     def wanted_context_tokens(self) -> int:
         """Prompt and output together: what the model and the setting allow."""
+        if self.text is not None:
+            return self.text.max_tokens
         return min(self.facts.max_context_tokens, self.settings.max_context_tokens or self.facts.max_context_tokens)
 
     def max_context_tokens(self, num_blocks: int) -> int:
@@ -146,10 +150,13 @@ class EngineSpec:
     @property
     def threads(self) -> int:
         """CPU threads of the engine: the larger wish of its roles, else its share of the cores."""
-        wishes = [
-            self.settings.prefill.threads if role is Role.PREFILL else self.settings.decode.threads
-            for role in self.roles
-        ]
+        settings = self.settings
+        of = {
+            Role.PREFILL: settings.prefill.threads,
+            Role.DECODE: settings.decode.threads,
+            Role.EMBED: settings.embed.threads,
+        }
+        wishes = [of[role] for role in self.roles]
         return max(wishes) or self.cores or len(os.sched_getaffinity(0))
 
 

@@ -5,7 +5,7 @@ Arguments may come before the name; they wait here then. It does not know how a 
 
 from __future__ import annotations
 
-from diptych.cluster.formats.deltas import ARGUMENTS, Output
+from diptych.cluster.formats.output import ARGUMENTS, Output
 
 NO_ARGUMENTS = "{}"
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from diptych.cluster.formats.deltas import CONTENT, REASONING, Content, Delta, Output
 from diptych.cluster.formats.format import Format
 from diptych.cluster.formats.markers import MAX_DROPPED_SPACES, SPACES, after_spaces, before_spaces, markers_of
+from diptych.cluster.formats.output import CONTENT, REASONING, Output
 from diptych.cluster.formats.reader import CallReader, State
+from diptych.protos.deltas import Content, Delta
 
 
 class OutputParser:
@@ -50,6 +51,11 @@ class OutputParser:
     def is_reasoning(self) -> bool:
         """Whether what was fed ends inside the reasoning."""
         return self._state in (self._lead, self._reasoning)
+
+    @property
+    def may_reason(self) -> bool:
+        """Whether reasoning goes on or may still begin."""
+        return self.is_reasoning or (self._state == self._begin and self._start is not markers_of(()))
 
     def feed(self, text: str) -> list[Delta]:
         """What the next piece of the text settles; neighbours of one kind are joined. Not after `finish`."""

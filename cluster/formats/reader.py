@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Collection
 
 from diptych.cluster.formats.call import NO_ARGUMENTS, Call
-from diptych.cluster.formats.deltas import ARGUMENTS, CONTENT, Output
 from diptych.cluster.formats.format import ToolFormat
 from diptych.cluster.formats.markers import SPACES, after_spaces, markers_of
+from diptych.cluster.formats.output import ARGUMENTS, CONTENT, Output
 from diptych.cluster.formats.unescape import unescape, unescape_at
 from diptych.cluster.formats.values import NestedReader, StringReader, num_hopeful, search_in_string
 

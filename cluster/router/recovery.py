@@ -31,6 +31,7 @@ from .gate import MAX_STRIKES, Gate, Quarantine, Seat, Suspects
 from .incident import Incident, Strike
 from .placement import Ask
 from .record import CallRecord
+from .registry import TrackedRequest
 from .view import ClusterView
 
 MAX_PAUSES = 6  # for engines that are full or drain, before the first token: about 3 s
@@ -47,6 +48,7 @@ class Work:
     request: GenerateRequest  # of the present attempt
     ask: Ask
     record: CallRecord
+    tracked: TrackedRequest
     deadline: float
     tenant: str  # as it is counted
     emitted: list[int] = field(default_factory=list)  # given to the client
@@ -220,7 +222,7 @@ class Recovery:
             await self._find_out(work, [one for one in failures if one is not None])
             if self._num_counted(failures) > limit:
                 raise error
-        if not self.budget.try_take(work.tenant):
+        if not self.budget.try_take(work.call.tenant):
             self._metrics.counters["retry_budget_refused"].labels(work.call.model, work.tenant).inc()
             raise error
         if not work.emitted:

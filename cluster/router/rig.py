@@ -103,7 +103,7 @@ async def rig(
             "tenants": {"gold": TenantSettings(weight=4)},
         }
         settings = RouterSettings.model_validate(plain | router_settings)
-        router = Router(directory=directory, settings=settings)
+        router = Router(directory=directory, settings=settings, is_strict=True)
         await router.start()
         stack.push_async_callback(router.stop)
         made = Rig(router, directory, engines)

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 import grpc
 
 from diptych.protos import engine_pb2 as pb
-from diptych.protos.channels import SESSION, open_channel
+from diptych.protos.channels import EMBED, SESSION, open_channel
 from diptych.protos.codec import (
     finish_from_pb,
     logprobs_from_pb,
@@ -61,6 +61,9 @@ _OPTIONS = (
 
 class Sink(Protocol):
     """Where one phase of one request goes. Called in the event loop; must not block or raise."""
+
+    def on_start(self) -> None:
+        """The engine has begun to compute the prompt."""
 
     def on_token(self, index: int, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """Generated token number `index`."""
@@ -109,6 +112,7 @@ class EngineSession:
         self._faults = terms.faults
         self._post = self._put if self._faults is None else faulty_post(self._faults, info.ref.engine_id, self._put)
         self._task: asyncio.Task[None] | None = None
+        self._stub: EngineStub | None = None  # of the connection that lives
         self._heard_at = 0.0
         self._gave_reason = False  # the engine ends, or has heard nothing of this router for long
         self.is_ready = False
@@ -146,6 +150,20 @@ class EngineSession:
         self._sinks[handle] = (sink, role, order.request.key)
         self._per_role[role] += 1
         return handle
+
+    def attach(self, role: Role, key: TransferKey, sink: Sink) -> int:
+        """Tell `sink` when the engine is lost, until `release`: it waits there for something that is no order."""
+        handle = self._next_handle
+        self._next_handle = handle + 1 & 0xFFFF_FFFF or 1
+        self._sinks[handle] = (sink, role, key)
+        self._per_role[role] += 1
+        return handle
+
+    def embed(self, order: pb.EmbedOrder) -> Any:
+        """A call of Engine.Embed on this session's connection: an iterator of parts. Raises EngineLost."""
+        if self._stub is None or not self.is_ready:
+            raise EngineLost(f"engine {self.info.ref.engine_id} is not connected")
+        return self._stub.Embed(order, metadata=self._trust.proof(EMBED, self.info.ref))
 
     def cancel(self, key: TransferKey) -> None:
         """Ask the engine to stop working on `key`; harmless when it has ended or the stream is gone."""
@@ -194,7 +212,7 @@ class EngineSession:
             await pass_point(self._faults, Point.SESSION_OPEN, self.info.ref.engine_id)
         ref, role = self.info.ref, min(self.info.roles).value
         async with open_channel(self._trust, ref.target, role=role, options=_OPTIONS) as channel:
-            stub = EngineStub(channel)  # type: ignore[no-untyped-call]
+            stub = self._stub = EngineStub(channel)  # type: ignore[no-untyped-call]
             call = stub.Session(metadata=self._trust.proof(SESSION, ref))
             try:
                 async with asyncio.timeout(self._connect_timeout_s):
@@ -208,6 +226,7 @@ class EngineSession:
                 self._on_change()
                 await self._pump(call)
             finally:
+                self._stub = None
                 call.cancel()
 
     async def _pump(self, call: Any) -> None:
@@ -289,6 +308,10 @@ class EngineSession:
     def _deliver(self, step: pb.StepTokens) -> None:
         """Raises ValueError for a message that makes no sense."""
         sinks = self._sinks
+        for handle in step.started:
+            entry = sinks.get(handle)
+            if entry is not None:
+                entry[0].on_start()
         for piece in step.prompt_logprobs:
             entry = sinks.get(piece.handle)
             if entry is not None:

@@ -319,6 +319,8 @@ class EchoEngine(EngineServicer):
             return
         if (is_prefill or begin == first) and not self.faults.no_prompt_logprobs:
             self._tell_prompt(session, handle, order)
+        if is_prefill or not has_peer:
+            session.outbox.put_nowait(pb.EngineFrame(tokens=pb.StepTokens(started=[handle])))
         for index in range(begin, end, self._tokens_per_step):
             await asyncio.sleep(self._step_s)
             if self._breaks(session, index):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from diptych.protos.status import EngineDirectory, EngineInfo
-from diptych.protos.types import EngineRef, Role
+from diptych.protos.types import ANSWERING, EngineRef, Role
 
 from .incident import Incident
 from .placement import EngineLoad
@@ -46,7 +46,9 @@ class ClusterView:
         self._on_loss = on_loss
         self._sessions: dict[EngineRef, EngineSession] = {}
         self._losses: dict[EngineRef, int] = {}
-        self._died_at: dict[str, float] = {}  # by model: when the last decode engine vanished that was not draining
+        self._died_at: dict[
+            str, float
+        ] = {}  # by model: when the last engine that answers vanished that was not draining
         self._dead: dict[EngineRef, None] = {}  # lives that the directory let go without having drained them
         self._version = 0
         self._changed = asyncio.Event()
@@ -113,13 +115,21 @@ class ClusterView:
         return any(s.info.model == model and role in s.info.roles for s in self._sessions.values())
 
     def expects(self, model: str) -> bool:
-        """Whether a decode engine of `model` may be connected soon: the first ones are starting, one is being dialled,
-        or one has just died.
+        """Whether an engine that answers for `model` may be connected soon: the first ones are starting, one is being
+        dialled, or one has just died.
         """
-        if not self.is_complete or self.has_pool(model, Role.DECODE):
+        if not self.is_complete or any(self.has_pool(model, role) for role in ANSWERING):
             return True
         died_at = self._died_at.get(model)
         return died_at is not None and self._clock() - died_at < COMEBACK_S
+
+    def num_decoding(self) -> int:
+        """Requests that all decode engines together can hold the KV of, and an eighth of them waits for a seat; 0: not
+        known of each of them, or there is none.
+        """
+        infos = [one.info for one in self._sessions.values() if one.is_ready and Role.DECODE in one.info.roles]
+        seats = [info.seats for info in infos if not info.draining]
+        return sum(number + number // 8 for number in seats) if all(seats) else 0
 
     def capacity_tokens(self, model: str) -> int | None:
         """Tokens that every decode engine of a model can hold for one request; None while there is no engine."""
@@ -190,7 +200,7 @@ class ClusterView:
         self._dead[session.info.ref] = None
         while len(self._dead) > _MAX_DEAD:
             del self._dead[next(iter(self._dead))]
-        if Role.DECODE in session.info.roles:
+        if ANSWERING & session.info.roles:
             self._died_at[session.info.model] = self._clock()
         if session.is_ready:  # the directory knew before the stream broke
             session.loss_cause = "removed"

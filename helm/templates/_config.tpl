@@ -2,7 +2,11 @@
 {{- define "diptych.config" -}}
 {{- $config := deepCopy .Values.diptych -}}
 {{- $router := mustMergeOverwrite (dict) (get $config "router" | default (dict)) (dict "host" "127.0.0.1" "port" 8001) -}}
-{{- $own := dict "router" $router "run_dir" "/tmp/diptych" "cache_dir" "/cache/diptych" -}}
+{{- $own := dict "router" $router "run_dir" "/tmp/diptych" "cache_dir" "/cache/diptych" "data_dir" "/data/diptych" -}}
+{{- if .Values.data.passwordSecret -}}
+{{- $store := get $config "store" | default (dict) -}}
+{{- $_ := set $own "store" (mustMergeOverwrite (dict) $store (dict "password_file" "/etc/diptych-store/password")) -}}
+{{- end -}}
 {{- toYaml (mustMergeOverwrite $config $own) -}}
 {{- end -}}
 
@@ -45,6 +49,12 @@
 {{- end -}}
 {{- if ge (include "diptych.mebibytes" .Values.worker.sharedMemory | int) $room -}}
 {{- fail (printf "worker.sharedMemory %s is part of worker.memory %s and must be less" .Values.worker.sharedMemory .Values.worker.memory) -}}
+{{- end -}}
+{{- if and .Values.data.passwordSecret (not ((.Values.diptych.store | default dict).url)) -}}
+{{- fail "data.passwordSecret is given, and no database asks for it: set diptych.store.url" -}}
+{{- end -}}
+{{- if and .Values.providers.keysSecret (not .Values.diptych.providers) -}}
+{{- fail "providers.keysSecret is given, and no provider asks for it: name one in diptych.providers" -}}
 {{- end -}}
 {{- if and (not .Values.serviceAccount.create) .Values.serviceAccount.annotations -}}
 {{- fail "serviceAccount.annotations are given for an account that the chart does not create: set serviceAccount.create" -}}

@@ -1,4 +1,4 @@
-{{/* What head and worker have in common. Arguments: root, name, pool (its values), env, mounts, volumes, readiness. */}}
+{{/* What head and worker have in common. Arguments: root, name, pool (its values), data (whether the router runs here), readiness. */}}
 {{- define "diptych.pod" -}}
 metadata:
   labels:
@@ -51,6 +51,11 @@ spec:
           value: "1"
         - name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
           value: {{ .drain | quote }}
+      {{- with .root.Values.providers.keysSecret }}
+      envFrom:
+        - secretRef:
+            name: {{ . }}
+      {{- end }}
       resources:
         requests:
           cpu: {{ .pool.cpu | quote }}
@@ -74,6 +79,15 @@ spec:
           mountPath: /cache
         - name: shm
           mountPath: /dev/shm
+        {{- if .data }}
+        - name: data
+          mountPath: /data
+        {{- if .root.Values.data.passwordSecret }}
+        - name: store-password
+          mountPath: /etc/diptych-store
+          readOnly: true
+        {{- end }}
+        {{- end }}
         {{- if .root.Values.models.claimName }}
         - name: models
           mountPath: {{ .root.Values.models.path }}
@@ -91,6 +105,21 @@ spec:
       emptyDir:
         medium: Memory
         sizeLimit: {{ .shm }}
+    {{- if .data }}
+    - name: data
+      {{- if .root.Values.data.claimName }}
+      persistentVolumeClaim:
+        claimName: {{ .root.Values.data.claimName }}
+      {{- else }}
+      emptyDir: {}
+      {{- end }}
+    {{- if .root.Values.data.passwordSecret }}
+    - name: store-password
+      secret:
+        secretName: {{ .root.Values.data.passwordSecret }}
+        defaultMode: 0440
+    {{- end }}
+    {{- end }}
     {{- if .root.Values.models.claimName }}
     - name: models
       persistentVolumeClaim:

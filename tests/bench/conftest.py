@@ -33,6 +33,11 @@ def table() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def gateway() -> ModuleType:
+    return _script("gateway")
+
+
+@pytest.fixture(scope="session")
 def engine() -> ModuleType:
     return _part("one_engine")
 
@@ -50,6 +55,11 @@ def answers(engine: ModuleType, schemas: ModuleType) -> ModuleType:
 @pytest.fixture(scope="session")
 def costs(engine: ModuleType) -> ModuleType:
     return _script("mask_cost")
+
+
+@pytest.fixture(scope="session")
+def kills() -> ModuleType:
+    return _script("kills")
 
 
 def _part(name: str) -> ModuleType:

@@ -1,4 +1,5 @@
-"""The OpenAI Agents SDK as its documentation shows it, over chat completions: output types, function tools, streams.
+"""The OpenAI Agents SDK as its documentation shows it: output types, function tools, streams; over its default API,
+responses, and over chat completions.
 
 Guards against a loop that does not end, or ends in a ModelBehaviorError, because an answer is not what was asked for.
 """
@@ -64,13 +65,17 @@ def get_weather(context: sdk.RunContextWrapper[Member], city: str, days: int) ->
     return f"sunny in {city} <stop> t20"
 
 
-@pytest.fixture
-async def model(base_url: str) -> AsyncIterator[sdk.OpenAIChatCompletionsModel]:
+Model = sdk.OpenAIChatCompletionsModel | sdk.OpenAIResponsesModel
+
+
+@pytest.fixture(params=["responses", "chat"])
+async def model(base_url: str, request: pytest.FixtureRequest) -> AsyncIterator[Model]:
+    kind = sdk.OpenAIResponsesModel if request.param == "responses" else sdk.OpenAIChatCompletionsModel
     async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
-        yield sdk.OpenAIChatCompletionsModel(model="echo", openai_client=client)
+        yield kind(model="echo", openai_client=client)
 
 
-async def test_a_text(model: sdk.OpenAIChatCompletionsModel) -> None:
+async def test_a_text(model: Model) -> None:
     agent = sdk.Agent(name="Assistant", instructions="You are brief.", model=model)
     result = await sdk.Runner.run(agent, "say little <stop> t6", run_config=QUIET)
     assert isinstance(result.final_output, str)
@@ -78,14 +83,14 @@ async def test_a_text(model: sdk.OpenAIChatCompletionsModel) -> None:
 
 
 @pytest.mark.parametrize("output", [Event, list[int], Member], ids=str)
-async def test_an_output_type(model: sdk.OpenAIChatCompletionsModel, output: Any) -> None:
+async def test_an_output_type(model: Model, output: Any) -> None:
     agent = sdk.Agent(name="Extractor", instructions="Extract the event.", model=model, output_type=output)
     result = await sdk.Runner.run(agent, "Alice and Bob meet on Friday.", run_config=QUIET, max_turns=1)
     assert isinstance(result.final_output, getattr(output, "__origin__", output))
     assert result.context_wrapper.usage.output_tokens > 0
 
 
-async def test_a_tool_and_then_an_answer(model: sdk.OpenAIChatCompletionsModel) -> None:
+async def test_a_tool_and_then_an_answer(model: Model) -> None:
     """Once it was called, the tool is not offered any more, and the echo model answers a text."""
     for choice in ("required", "get_weather"):
         member = Member(age=30)
@@ -102,7 +107,7 @@ async def test_a_tool_and_then_an_answer(model: sdk.OpenAIChatCompletionsModel) 
         assert len(result.raw_responses) == 2
 
 
-async def test_a_tool_and_then_an_output_type(model: sdk.OpenAIChatCompletionsModel) -> None:
+async def test_a_tool_and_then_an_output_type(model: Model) -> None:
     member = Member(age=30)
     agent = sdk.Agent[Member](
         name="Weather",
@@ -117,7 +122,7 @@ async def test_a_tool_and_then_an_output_type(model: sdk.OpenAIChatCompletionsMo
     assert isinstance(result.final_output, Event)
 
 
-async def test_a_tool_whose_result_is_the_answer(model: sdk.OpenAIChatCompletionsModel) -> None:
+async def test_a_tool_whose_result_is_the_answer(model: Model) -> None:
     agent = sdk.Agent[Member](
         name="Weather",
         model=model,
@@ -129,7 +134,7 @@ async def test_a_tool_whose_result_is_the_answer(model: sdk.OpenAIChatCompletion
     assert result.final_output.startswith("sunny in ")
 
 
-async def test_a_streamed_run(model: sdk.OpenAIChatCompletionsModel) -> None:
+async def test_a_streamed_run(model: Model) -> None:
     member = Member(age=30)
     agent = sdk.Agent[Member](
         name="Weather",
@@ -152,7 +157,7 @@ async def test_a_streamed_run(model: sdk.OpenAIChatCompletionsModel) -> None:
     assert member.asked == items.count("tool_call_output_item")
 
 
-async def test_a_handoff(model: sdk.OpenAIChatCompletionsModel) -> None:
+async def test_a_handoff(model: Model) -> None:
     """A handoff is a tool without arguments."""
     other = sdk.Agent(name="Spanish", instructions="You speak Spanish. <stop> t40", model=model, output_type=Event)
     agent = sdk.Agent(
@@ -161,3 +166,22 @@ async def test_a_handoff(model: sdk.OpenAIChatCompletionsModel) -> None:
     result = await sdk.Runner.run(agent, "Hola", run_config=QUIET)
     assert result.last_agent is other
     assert isinstance(result.final_output, Event)
+
+
+@pytest.mark.parametrize("model", ["responses"], indirect=True)
+async def test_runs_that_go_on(model: Model) -> None:
+    """Remembered by the server, and by the client, whose list of items is what the SDK made of the answer."""
+    agent = sdk.Agent(
+        name="Assistant",
+        instructions="You are brief.",
+        model=model,
+        model_settings=sdk.ModelSettings(metadata={"a": "b"}, truncation="auto", top_logprobs=1),
+    )
+    first = await sdk.Runner.run(agent, "say little <stop> t6", run_config=QUIET)
+    by_server = await sdk.Runner.run(
+        agent, "and less <stop> t6", run_config=QUIET, previous_response_id=first.last_response_id
+    )
+    assert by_server.context_wrapper.usage.input_tokens > first.context_wrapper.usage.input_tokens
+    listed = [*first.to_input_list(), {"role": "user", "content": "and less <stop> t6"}]
+    by_client = await sdk.Runner.run(agent, listed, run_config=QUIET)
+    assert by_client.context_wrapper.usage.input_tokens == by_server.context_wrapper.usage.input_tokens

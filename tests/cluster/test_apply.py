@@ -60,6 +60,20 @@ def test_a_configuration_survives_being_written_down(running: ClusterState) -> N
     assert differences(kept.model_dump(mode="json"), load_config(running.config_file).model_dump(mode="json")) == []
 
 
+def test_defaults_are_not_written_down(running: ClusterState) -> None:
+    """No cluster with a colocated layout, or with a rule that refuses, could be given another configuration: its own
+    could not be read again, for it said what nobody had written.
+    """
+    rules = [{"name": "no", "when": {"tag": "x"}, "then": {"refuse": "not you"}}]
+    tree = {
+        "models": {"echo": {"source": "echo", "layout": "colocated"}},
+        "gateway": {"routes": {"chat": {"targets": ["pool/echo"]}}, "rules": rules},
+    }
+    config = check_config(tree, "test")
+    write_config(running, config)
+    assert read_config(running) == config
+
+
 def test_differences_are_told_by_their_paths() -> None:
     before = {"a": {"b": 1, "c": [1]}, "d": None, "gone": {}}
     assert differences(before, {"a": {"b": 2, "c": [1]}, "d": {"e": 1}}) == [("a", "b"), ("d",), ("gone",)]
@@ -87,6 +101,19 @@ def test_what_only_a_new_cluster_can_have_is_refused_by_name(
 
 def test_nothing_to_change_changes_nothing(running: ClusterState, capsys: pytest.CaptureFixture[str]) -> None:
     assert _applied(running, "models.echo.kv.memory_mib=32") == 0
+    assert "nothing to change" in capsys.readouterr().out
+
+
+def test_the_file_that_it_was_started_with_changes_nothing(
+    running: ClusterState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It said that no cluster can have another models.echo.task: the one that runs knows what `auto` has found."""
+    started = read_config(running)
+    found = {name: settings.model_copy(update={"task": "generate"}) for name, settings in started.models.items()}
+    write_config(running, started.model_copy(update={"models": found}))
+    file = tmp_path / "diptych.yaml"
+    file.write_text(started.model_dump_json(exclude_unset=True))
+    assert _applied(running, config=file) == 0
     assert "nothing to change" in capsys.readouterr().out
 
 

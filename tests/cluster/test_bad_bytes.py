@@ -31,7 +31,7 @@ from diptych.protos.channels import (
     SESSION,
 )
 from diptych.protos.trust import PROOF_KEY, Trust
-from diptych.protos.types import EngineId, EngineRef, Role
+from diptych.protos.types import GENERATING, EngineId, EngineRef, Role
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS_FRAME = b"\0\0\0\4\0\0\0\0\0"
@@ -130,7 +130,7 @@ async def test_calls_without_the_secret_end_before_their_body_is_read(
     stranger = Trust(bytes(32), "router")
     unauthenticated = grpc.StatusCode.UNAUTHENTICATED
     async with unchanged(cluster, caplog):
-        num_calls = dict.fromkeys(Role, 0)
+        num_calls = dict.fromkeys(GENERATING, 0)
         for role, ref in cluster.refs.items():
             elsewhere = EngineRef(EngineId("prefill-9"), ref.epoch, ref.target)
             earlier = replace(ref, epoch=ref.epoch - 1)

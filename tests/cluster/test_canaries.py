@@ -28,7 +28,7 @@ from diptych.cluster.control.kept import read_kept
 from diptych.cluster.control.keyring import fetch
 from diptych.cluster.control.manager import PoolManager
 from diptych.cluster.control.state import find_cluster
-from diptych.cluster.keys import read_keys
+from diptych.cluster.key_file import read_keys
 from diptych.cluster.models import resolve
 from diptych.cluster.security import read_secret
 from diptych.protos import engine_pb2, kv_pb2

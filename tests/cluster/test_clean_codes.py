@@ -14,10 +14,12 @@ import grpc
 import pytest
 from small_cluster import SmallCluster, connected, small_cluster
 from strangers import METHODS, body_of, throw, told, unchanged
+from text_cluster import SECRET as TEXT_SECRET
+from text_cluster import make_encoder, text_cluster
 
 from diptych.cluster.config import SecuritySettings, TlsSettings
 from diptych.cluster.security import trust_of
-from diptych.protos.channels import FETCH_BYTES, KV_SESSION, MAX_MESSAGE_BYTES, SESSION
+from diptych.protos.channels import EMBED, FETCH_BYTES, KV_SESSION, MAX_MESSAGE_BYTES, SESSION
 from diptych.protos.trust import Trust
 from diptych.protos.types import Role
 
@@ -85,6 +87,24 @@ async def test_a_message_that_is_too_much_has_a_code_and_its_limit_a_name(
                     continue
                 assert code in codes, (method, code, details)
                 assert words in details, (method, details)
+
+
+@pytest.mark.parametrize("what", ABUSE)
+async def test_an_engine_of_texts_refuses_it_as_well(run_dir: Path, what: str) -> None:
+    body, codes, words = ABUSE[what]
+    folder = await asyncio.to_thread(make_encoder, run_dir / "model")
+    async with text_cluster(run_dir, {"m": folder}) as made:
+        before = (await made.post("/v1/embeddings", model="m", input="the cat sat")).json()
+        assert before["data"]
+        trust = Trust(TEXT_SECRET, "router")
+        for ref in made.infos:
+            code, details = await asyncio.to_thread(told, ref, EMBED, [body], trust.proof(EMBED, ref), trust)
+            assert code in codes | {CODES.OK}, (code, details)  # OK: the answer is an error's part
+            assert code is CODES.OK or words in details, details
+            code, _ = await asyncio.to_thread(told, ref, EMBED, [b""], (), trust)
+            assert code is CODES.UNAUTHENTICATED
+        after = (await made.post("/v1/embeddings", model="m", input="the cat sat")).json()
+        assert after["data"] == before["data"]
 
 
 async def test_what_is_no_method_is_refused_in_words_and_there_is_no_reflection(
@@ -190,4 +210,4 @@ def test_each_method_of_the_services_stands_in_the_tables() -> None:
         for service in module.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
-    assert found == set(METHODS) == {SESSION, KV_SESSION, FETCH_BYTES}
+    assert found == {*METHODS, EMBED} == {SESSION, KV_SESSION, FETCH_BYTES, EMBED}

@@ -6,7 +6,7 @@ import pytest
 
 from diptych.cluster.config import DEFAULT_MODEL, DiptychConfig, load_config
 from diptych.protos.errors import StartupError
-from diptych.protos.types import Role
+from diptych.protos.types import GENERATING, Role
 
 
 def refusal(*overrides: str) -> str:
@@ -95,14 +95,15 @@ def test_a_wrong_setting_is_refused_with_its_key_path(override: str, sentence: s
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5"])
-def test_an_address_that_others_can_reach_is_refused_until_there_is_authentication(host: str) -> None:
-    message = refusal(f"router.host='{host}'")
-    assert message.startswith(f"configuration: router.host: {host!r} is reachable from other machines")
+def test_an_address_that_others_can_reach_is_known_as_one(host: str) -> None:
+    """Whether it has a key is looked at before a start."""
+    assert load_config(None, [f"router.host='{host}'"]).router.leaves_host
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
 def test_loopback_addresses_are_accepted(host: str) -> None:
-    assert load_config(None, [f"router.host='{host}'"]).router.host == host
+    router = load_config(None, [f"router.host='{host}'"]).router
+    assert (router.host, router.leaves_host) == (host, False)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +249,7 @@ def test_kv_gib_is_the_arena_of_every_engine_whatever_the_file_says(tmp_path: Pa
     file = tmp_path / "c.yaml"
     file.write_text("models: {a: , b: {kv: {memory_mib: 3, block_tokens: 8}, decode: {kv: {memory_mib: 4}}}}\n")
     models = load_config(file, kv_gib=1.5).models
-    assert {model.pool_kv(role).memory_mib for model in models.values() for role in Role} == {1536}
+    assert {model.pool_kv(role).memory_mib for model in models.values() for role in GENERATING} == {1536}
     assert models["b"].kv.block_tokens == 8
     assert models["b"].prefill.kv is None
     assert load_config(file, ["models.b.kv.memory_mib=5"], kv_gib=2).models["b"].kv.memory_mib == 2048

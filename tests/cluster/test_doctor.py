@@ -15,6 +15,7 @@ from diptych.cluster.control.cards import Card, Cards
 from diptych.cluster.control.memory import MIB
 from diptych.cluster.doctor_machine import Finding, State
 from diptych.cluster.models import ModelFacts, ModelFolder
+from diptych.cluster.store.schema import prepare_store
 
 FACTS = ModelFacts(
     name="m",
@@ -237,3 +238,27 @@ def test_the_exit_code_and_the_json_say_whether_something_stops(
     text = capsys.readouterr().out
     assert "router.prot is not a known key (did you mean port?)" in text
     assert "1 of these would stop `diptych serve`" in text
+
+
+def test_the_store_is_looked_at_and_not_made(tmp_path: Path) -> None:
+    """A database of a newer version, or a folder that cannot be written, would stop a start."""
+
+    def store(*more: str) -> Finding:
+        return doctor_cluster.store(load_config(overrides=[f"data_dir={tmp_path / 'data'}", *more]))
+
+    first = store()
+    assert (first.state, "does not exist yet" in first.told) == (State.OK, True)
+    assert not (tmp_path / "data").exists()
+    exposed = ["router.host=0.0.0.0"]
+    assert "there is no key yet" in store(*exposed).told
+    config = load_config(overrides=[f"data_dir={tmp_path / 'data'}"])
+    prepare_store(config.store, config.data_dir)
+    assert "is up to date" in store().told
+    assert "no key opens the API" in store(*exposed).told
+    (tmp_path / "data" / "diptych.db").write_bytes(b"rubbish" * 1000)
+    spoilt = store()
+    assert (spoilt.state, "not a database" in spoilt.told) == (State.STOP, True)
+    assert spoilt.remedy
+    assert store("data_dir=/proc/none").state is State.STOP
+    missing = store("store.url=postgresql+nodriver://u@h/d")
+    assert (missing.state, "is not installed" in missing.told) == (State.STOP, True)

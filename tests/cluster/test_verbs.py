@@ -17,7 +17,7 @@ from diptych.cluster.inprocess import post_json
 from diptych.cluster.scale import run_restart, run_scale
 from diptych.cluster.status import render, run_status
 from diptych.protos.errors import StartupError
-from diptych.protos.types import Role
+from diptych.protos.types import GENERATING, Role
 
 INFO = {
     "models": [{"id": "tiny"}],
@@ -89,15 +89,36 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
     assert verbs == {
         "serve": where | {"--model", "--port", "--address", "--kv-gib"},
         "status": where | {"--url"},
-        "scale": where | {"model", "--prefill", "--decode", "--url", "--address"},
+        "scale": where | {"model", "--prefill", "--decode", "--embed", "--url", "--address"},
         "restart": where | {"model", "--role", "--router", "--url", "--address"},
         "apply": where | {"--url"},
         "role": where | {"engine", "role", "--url", "--address"},
         "models": where | {"--url"},
+        "usage": where | {"--by", "--since", "--until", "--tenant", "--key", "--json", "--url"},
         "doctor": where | {"--json"},
-        "keygen": {"tenant", "--admin", "--file"},
-        "bench": set(),  # its own verbs are below
+        "keys": set(),  # their own verbs are below
+        "providers": set(),
+        "route": set(),
+        "bench": set(),
         "chat": where | {"--url", "--model", "--system", "--max-tokens", "--temperature"},
+        "run": {"target", "--arg", "--model", "--stream", "--json"},
+    }
+    of_keys = {name: {o for p in verb.params for o in p.opts} for name, verb in group.commands["keys"].commands.items()}  # type: ignore[attr-defined]
+    limits = {"--expires", "--requests-per-minute", "--concurrency"}
+    assert of_keys == {
+        "create": where | limits | {"tenant", "--name", "--scope", "--file", "--may-override", "--tag"},
+        "list": where | {"--tenant", "--json"},
+        "revoke": where | {"key_id"},
+    }
+    others = {
+        group_name: {name: {o for p in verb.params for o in p.opts} for name, verb in verbs.commands.items()}  # type: ignore[attr-defined]
+        for group_name, verbs in group.commands.items()
+        if group_name in ("providers", "route")
+    }
+    who = {"--tenant", "--key", "--session", "--tag", "--header"}
+    assert others == {
+        "providers": {"list": where | {"--json"}, "test": where | {"target", "--timeout", "--json"}},
+        "route": {"explain": where | who | {"--model", "--message", "--request", "--json", "--url"}},
     }
     measures = {
         name: {o for p in verb.params for o in p.opts} for name, verb in group.commands["bench"].commands.items()
@@ -150,5 +171,5 @@ def test_kv_gib_of_serve_is_every_engines_arena(monkeypatch: pytest.MonkeyPatch)
     done = CliRunner().invoke(app, ["serve", "--kv-gib", "2.5", "--set", "models.m.decode.kv={memory_mib: 3}"])
     assert done.exit_code == 0, done.output
     [config] = served
-    assert {model.pool_kv(role).memory_mib for model in config.models.values() for role in Role} == {2560}
+    assert {model.pool_kv(role).memory_mib for model in config.models.values() for role in GENERATING} == {2560}
     assert CliRunner().invoke(app, ["serve", "--kv-gib", "0"]).exit_code == 2

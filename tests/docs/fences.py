@@ -2,6 +2,8 @@
 
 ```python              alone              ```python cluster      against the running cluster, whose URL replaces URL
 ```yaml                is a diptych.yaml  ```bash cluster        the same in a shell that finds `diptych`
+```python embeddings   against small models that embed and rank, in the same way
+```python anthropic    with the client that tests/clients has; so ```python openai
 """
 
 from __future__ import annotations
@@ -12,7 +14,15 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 URL = "http://127.0.0.1:8000"
-RUNNABLE = ("python", "python cluster", "bash cluster", "yaml")
+RUNNABLE = (
+    "python",
+    "python cluster",
+    "python anthropic",
+    "python openai",
+    "python embeddings",
+    "bash cluster",
+    "yaml",
+)
 SHOWN = ("", "text")
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -19,7 +19,7 @@ from diptych.cluster.models import ModelFolder
 from diptych.cluster.router.router import Explanation, GenerateCall, Router
 from diptych.protos.settings import KvSettings, PrefillSettings, TransferSettings
 from diptych.protos.status import EngineInfo
-from diptych.protos.types import EngineId, Role, SamplingParams
+from diptych.protos.types import GENERATING, EngineId, Role, SamplingParams
 
 MODEL = "reference-model"
 PATIENCE_S = 60.0  # on a busy machine nobody shall take the other for lost: what crosses is the subject here
@@ -59,7 +59,7 @@ class EnginePair:
     run_dir: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="diptych-test-")))
 
     def start(self) -> None:
-        for role in Role:
+        for role in GENERATING:
             spec = EngineSpec(
                 engine_id=EngineId(f"{role.value}-0"),
                 epoch=1,
@@ -101,7 +101,7 @@ class EnginePair:
 
 
 async def both_pools_known(router: Router) -> None:
-    while not all(router.view.live(MODEL, role) for role in Role):  # noqa: ASYNC110  the view tells nobody
+    while not all(router.view.live(MODEL, role) for role in GENERATING):  # noqa: ASYNC110  the view tells nobody
         await asyncio.sleep(0.02)
 
 

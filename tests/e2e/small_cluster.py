@@ -20,6 +20,7 @@ from rest import at_rest
 from diptych.cluster.api.app import create_app
 from diptych.cluster.api.listener import Listener, start_listener
 from diptych.cluster.api.served import ServedModel
+from diptych.cluster.batches.runner import BatchRunner
 from diptych.cluster.config import ModelSettings, RouterSettings, SecuritySettings
 from diptych.cluster.engine.engine import Engine
 from diptych.cluster.engine.spec import EngineSpec
@@ -27,11 +28,12 @@ from diptych.cluster.models import ModelFolder, resolve
 from diptych.cluster.router.router import Router
 from diptych.cluster.router.testing import StaticDirectory
 from diptych.cluster.security import engine_name, trust_of
+from diptych.cluster.store.testing import temporary_store
 from diptych.protos.faults import FaultSettings
 from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
 from diptych.protos.status import EngineInfo
 from diptych.protos.trust import ROUTER, Trust
-from diptych.protos.types import EngineId, EngineRef, PoolCounts, Role
+from diptych.protos.types import GENERATING, EngineId, EngineRef, PoolCounts, Role
 
 ECHO = "echo"
 SETTINGS = ModelSettings(
@@ -41,7 +43,7 @@ SETTINGS = ModelSettings(
     decode=DecodeSettings(step_tokens=32, threads=1),
 )
 WAIT_S = 30
-ONE_EACH = dict.fromkeys(Role, 1)
+ONE_EACH = dict.fromkeys(GENERATING, 1)
 
 
 @dataclass
@@ -144,7 +146,13 @@ async def small_cluster(
         router = Router(directory=directory, settings=RouterSettings(), trust=own(ROUTER))
         await router.start()
         stack.push_async_callback(router.stop)
-        app = create_app(router, [ServedModel.load(ECHO, folder, max_context_tokens=None, seed=None)])
+        store = await stack.enter_async_context(temporary_store(router.metrics))
+        models = [ServedModel.load(ECHO, folder, max_context_tokens=None, seed=None)]
+        app = create_app(router, models, store=store)
+        stack.push_async_callback(app.state.background.stop)
+        batches = BatchRunner(router, models, store)
+        await batches.start()
+        stack.push_async_callback(batches.stop)
         listener = await start_listener(app, host="127.0.0.1", port=0, limits=limits, metrics=router.metrics)
         stack.push_async_callback(listener.stop, 0.2)
         refs = {role: next(ref for ref in infos if ref.engine_id == f"{role.value}-0") for role in num}

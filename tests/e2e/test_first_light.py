@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import psutil
 import pytest
+import torch
 from reference import TIE, TextReference
 from serving import Cluster
 
@@ -50,8 +52,12 @@ def bytes_across(cluster: Cluster) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def reference(default_model: ModelFolder) -> TextReference:
-    return TextReference(default_model.path)
+def reference(default_model: ModelFolder) -> Iterator[TextReference]:
+    """On one thread: several of them wait for each other by spinning, which takes minutes where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield TextReference(default_model.path)
+    torch.set_num_threads(before)
 
 
 def check_text(reference: TextReference, prompt: list[int], text: str) -> None:

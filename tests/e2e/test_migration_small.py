@@ -15,7 +15,7 @@ from diptych.cluster.router.call import GenerateCall
 from diptych.cluster.router.placement import Placement
 from diptych.kernels.echo.testing import expected_tokens
 from diptych.protos.settings import EchoSettings
-from diptych.protos.types import EngineRef, Role, SamplingParams
+from diptych.protos.types import GENERATING, EngineRef, SamplingParams
 
 PROMPT = tuple(range(3, 43))
 COUNT = 10
@@ -31,7 +31,7 @@ async def cluster() -> AsyncIterator[SmallCluster]:
     """Two engines of each role; slow enough that a token can be told before the next."""
     with tempfile.TemporaryDirectory(prefix="d-") as name:  # a socket's path has little room
         folder = Path(name)
-        async with small_cluster(folder, folder, num=dict.fromkeys(Role, 2), settings=SLOW) as made:
+        async with small_cluster(folder, folder, num=dict.fromkeys(GENERATING, 2), settings=SLOW) as made:
             yield await connected(made)
 
 

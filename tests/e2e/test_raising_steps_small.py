@@ -12,7 +12,7 @@ from small_cluster import ECHO, WAIT_S, SmallCluster, connected, small_cluster
 from diptych.cluster.router.call import GenerateCall
 from diptych.kernels.echo.testing import expected_tokens
 from diptych.protos.faults import Action, FaultRule, FaultSettings, Point
-from diptych.protos.types import Role, SamplingParams
+from diptych.protos.types import GENERATING, Role, SamplingParams
 
 COUNT = 24
 GREEDY = SamplingParams(max_tokens=COUNT, temperature=0)
@@ -23,13 +23,13 @@ async def answer(cluster: SmallCluster, prompt: tuple[int, ...]) -> list[int]:
     return [token async for delta in cluster.router.generate(call) for token in delta.tokens]
 
 
-@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("role", list(GENERATING))
 async def test_steps_that_raise_cost_no_token(role: Role) -> None:
     rule = FaultRule(point=Point.ENGINE_STEP, action=Action.RAISE, engine=f"{role}-0", nth=(5, 8, 16, 30))
     with tempfile.TemporaryDirectory(prefix="d-") as name:  # a socket's path has little room
         folder = Path(name)
         async with small_cluster(
-            folder, folder, num=dict.fromkeys(Role, 2), faults=FaultSettings(rules=(rule,))
+            folder, folder, num=dict.fromkeys(GENERATING, 2), faults=FaultSettings(rules=(rule,))
         ) as cluster:
             await connected(cluster)
             prompts = [tuple(range(3 + i, 43 + i)) for i in range(12)]

@@ -211,3 +211,62 @@ def test_a_killed_router_breaks_what_it_has_in_work_and_refuses_nothing(own: Clu
     assert [failure for failure in made.failures if failure.began > killed] == []
     assert [failure for failure in made.failures if "ConnectError" in failure.what] == []
     assert died_and_handed_over(own) == {"died": 1, "handed_over": 2}
+
+
+def orders(cluster: Cluster) -> float:
+    """That the decode engines took, ever."""
+    lines = cluster.text("/metrics").splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("diptych_engine_decode_requests_total{"))
+
+
+def orders_at_rest(cluster: Cluster) -> float:
+    """The same, once two readings farther apart than the engines' reports are equal."""
+    before, now = -1.0, orders(cluster)
+    while before != now:
+        time.sleep(1.5)
+        before, now = now, orders(cluster)
+    return now
+
+
+def retried(cluster: Cluster, asked: dict[str, Any], key: str) -> tuple[httpx2.Response, float]:
+    """The answer to a request that is sent until there is one, as `Retry-After` says, and how long that took."""
+    began = time.monotonic()
+    with httpx2.Client(base_url=cluster.url, timeout=PATIENCE_S) as http:
+        while time.monotonic() - began < PATIENCE_S:
+            try:
+                reply = http.post("/v1/completions", json=asked, headers={"Idempotency-Key": key})
+            except httpx2.TransportError:
+                continue
+            if reply.status_code not in (409, 503):
+                break
+            time.sleep(float(reply.headers["retry-after-ms"]) / 1000)
+    return reply, time.monotonic() - began
+
+
+@pytest.mark.parametrize("when", ["amid its answer", "behind it"])
+def test_a_killed_routers_request_is_worked_on_once_more_at_most(own: Cluster, when: str) -> None:
+    """R04 on the served binary: retried with its Idempotency-Key at the next router, it is answered once for all, by
+    what was kept where the answer had gone out. Guards against work, and a bill, that doubles with each retry.
+    """
+    asked = body(77) | {"max_tokens": 1500, "stream": True}
+    old, before, first = router(own), orders_at_rest(own), b""
+    with (
+        httpx2.Client(base_url=own.url, timeout=PATIENCE_S) as http,
+        http.stream("POST", "/v1/completions", json=asked, headers={"Idempotency-Key": when}) as stream,
+    ):
+        for piece in stream.iter_bytes() if when == "behind it" else ():
+            first += piece
+        os.kill(old, signal.SIGKILL)
+    reply, waited = retried(own, asked, when)
+    assert reply.status_code == 200
+    assert waited < 30  # the lease of the dead router, and the next one's start
+    assert ("idempotent-replayed" in reply.headers) == (when == "behind it")
+    assert first in (b"", reply.content)
+    assert reply.text.endswith("data: [DONE]\n\n")
+    for _ in range(3):
+        again, _ = retried(own, asked, when)
+        assert again.content == reply.content
+        assert again.headers["idempotent-replayed"] == "true"
+    wanted = before + (2 if when == "amid its answer" else 1)
+    asyncio.run(until(lambda: orders(own) >= wanted, "the engines do not tell what they took"))
+    assert orders(own) == wanted

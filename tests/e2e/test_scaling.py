@@ -128,7 +128,7 @@ def test_impossible_sizes_are_refused_with_a_sentence(pools: Cluster) -> None:
     for model, sizes, words in (
         (APART, ("--decode", "0"), "needs at least 1 engine"),
         (APART, ("--decode", "100000"), "not enough memory for 99999 more engines"),
-        (TOGETHER, ("--prefill", "1"), "has the layout colocated"),
+        (TOGETHER, ("--prefill", "1"), "has no prefill pool; it has decode"),
         ("nobody", ("--decode", "2"), f"is not served; served here: {APART}, {TOGETHER}"),
         (APART, (), "say what to change"),
     ):

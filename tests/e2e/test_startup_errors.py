@@ -175,6 +175,17 @@ def test_a_tokenizer_that_is_broken_ends_what_was_already_started(run_dir: Path,
     assert "tokenizer" in refusal(run_dir, "--port", "0", "--model", str(folder))
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_router_that_cannot_be_made_says_why(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve's own words are that an update of the deployment failed."""
+    (tmp_path / "cryptography").mkdir()
+    (tmp_path / "cryptography" / "__init__.py").write_text("raise ModuleNotFoundError('there is no cryptography')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    sentence = refusal(run_dir, "--model", "echo", "--port", "0")
+    assert sentence == "the router did not start: ModuleNotFoundError: there is no cryptography"
+
+
 def tiny_model(folder: Path) -> Path:
     """A random llama with the default model's tokenizer."""
     known = resolve(DEFAULT_MODEL, default_cache_dir()).path

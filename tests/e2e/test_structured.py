@@ -21,7 +21,7 @@ from small_cluster import ECHO, SETTINGS, WAIT_S, SmallCluster, connected, small
 from small_host import hosted
 
 from diptych.protos.settings import EchoSettings
-from diptych.protos.types import EngineRef, Role
+from diptych.protos.types import GENERATING, EngineRef, Role
 
 ASK = [{"role": "user", "content": "t1 t2"}]
 PERSON = {
@@ -447,11 +447,11 @@ async def four() -> AsyncIterator[SmallCluster]:
     """Two engines of each role; slow enough that one can die amid an answer."""
     with tempfile.TemporaryDirectory(prefix="d-") as name:
         folder = Path(name)
-        async with small_cluster(folder, folder, num=dict.fromkeys(Role, 2), settings=SLOW) as made:
+        async with small_cluster(folder, folder, num=dict.fromkeys(GENERATING, 2), settings=SLOW) as made:
             yield await connected(made)
 
 
-@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("role", list(GENERATING))
 async def test_an_engine_that_dies_amid_an_answer_in_a_form(four: SmallCluster, role: Role) -> None:
     """The guide of the next engine begins where the text is, not anew."""
     schema = {"type": "array", "items": PERSON, "minItems": 2, "maxItems": 2}

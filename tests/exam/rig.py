@@ -375,6 +375,7 @@ def configuration(kind: str, folder: Path, *, prefill: int, decode: int, port: i
         "models": {name: model},
         "router": {"port": port, "tenants": {"a": {"weight": 1}, "b": {"weight": 1}}},
         "security": {"api_keys": str(folder / "keys.jsonl")},
+        "data_dir": str(folder / "data"),
         "engines": {"max_restarts": 1000},  # an exam kills one engine more often than five times in ten minutes
         "faults": {"file": str(folder / "faults.json")},
     }
@@ -426,10 +427,9 @@ def start(
 def make_keys(file: Path) -> dict[str, str]:
     """Fresh keys of the tenants and of an admin; the file gets their hashes."""
     keys = {who: f"dk_{secrets.token_urlsafe(32)}" for who in (*TENANTS, "admin")}
-    lines = [
-        {"sha256": hashlib.sha256(key.encode()).hexdigest(), "tenant": who, "admin": who == "admin"}
-        for who, key in keys.items()
-    ]
+    of = {who: hashlib.sha256(key.encode()).hexdigest() for who, key in keys.items()}
+    lines: list[dict[str, Any]] = [{"sha256": digest, "tenant": who} for who, digest in of.items()]
+    lines[-1]["scopes"] = ["inference", "files", "admin"]
     put_private(file, "".join(json.dumps(line) + "\n" for line in lines))
     return keys
 

@@ -48,12 +48,13 @@ def test_headers_are_those_of_the_key_and_of_the_tenant_where_there_is_none(tmp_
 
 def test_the_keys_that_are_handed_out_are_those_of_the_file(tmp_path: Path) -> None:
     """The file is the product's: it must take it, and find each tenant behind its key."""
-    from diptych.cluster.keys import ApiKeys, Caller
+    from diptych.cluster.keys import USUAL_SCOPES, ApiKeys, Scope
 
     keys = make_keys(tmp_path / "keys.jsonl")
     known = ApiKeys(tmp_path / "keys.jsonl")
-    found = {who: known.caller(key.encode()) for who, key in keys.items()}
-    assert found == {"a": Caller("a"), "b": Caller("b"), "admin": Caller("admin", is_admin=True)}
+    found = {who: known.holder(key.encode()) for who, key in keys.items()}
+    opened = {who: (key.tenant, key.scopes) for who, key in found.items() if key is not None}
+    assert opened == {"a": ("a", USUAL_SCOPES), "b": ("b", USUAL_SCOPES), "admin": ("admin", set(Scope))}
     here = Rig("http://127.0.0.1:1", "echo", "echo", tmp_path, 5, keys)
     here.save()
     assert (tmp_path / "rig.json").stat().st_mode & 0o077 == 0

@@ -159,6 +159,46 @@ def test_files_and_resources_are_named_alike_on_both_sides(render: Any) -> None:
     assert "resources" not in cluster["headGroupSpec"]["rayStartParams"]
 
 
+# ---- what outlives a pod ----------------------------------------------------------------------
+
+
+def test_the_store_is_on_the_claim_of_the_worker_alone(render: Any, tmp_path: Path) -> None:
+    """The head has no router, and a ReadWriteOnce claim on it would tie it to the worker's node."""
+    for values, kind in (({}, "emptyDir"), ({"data": {"claimName": "kept"}}, "persistentVolumeClaim")):
+        objects = render(values)
+        head, worker = pods(objects)
+        assert "data" not in {volume["name"] for volume in head["volumes"]}
+        (volume,) = [volume for volume in worker["volumes"] if volume["name"] == "data"]
+        assert kind in volume
+        (mount,) = [mount for mount in worker["containers"][0]["volumeMounts"] if mount["name"] == "data"]
+        config = config_of(objects, tmp_path)
+        assert Path(mount["mountPath"]) in config.data_dir.parents
+        assert not mount.get("readOnly")
+        assert not list(rayservice_of("1.7.0").iter_errors(objects["RayService"]))
+
+
+def test_a_database_server_s_password_comes_from_a_secret(render: Any, refuse: Refuse, tmp_path: Path) -> None:
+    url = "postgresql+psycopg://diptych@db.example/diptych"
+    objects = render({"data": {"passwordSecret": "db"}, "diptych": {"store": {"url": url, "max_waiting": 9}}})
+    store = config_of(objects, tmp_path).store
+    assert (store.url, store.max_waiting) == (url, 9)
+    _, worker = pods(objects)
+    (volume,) = [volume for volume in worker["volumes"] if volume["name"] == "store-password"]
+    assert volume["secret"] == {"secretName": "db", "defaultMode": 0o440}
+    (mount,) = [mount for mount in worker["containers"][0]["volumeMounts"] if mount["name"] == "store-password"]
+    assert store.password_file == Path(mount["mountPath"]) / "password"
+    assert "no database asks for it: set diptych.store.url" in refuse({"data": {"passwordSecret": "db"}})
+
+
+def test_providers_keys_come_from_a_secret_and_stand_in_no_object(render: Any, refuse: Refuse, tmp_path: Path) -> None:
+    objects = render({"providers": {"keysSecret": "keys"}, "diptych": {"providers": {"groq": {}}}})
+    assert list(config_of(objects, tmp_path).providers) == ["groq"]
+    for pod in pods(objects):
+        assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    assert not any("envFrom" in pod["containers"][0] for pod in pods(render({})))
+    assert "name one in diptych.providers" in refuse({"providers": {"keysSecret": "keys"}})
+
+
 # ---- cards ------------------------------------------------------------------------------------
 
 
@@ -296,6 +336,8 @@ def nested(path: str, value: Any) -> dict[str, Any]:
         ("diptych.router.host", "0.0.0.0", "host"),
         ("diptych.router.prot", 1, "prot"),
         ("diptych.run_dir", "/x", "run_dir"),
+        ("diptych.data_dir", "/x", "data_dir"),
+        ("diptych.store.password_file", "/x", "password_file"),
         ("diptych.models.a.kv.block_tokens", 0, "block_tokens"),
         ("diptych.models.a.dtype", "int4", "bfloat16"),
         ("diptych.models.-bad", {}, "pattern"),

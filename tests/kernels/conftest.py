@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device and kernels that are compiled"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def place() -> torch.device:
     """Where kernels run: the card, or the CPU under the interpreter."""
     return torch.device("cpu" if INTERPRETED else "cuda")

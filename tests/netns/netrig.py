@@ -39,7 +39,7 @@ from diptych.protos.echo import BAD, NUM_WORDS
 from diptych.protos.errors import DiptychError
 from diptych.protos.status import EngineInfo, EngineStatus
 from diptych.protos.trust import ROUTER
-from diptych.protos.types import Role, SamplingParams
+from diptych.protos.types import GENERATING, Role, SamplingParams
 
 PREFILL_HOST, DECODE_HOST, PORT = "10.231.1.2", "10.231.2.2", 7000
 START_S, WAIT_S = 60.0, 30.0
@@ -179,7 +179,7 @@ class NetRig:
         """Until nothing runs, waits or is held, in pools and ring; TimeoutError says that something leaks."""
         async with asyncio.timeout(within_s):
             while True:
-                readings = [await self.status(role) for role in Role]
+                readings = [await self.status(role) for role in GENERATING]
                 if not any(map(held_in, readings)):
                     break
                 await asyncio.sleep(0.1)

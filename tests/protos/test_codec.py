@@ -62,7 +62,8 @@ CONSTRAINTS = st.builds(
     grammar=st.text(max_size=20),
     backend=st.sampled_from(Backend),
     prefix=st.text(max_size=5),
-    reasoning=st.none() | st.builds(Reasoning, start=IDS, end=IDS, is_open=st.booleans()),
+    reasoning=st.none()
+    | st.builds(Reasoning, start=IDS, end=IDS, is_open=st.booleans(), budget=st.none() | st.integers(1, 2**32 - 1)),
 )
 
 

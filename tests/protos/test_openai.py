@@ -32,6 +32,27 @@ def blamed(**fields: Any) -> str | None:
     return caught.value.param
 
 
+# Of openai 3.54's CompletionCreateParams of chat, and at values that change nothing.
+FIELDS = """audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens
+metadata modalities moderation n parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_options
+prompt_cache_retention reasoning_effort response_format safety_identifier seed service_tier stop store stream
+stream_options temperature tool_choice tools top_logprobs top_p user verbosity web_search_options""".split()
+USUAL: dict[str, Any] = {
+    "prompt_cache_options": {"mode": "implicit"},
+    "prompt_cache_retention": "in_memory",
+    "verbosity": "medium",
+}
+
+
+def test_every_field_of_the_client_is_known() -> None:
+    """Some were refused as unknown, or at the value that is OpenAI's default."""
+    for field in FIELDS:
+        chat(**{field: None})
+    assert chat(**USUAL, prompt_cache_key="k").prompt_cache_key == "k"
+    for field in ("moderation", *USUAL):
+        assert blamed(**{field: {"mode": "other"}}) == field
+
+
 HONOURED: list[tuple[str, Any]] = [
     ("max_tokens", 7),
     ("max_completion_tokens", 7),
@@ -188,9 +209,13 @@ def test_a_bad_value_is_refused_by_its_name(name: str, value: Any) -> None:
         ({"role": "user", "content": 1}, "messages[0].content"),
         ({"role": "user", "content": []}, "messages[0].content"),
         ({"role": "user", "content": "x", "extra": 1}, "messages[0].extra"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content[0]"),
-        ({"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}, "messages[0].content[0]"),
-        ({"role": "user", "content": [{"type": "text", "text": 1}]}, "messages[0].content[0]"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content[0].image_url.url"),
+        ({"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}, "messages[0].content[0].y"),
+        ({"role": "user", "content": [{"type": "text", "text": 1}]}, "messages[0].content[0].text"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "x", "prompt_cache_breakpoint": {"mode": "x"}}]},
+            "messages[0].content[0].prompt_cache_breakpoint",
+        ),
     ],
 )
 def test_a_bad_message_is_refused_with_its_path(message: Any, param: str) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 
 from diptych.protos.errors import InvalidRequest
+from diptych.protos.messages import Media, Message, Text
 from diptych.protos.openai import parse_chat
-from diptych.protos.openai_messages import Message, read_messages
+from diptych.protos.openai_messages import read_messages
 
 USER = {"role": "user", "content": "hi"}
 
@@ -24,6 +26,11 @@ RESULT = {"role": "tool", "tool_call_id": "c1", "content": "x"}
 
 def read(*messages: Any) -> tuple[Message, ...]:
     return parse_chat(json.dumps({"model": "m", "messages": messages}).encode()).messages
+
+
+def result_of(message: Message) -> tuple[str, str]:
+    assert message.result is not None
+    return message.result.name, message.result.call_id
 
 
 def test_a_call_keeps_its_text_and_what_it_holds() -> None:
@@ -57,6 +64,7 @@ def test_a_whole_message_of_openais_client_comes_back() -> None:
         "audio": None,
         "function_call": None,
         "parsed": None,
+        "provider_specific_fields": {"refusal": None},
         "reasoning_content": "hm",
         "tool_calls": [{**call(), "index": 0}, call("c2")],
     }
@@ -64,17 +72,25 @@ def test_a_whole_message_of_openais_client_comes_back() -> None:
     message = read(echoed)[0]
     assert [found.id for found in message.tool_calls] == ["c1", "c2"]
     assert message.reasoning_content == "hm"
+    assert read({"role": "assistant", "tool_calls": [{**call(), "type": None}]})[0].tool_calls[0].id == "c1"
     assert read({"role": "assistant", "content": '{"a": 1}', "parsed": {"a": 1}})[0].content == '{"a": 1}'
     for role in ("user", "system"):
         assert read({"role": role, "content": "x", "tool_calls": None, "refusal": None})[0].content == "x"
+
+
+def test_marks_in_a_prompt_change_nothing() -> None:
+    mark = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+    parts = [{"type": "text", "text": "a", **mark}, {"type": "text", "text": "b", "prompt_cache_breakpoint": None}]
+    assert read({"role": "user", "content": parts})[0].content == "ab"
 
 
 def test_results_name_the_function_that_was_called() -> None:
     messages = read(
         USER, {"role": "assistant", "tool_calls": [call(), call("c2", "g")]}, {**RESULT, "tool_call_id": "c2"}
     )
-    assert (messages[2].role, messages[2].name, messages[2].tool_call_id) == ("tool", "g", "c2")
-    assert read(CALLING, {**RESULT, "name": "mine"})[1].name == "mine"
+    assert messages[2].role == "tool"
+    assert result_of(messages[2]) == ("g", "c2")
+    assert result_of(read(CALLING, {**RESULT, "name": "mine"})[1]) == ("mine", "c1")
     assert read(CALLING, {**RESULT, "content": [{"type": "text", "text": "y"}]})[1].content == "y"
 
 
@@ -83,7 +99,8 @@ def test_the_old_form_of_calls_becomes_the_new_one() -> None:
     messages = read(USER, first, {"role": "function", "name": "f", "content": "1"}, first)
     (made,) = messages[1].tool_calls
     assert (made.name, made.arguments) == ("f", {"a": 1})
-    assert (messages[2].role, messages[2].tool_call_id, messages[2].name) == ("tool", made.id, "f")
+    assert messages[2].role == "tool"
+    assert result_of(messages[2]) == ("f", made.id)
     assert messages[3].tool_calls[0].id != made.id
 
 
@@ -114,8 +131,8 @@ AT = "messages[1].tool_calls[0]"
         ({"content": "x"}, "messages[1].role", "is missing"),
         ({**USER, "tool_calls": [call()]}, "messages[1].tool_calls", "this one is the user's"),
         ({**USER, "tool_call_id": "c1"}, "messages[1].tool_call_id", "is for tool messages"),
-        ({**USER, "name": ""}, "messages[1].name", "at least 1 character"),
-        ({**USER, "name": 1}, "messages[1].name", "should be a string"),
+        ({**USER, "name": ""}, "messages[1].name", "is empty"),
+        ({**USER, "name": 1}, "messages[1].name", "must be a string"),
         ({**USER, "content": [{"type": "refusal", "refusal": "x"}]}, "messages[1].content[0]", "type text"),
         ({**CALLING, "tool_calls": {}}, "messages[1].tool_calls", "list of calls"),
         ({**CALLING, "tool_calls": [call()] * 129}, "messages[1].tool_calls", "limit is 128"),
@@ -150,6 +167,58 @@ def test_what_cannot_be_meant_is_refused_with_its_path(message: Any, param: str,
     assert told.value.param == param
     assert words in str(told.value)
     assert param in str(told.value)
+
+
+PNG = "data:image/png;base64,AAAA"
+
+
+def test_media_are_parts_with_the_place_they_came_from() -> None:
+    """Which model reads them is not this reader's business."""
+    parts = [
+        {"type": "text", "text": "what is this? "},
+        {"type": "image_url", "image_url": {"url": PNG, "detail": "low"}},
+        {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "mp3"}},
+        {"type": "file", "file": {"file_id": "file-1"}},
+        {"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA", "filename": "a.pdf"}},
+    ]
+    (message,) = read({"role": "user", "content": parts})
+    assert message.content == "what is this? "
+    image, linked, sound, kept, sent = message.media
+    assert image == Media(kind="image", path="", media_type="image/png", data="AAAA", detail="low")
+    assert (linked.url, linked.path) == ("https://example.org/a.png", "messages[0].content[2]")
+    assert (sound.kind, sound.media_type, kept.file_id) == ("audio", "audio/mpeg", "file-1")
+    assert (sent.name, sent.media_type, sent.data) == ("a.pdf", "application/pdf", "AAAA")
+    answered = read(CALLING, {**RESULT, "content": parts[:2]})[1]
+    assert answered.result is not None
+    assert [type(part) for part in answered.result.parts] == [Text, Media]
+
+
+@pytest.mark.parametrize(
+    ("part", "param", "words"),
+    [
+        ({"type": "image_url", "image_url": PNG}, "messages[0].content[0].image_url", "must be an object"),
+        ({"type": "image_url"}, "messages[0].content[0].image_url", "must be an object"),
+        ({"type": "image_url", "image_url": {"url": "ftp://x"}}, "messages[0].content[0].image_url.url", "http(s)"),
+        ({"type": "image_url", "image_url": {"url": PNG + "!"}}, "messages[0].content[0].image_url.url", "base64"),
+        (
+            {"type": "image_url", "image_url": {"url": PNG, "detail": "x"}},
+            "messages[0].content[0].image_url.detail",
+            "low",
+        ),
+        (
+            {"type": "input_audio", "input_audio": {"format": "ogg"}},
+            "messages[0].content[0].input_audio.format",
+            "wav or mp3",
+        ),
+        ({"type": "file", "file": {}}, "messages[0].content[0].file", "one of file_id and file_data"),
+        ({"type": "video"}, "messages[0].content[0]", "must be a part of type text"),
+    ],
+)
+def test_media_without_form_are_refused(part: Any, param: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(words)) as told:
+        read({"role": "user", "content": [part]})
+    assert told.value.param == param
 
 
 def test_a_result_before_its_call_is_refused() -> None:

@@ -24,6 +24,11 @@ def test_variables_and_the_end_of_a_rendering() -> None:
         reasoning_effort="low", chat_template_kwargs={"enable_thinking": False, "a_b": "x", "n": 1.5, "z": None}
     )
     assert told.variables == {"reasoning_effort": "low", "enable_thinking": False, "a_b": "x", "n": 1.5, "z": None}
+    for most in ("xhigh", "max"):  # words of OpenAI's client that no template knows
+        asked = options(reasoning_effort=most)
+        assert (asked.variables, asked.asked_effort) == ({"reasoning_effort": "high"}, most)
+        kept = options(reasoning_effort=most, chat_template_kwargs={"reasoning_effort": most}).variables
+        assert kept == {"reasoning_effort": most}
     assert options(reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "low"}).variables == {
         "reasoning_effort": "low"
     }
@@ -52,7 +57,7 @@ KWARGS = "chat_template_kwargs"
         ({KWARGS: {"a": {}}}, f"{KWARGS}.a", "must be a string, a number"),
         ({KWARGS: {"a": "x" * 1025}}, f"{KWARGS}.a", "limit is 1024"),
         ({KWARGS: {"enable_thinking": "false"}}, f"{KWARGS}.enable_thinking", "true or false"),
-        ({"reasoning_effort": "extreme"}, "reasoning_effort", "must be none, minimal, low, medium or high"),
+        ({"reasoning_effort": "extreme"}, "reasoning_effort", "must be none, minimal, low, medium, high, xhigh or max"),
         ({"reasoning_effort": 1}, "reasoning_effort", "must be none"),
         ({"reasoning_effort": "low", KWARGS: {"reasoning_effort": "high"}}, "reasoning_effort", "differ"),
         ({"continue_final_message": True}, "continue_final_message", "end with an assistant's message"),

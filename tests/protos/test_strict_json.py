@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.protos.errors import InvalidRequest
-from diptych.protos.strict_json import MAX_CONTAINERS, MAX_DEPTH, parse_object, printable
+from diptych.protos.strict_json import MAX_CONTAINERS, MAX_DEPTH, MAX_MEMBERS, parse_object, printable
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -59,6 +59,7 @@ def test_arbitrary_bytes_are_an_object_or_invalid(data: bytes) -> None:
         (b'{"a":' * 200_000, "nested"),
         (b'{"a":' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}", "nested"),
         (b'{"a":[' + b"[]," * MAX_CONTAINERS + b"1]}", "objects and lists"),
+        (b"{" + b",".join(b'"%d" :1' % at for at in range(MAX_MEMBERS + 1)) + b"}", "members together"),
     ],
 )
 def test_a_bad_body_is_refused_with_its_reason(body: bytes, said: str) -> None:
@@ -69,6 +70,24 @@ def test_a_bad_body_is_refused_with_its_reason(body: bytes, said: str) -> None:
 def test_brackets_within_strings_do_not_count_as_depth() -> None:
     text = '["{\\"' * 1000
     assert parse_object(json.dumps({"a": text}).encode()) == {"a": text}
+
+
+def test_names_within_strings_do_not_count_as_members() -> None:
+    text = '"a": ' * (MAX_MEMBERS + 1)
+    assert parse_object(json.dumps({"a": text}).encode()) == {"a": text}
+
+
+def test_what_is_too_much_is_blamed_on_the_field_that_holds_it() -> None:
+    for body, param in (
+        (b'{"x":[1,{"y":2}],"a":' + b"[" * (MAX_DEPTH + 1), "a"),
+        (b'{"x":"a","b" : {"c":[' + b"[]," * MAX_CONTAINERS, "b"),
+        (b'{"x":{"a":NaN}}', "a"),
+        (b'{"x":{"a":[1]},"b":-1e400}', "b"),
+        (b'{"b":[Infinity]}', None),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            parse_object(body)
+        assert caught.value.param == param
 
 
 def test_a_whole_surrogate_pair_is_a_character() -> None:

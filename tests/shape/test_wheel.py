@@ -25,7 +25,9 @@ def test_the_wheel_holds_every_source_below_the_namespace_and_nothing_else(tmp_p
         packed = {name for name in opened.namelist() if ".dist-info/" not in name}
     tracked = subprocess.run(["git", "ls-files", *FLOORS], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     names = [
-        name for name in tracked.splitlines() if name.endswith((".py", ".pyi", ".proto", "py.typed", ".c", ".inc"))
+        name
+        for name in tracked.splitlines()
+        if name.endswith((".py", ".pyi", ".proto", "py.typed", ".c", ".inc", ".yaml"))
     ]
     wanted = {f"diptych/{name}".replace("/cluster/package/", "/") for name in names}
     assert packed == wanted

@@ -8,7 +8,16 @@ from network import End
 from wire import Bye, Cancel, Names, Open, Ping, Status, Submit, Tokens, Welcome
 
 from diptych.protos.errors import DiptychError, InvalidRequest, Overloaded, ShuttingDown
-from diptych.protos.types import DecodeOrder, Finish, FinishReason, PrefillOrder, Role, StepOutput, TransferKey
+from diptych.protos.types import (
+    GENERATING,
+    DecodeOrder,
+    Finish,
+    FinishReason,
+    PrefillOrder,
+    Role,
+    StepOutput,
+    TransferKey,
+)
 
 if TYPE_CHECKING:
     from engine import SimEngine
@@ -36,7 +45,7 @@ class Routes:
     def __init__(self, engine: SimEngine) -> None:
         self.draining = False
         self._engine = engine
-        self._routes: dict[Role, dict[TransferKey, tuple[_Stream, int]]] = {role: {} for role in Role}
+        self._routes: dict[Role, dict[TransferKey, tuple[_Stream, int]]] = {role: {} for role in GENERATING}
         self._streams: list[_Stream] = []
         self._known: dict[int, None] = {}  # names of blocks, in order
         self._ticks = False

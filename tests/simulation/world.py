@@ -220,6 +220,7 @@ class World:
             clock=self.loop.time,
             rng=self.rng,
             connect=partial(SimSession, self),  # type: ignore[arg-type]
+            is_strict=True,
         )
         self._refusals_before = self._refusals()
         for name, role in TEAM.items():

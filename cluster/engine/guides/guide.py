@@ -1,6 +1,6 @@
 """The guide of one request: free reasoning first, where the constraint says so, then the grammar.
 
-free        | no constraint but that the answer may not end: until the reasoning's end token
+free        | no constraint but that the answer may not end: until the reasoning's end token, which a budget brings
 maybe       | at the first token: the reasoning's start, or the grammar's first token
 grammar     | the matcher's masks; what it says must follow is taken at once
 """
@@ -47,6 +47,7 @@ class RequestGuide:
         self._ends = sorted(end_tokens)
         self._forces = forces
         self._reasoning = reasoning
+        self._num_free = 0  # tokens of the reasoning without its marks
         self._known: list[int] = []  # the answer's tokens, those that must follow included
         self._has_ended = False
         self._phase = _Phase.GRAMMAR
@@ -111,9 +112,7 @@ class RequestGuide:
             mask_W.fill(0)
             _set(mask_W, self._known[at])
         elif self._phase is _Phase.FREE:
-            mask_W.fill(-1)
-            for token in self._ends:
-                _unset(mask_W, token)
+            self._fill_free(mask_W)
         else:
             return False
         return True
@@ -123,11 +122,23 @@ class RequestGuide:
         if self._phase is _Phase.FREE:
             if token == reasoning.end:
                 self._phase = _Phase.GRAMMAR
+            self._num_free += 1
             return True
         if self._phase is _Phase.MAYBE:
             self._phase = _Phase.FREE if token == reasoning.start else _Phase.GRAMMAR
             return self._phase is _Phase.FREE
         return False
+
+    def _fill_free(self, mask_W: Words) -> None:
+        reasoning = self._reasoning
+        if reasoning is not None and reasoning.budget is not None and self._num_free >= reasoning.budget:
+            mask_W.fill(0)
+            _set(mask_W, reasoning.end)
+            if mask_W.any():
+                return
+        mask_W.fill(-1)
+        for token in self._ends:
+            _unset(mask_W, token)
 
     def _fill_alone(self, mask_W: Words) -> None:
         try:

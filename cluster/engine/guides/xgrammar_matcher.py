@@ -1,8 +1,8 @@
 """xgrammar behind the interface of matcher.py, for schemas that llguidance refuses.
 
-It compiles without a bound on time and has crashed on odd schemas, so it does that in a process that is ended after its
-time (xgrammar_child.py), begun with the first such schema. Importing xgrammar takes seconds: it happens there, and here
-once it is needed. It says of nothing that it must follow: every token is sampled.
+It compiles without a bound on time and has crashed on odd schemas, so it does that in forks of another process, each
+ended after its time (xgrammar_child.py); the process is begun with the first such schema. Importing xgrammar takes
+seconds: it happens there, and here once it is needed. It says of nothing that it must follow: every token is sampled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diptych.protos.errors import InvalidRequest
 
 from .matcher import Compiled, Matcher, Words, narrow
 
-START_S = 60.0  # to import the library, on a machine that is busy
+SILENT_S = 60.0  # a process that says nothing for so long is ended; it imports the library, on a machine that is busy
 COMPILE_S = 1.5
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,10 @@ class Xgrammar:
 
     def compile(self, grammar: str) -> Compiled:
         """See matcher.Backend. `grammar`: a JSON schema."""
-        answer = self._child.ask(json.dumps(grammar))
-        if "compiled" not in answer:
+        answer = self._child.ask(json.dumps([grammar, COMPILE_S]))
+        if "ended" in answer:
+            raise InvalidRequest(f"the form of the answer could not be compiled: {answer['ended']}; make it simpler")
+        if "error" in answer:
             raise InvalidRequest(f"the form of the answer cannot be enforced: {answer['error']}")
         return _XgrammarGrammar(self._library, answer["compiled"], self._info, self._vocab_size)
 
@@ -116,10 +118,10 @@ class _Child:
         with self._turn:
             process = self._ready()
             try:
-                return self._exchange(process, line, COMPILE_S)
+                return self._exchange(process, line)
             except _Ended as exc:
                 self._end()
-                raise InvalidRequest(f"the form of the answer could not be compiled: {exc}; make it simpler") from None
+                raise InvalidRequest(f"the form of the answer could not be compiled: {exc}") from None
 
     def start(self) -> None:
         """Have the process ready. Raises InvalidRequest when it cannot be started."""
@@ -141,16 +143,16 @@ class _Child:
         try:
             if self._is_closed:  # looked at after the process could be seen by `close`
                 raise _Ended("the engine is shutting down")
-            self._exchange(process, self._tokenizer, START_S)
+            self._exchange(process, self._tokenizer)
         except _Ended as exc:
             self._end()
             raise InvalidRequest(f"xgrammar, which this schema needs, did not start: {exc}") from None
         return process
 
-    def _exchange(self, process: subprocess.Popen[str], line: str, seconds: float) -> dict[str, str]:
+    def _exchange(self, process: subprocess.Popen[str], line: str) -> dict[str, str]:
         assert process.stdin is not None
         assert process.stdout is not None
-        timer = threading.Timer(seconds, process.kill)
+        timer = threading.Timer(SILENT_S, process.kill)
         timer.start()
         try:
             process.stdin.write(line + "\n")

@@ -37,15 +37,17 @@ RAW: list[tuple[bytes, str | None]] = [
     (b"[]", None),
     (b"null", None),
     (b'{"model":"echo","model":"echo"}', "model"),
-    (b'{"model":"echo","temperature":NaN}', None),
-    (b'{"model":"echo","temperature":-Infinity}', None),
+    (b'{"model":"echo","temperature":NaN}', "temperature"),
+    (b'{"model":"echo","temperature":-Infinity}', "temperature"),
+    (b'{"model":"echo","temperature":1e999}', "temperature"),
+    (b'{"model":"echo","stop":[NaN]}', None),
     (b'{"model":"echo","seed":' + b"9" * 5000 + b"}", None),
-    (b'{"a":' + b"[" * 200_000, None),
-    (b'{"a":' * 100_000, None),
+    (b'{"a":' + b"[" * 200_000, "a"),
+    (b'{"a":' * 100_000, "a"),
     (b'{"model":"echo","messages":[{"role":"user","content":"\\ud800"}]}', None),
     (b'{"model":"\xff\xfe"}', None),
     (json.dumps(HELLO).encode("utf-16"), None),
-    (b"{" + b",".join(b'"k%d":1' % i for i in range(200_000)) + b"}", "k0"),
+    (b"{" + b",".join(b'"k%d":1' % i for i in range(100_000)) + b"}", "k0"),
 ]
 
 

@@ -62,5 +62,6 @@ async def test_the_time_that_the_tokenizer_takes_counts(
     monkeypatch.setattr(Renderer, "encode", slow)
     response = await http.post(TEXT, json=BODY)
     assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert response.headers["x-should-retry"] == "false"  # the official clients asked three times, each in full
     assert not door.decode.orders
     assert not door.prefill.orders

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import httpx2
 import pytest
 
+from diptych.cluster.api import listener
 from diptych.cluster.api.address import bind
 from diptych.cluster.api.listener import Listener, start_listener
 from diptych.cluster.api.testing import FrontDoor, front_door
@@ -18,6 +19,7 @@ from diptych.cluster.config import LimitSettings
 from diptych.cluster.router.rig import until
 from diptych.protos.errors import StartupError
 
+LAST = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
 
@@ -167,6 +169,26 @@ async def test_one_connection_too_many_is_refused_in_openais_shape() -> None:
         await until(lambda: door.listener.connections == 2)
         answer = await send(door, b"GET /health HTTP/1.1\r\n\r\n")
         assert answer == b"" or answer.startswith(b"HTTP/1.1 503 ")
+
+
+async def test_connections_that_ask_nothing_give_way_to_one_that_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who keeps a thousand of them open kept everybody out; one with an answer in work stays."""
+    monkeypatch.setattr(listener, "LINGER_S", 0.1)
+    long = {"model": "echo", "prompt": "hello", "max_tokens": 200, "stream": True}
+    async with (
+        front_door(LimitSettings(max_connections=3), step_s=0.005) as door,
+        dialled(door) as (reader, writer),
+        dialled(door) as silent,
+        dialled(door) as kept,
+    ):
+        writer.write(post(long))
+        assert (await answer_to(*kept, ASK)).startswith(b"HTTP/1.1 200")
+        await until(lambda: door.listener.connections == 3)
+        async with asyncio.timeout(10):
+            while not (await send(door, LAST)).startswith(b"HTTP/1.1 200"):
+                pass
+            assert await silent[0].read() == b"", "the one that was silent for longest"
+            assert b"data: [DONE]" in await reader.readuntil(b"0\r\n\r\n")
 
 
 async def test_slow_clients_do_not_disturb_others() -> None:

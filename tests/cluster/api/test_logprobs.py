@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diptych.cluster.api import generation
 from diptych.cluster.api.answer import Choice, Piece
+from diptych.cluster.api.generation import Generator
 from diptych.cluster.api.logprobs import LEAST, Entry, chat_logprobs, text_logprobs
+from diptych.cluster.api.reading import AnswerReader, Reading
 from diptych.cluster.api.testing import FrontDoor, byte_level_tokenizer
 from diptych.cluster.api.text import TextStream, TokenTable
+from diptych.cluster.formats.format import REASONING_FORMATS, Format
 from diptych.cluster.router.call import GenerateCall, TokenDelta
 from diptych.protos.types import FinishReason, SamplingParams, TokenLogprobs
 
@@ -179,13 +184,8 @@ def test_tokens_that_are_no_text_stay_apart() -> None:
     assert shape["tokens"][0] == "bytes:\\xe4"
 
 
-async def play(
-    tokens: list[int], cuts: list[int], stops: list[str], *, include: bool = False
-) -> tuple[str, list[Entry], list[tuple[int, int]]]:
-    """Text, entries, and (characters, entries) that are out after each piece."""
-    sampling = SamplingParams(max_tokens=len(tokens) + 1, logprobs=0)
-    text = TextStream(TABLE, stops, include_stop=include)
-    choice = Choice(0, GenerateCall(model="m", prompt=(1,), sampling=sampling), text)
+def deltas_of(tokens: list[int], cuts: list[int]) -> AsyncGenerator[TokenDelta, bool | None]:
+    """The tokens in as many deltas as there are cuts among them, and one more."""
     end: Any = SimpleNamespace(reason=FinishReason.LENGTH)
 
     async def deltas() -> AsyncGenerator[TokenDelta, bool | None]:
@@ -197,7 +197,17 @@ async def play(
             begin = cut
         yield TokenDelta([], end)
 
-    pieces: list[Piece] = [piece async for piece in choice.pieces(deltas())]
+    return deltas()
+
+
+async def play(
+    tokens: list[int], cuts: list[int], stops: list[str], *, include: bool = False
+) -> tuple[str, list[Entry], list[tuple[int, int]]]:
+    """Text, entries, and (characters, entries) that are out after each piece."""
+    sampling = SamplingParams(max_tokens=len(tokens) + 1, logprobs=0)
+    text = TextStream(TABLE, stops, include_stop=include)
+    choice = Choice(0, GenerateCall(model="m", prompt=(1,), sampling=sampling), text)
+    pieces: list[Piece] = [piece async for piece in choice.pieces(deltas_of(tokens, cuts))]
     out, entries, steps = "", [], []
     for piece in pieces:
         out += piece.text
@@ -231,3 +241,61 @@ def test_however_tokens_arrive_logprobs_end_where_the_text_ends(text: str, cuts:
             assert len(rest) <= len(out)
     for characters, count in steps[:-1]:
         assert all(entry.offset < characters for entry in entries[:count])
+
+
+@pytest.mark.parametrize("logprobs", [0, None])
+@settings(max_examples=50)
+@given(st.lists(st.integers(1, 40)))
+def test_however_tokens_arrive_each_belongs_to_the_thought_or_to_the_words(
+    logprobs: int | None, cuts: list[int]
+) -> None:
+    """A busy router gets several at once: the end of a thought and the first word among them."""
+    tokens = TABLE.tokenizer.encode("<think>\nhm \u4f60\n</think>\n\nSure. I do.").ids
+
+    async def told(cuts: list[int]) -> tuple[list[tuple[str, list[int]]], int]:
+        reader = AnswerReader(Reading(format=Format(None, REASONING_FORMATS["think"])))
+        sampling = SamplingParams(max_tokens=len(tokens) + 1, logprobs=logprobs)
+        call = GenerateCall(model="m", prompt=(1,), sampling=sampling)
+        choice, found = Choice(0, call, TextStream(TABLE, []), reader), []
+        async for piece in choice.pieces(deltas_of(tokens, cuts)):
+            entries = [entry.token for entry in piece.entries]
+            found += [(type(said).__name__, entries) for said in choice.read(piece) if logprobs is not None]
+        return found, choice.reasoning_tokens
+
+    assert asyncio.run(told(cuts)) == asyncio.run(told(list(range(1, len(tokens)))))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+async def test_tokens_behind_a_stop_string_are_not_counted(size: int) -> None:
+    tokens = TABLE.tokenizer.encode("one two three four").ids
+    call = GenerateCall(model="m", prompt=(1,), sampling=SamplingParams(max_tokens=50))
+    choice = Choice(0, call, TextStream(TABLE, [" th"]))
+    out = [piece.text async for piece in choice.pieces(deltas_of(tokens, list(range(0, len(tokens), size))))]
+    known = next(n for n in range(len(tokens)) if " th" in TABLE.tokenizer.decode(tokens[:n]))
+    assert ("".join(out), choice.num_tokens, choice.finish_reason) == ("one two", known, "stop")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_many_logprobs_are_shaped_in_a_thread_and_are_the_same(
+    http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Guards against an answer of ten megabytes that holds everybody's streams while it is made."""
+    is_chat = path.endswith("chat/completions")
+    ask: dict[str, Any] = {"model": "echo", "max_tokens": 40, "n": 2, "ignore_eos": True, "prompt_logprobs": 2}
+    ask |= {"messages": ASK, "logprobs": True, "top_logprobs": 3} if is_chat else {"prompt": "hello", "logprobs": 3}
+    threads = []
+    shaped = Generator._shaped
+
+    def watched(self: Generator, *given: Any) -> Any:
+        threads.append(threading.current_thread())
+        return shaped(self, *given)
+
+    monkeypatch.setattr(Generator, "_shaped", watched)
+    bodies = []
+    for inline in (generation.INLINE_LOGPROBS, 10):
+        monkeypatch.setattr(generation, "INLINE_LOGPROBS", inline)
+        monkeypatch.setattr(generation, "INLINE_BODY_BYTES", 100 * inline)
+        bodies.append((await http.post(path, json=ask)).json() | {"id": "", "created": 0})
+    assert bodies[0]["choices"] == bodies[1]["choices"]
+    assert bodies[0] == bodies[1]
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import httpx2
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from diptych.cluster.api.testing import FrontDoor
@@ -102,3 +103,19 @@ def test_neither_torch_nor_ray_nor_transformers_is_loaded() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/messages", "/v1/messages"),
+        ("/v1/responses/", "/v1/responses"),
+        ("/v1/nothing", ""),
+    ],
+)
+async def test_a_wrong_base_url_is_told_the_path_that_is_there(http: httpx2.AsyncClient, path: str, meant: str) -> None:
+    """With or without /v1 is what the official clients differ in, and what a newcomer gets wrong first."""
+    reply = await http.post(path, json=ASK)
+    told = f"there is no {path} here" + (f", but {meant}: look at the client's base URL" if meant else "")
+    assert (reply.status_code, reply.json()["error"]["message"]) == (404, told)

@@ -12,9 +12,9 @@ from diptych.cluster.api.testing import TEMPLATE, byte_level_tokenizer
 from diptych.cluster.config import default_cache_dir
 from diptych.cluster.models import resolve
 from diptych.protos.errors import ContextTooLong, DiptychError, InvalidRequest, StartupError
-from diptych.protos.openai import Message
+from diptych.protos.messages import Message, said
 
-TURNS = (Message(role="developer", content="be brief"), Message(role="user", content="hi"))
+TURNS = (said("developer", "be brief"), said("user", "hi"))
 
 
 def rendered(template: str | None, turns: tuple[Message, ...] = TURNS) -> str:
@@ -90,7 +90,7 @@ def test_a_missing_tokenizer_is_a_startup_error(tmp_path: Path) -> None:
 def test_the_default_models_template_matches_transformers() -> None:
     folder = resolve("smollm2-135m-instruct", default_cache_dir(), lambda _: None)
     renderer = Renderer.load(folder.path, folder.facts.chat_template)
-    text = renderer.chat_text([Message(role="user", content="hi")])
+    text = renderer.chat_text([said("user", "hi")])
     assert text == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

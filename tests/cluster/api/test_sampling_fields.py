@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx2
@@ -9,6 +10,7 @@ import pytest
 
 from diptych.cluster.api.testing import FrontDoor, front_door
 from diptych.cluster.models import SamplingDefaults
+from diptych.cluster.router.call import GenerateCall, TokenDelta
 from diptych.protos.types import SamplingParams
 
 TEXT = "/v1/completions"
@@ -157,6 +159,28 @@ async def test_tenant_session_priority_and_deadline_travel_with_the_call(
     await http.post(TEXT, json={"model": "echo", "prompt": "hello"})
     request = door.decode.orders[-1].request
     assert (request.tenant, request.salt, request.priority) == ("", b"", 0)
+
+
+async def test_a_prompt_cache_key_is_a_session_where_no_header_names_one(
+    http: httpx2.AsyncClient, door: FrontDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chat refused OpenAI's field as unknown, and responses alone honoured it."""
+    generate, seen = door.router.generate, []
+
+    def watched(call: GenerateCall) -> AsyncGenerator[TokenDelta, bool | None]:
+        seen.append(call.session)
+        return generate(call)
+
+    monkeypatch.setattr(door.router, "generate", watched)
+    said = {"messages": [{"role": "user", "content": "hello"}]}
+    for path, asked in ((CHAT, said), (TEXT, {"prompt": "hello"}), ("/v1/responses", {"input": "hello"})):
+        body = {"model": "echo", "prompt_cache_key": "k", **asked}
+        assert (await http.post(path, json=body)).status_code == 200
+    await http.post(CHAT, json={**said, "model": "echo", "prompt_cache_key": "k"}, headers={"x-session-id": "s"})
+    await http.post(CHAT, json={**said, "model": "echo"})
+    assert len(set(seen[:3])) == 1
+    assert "k" != seen[0] != ""
+    assert seen[3:] == ["s", ""]
 
 
 @pytest.mark.parametrize("name", ["x-tenant", "x-session-id"])

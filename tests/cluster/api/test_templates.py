@@ -17,6 +17,7 @@ from diptych.cluster.api.testing import TEMPLATE, byte_level_tokenizer
 from diptych.cluster.config import default_cache_dir
 from diptych.cluster.models import resolve
 from diptych.cluster.models.trial import check_template
+from diptych.protos.anthropic_messages import parse_messages
 from diptych.protos.errors import InvalidRequest, StartupError
 from diptych.protos.openai import ChatRequest, parse_chat
 
@@ -310,6 +311,10 @@ def test_reasoning_and_its_switches_reach_the_template() -> None:
     assert written(QWEN, [USER], chat_template_kwargs={"enable_thinking": False}).endswith(off)
     assert written(QWEN, [USER], reasoning_effort="none").endswith(off)
     assert not written(QWEN, [USER], reasoning_effort="high").endswith(off)
+    silent = parse_messages(json.dumps({"model": "m", "max_tokens": 9, "messages": [USER]}).encode())
+    with renderer_of(QWEN) as renderer:  # what the format means by its silence, which no provider is told
+        assert renderer.chat_text(silent.messages, tools=None, options=silent.template).endswith(off)
+    assert silent.template.variables == {}
     assert written("{{ reasoning_effort }}", [USER], reasoning_effort="low") == "low"
     assert "1 May" in written(LLAMA, [USER], chat_template_kwargs={"date_string": "1 May"})
     assert written(TEMPLATE, [USER], chat_template_kwargs={"thinking": True}) == written(TEMPLATE, [USER])

@@ -174,10 +174,10 @@ def test_a_text_ends_where_the_first_stop_string_is_complete(parts: list[str], s
     out = []
     for part in parts:
         out.append(matcher.feed(part))
-    if not matcher.matched:
+    if matcher.found is None:
         out.append(matcher.flush())
     wanted = first_end("".join(parts), stops)
-    assert matcher.matched == (wanted is not None)
+    assert (matcher.found is not None) == (wanted is not None)
     assert "".join(out) == ("".join(parts) if wanted is None else wanted)
 
 

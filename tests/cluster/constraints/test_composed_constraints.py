@@ -11,10 +11,10 @@ from diptych.cluster.constraints import trial
 from diptych.cluster.constraints.compose import Composed, compose
 from diptych.cluster.constraints.testing import walk
 from diptych.cluster.formats import calls
-from diptych.cluster.formats.deltas import CallArguments, CallBegin, Content
 from diptych.cluster.formats.format import TOOL_FORMATS, Format, ToolFormat
 from diptych.cluster.formats.parser import OutputParser
 from diptych.protos.constraint import Backend
+from diptych.protos.deltas import CallArguments, CallBegin, Content
 from diptych.protos.errors import InvalidRequest
 from diptych.protos.openai_output import Kind, OutputForm
 from diptych.protos.openai_tools import Mode, Tool, ToolUse

@@ -121,7 +121,7 @@ async def test_impossible_wishes_are_refused_by_name_and_change_nothing() -> Non
     before = world.states()
     with pytest.raises(UnknownModel, match="c is not served; served here: a, b"):
         await world.pools.scale("c", Role.DECODE, 2)
-    with pytest.raises(InvalidRequest, match="b has the layout colocated"):
+    with pytest.raises(InvalidRequest, match="b has no prefill pool; it has decode"):
         await world.pools.scale("b", Role.PREFILL, 1)
     world.memory = 1000 * MIB
     with pytest.raises(StartupError, match=r"not enough memory for 3 more engines of \d+ MiB"):

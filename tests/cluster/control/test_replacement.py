@@ -185,7 +185,7 @@ async def test_a_restart_of_what_is_not_served_is_refused_by_name() -> None:
     world = await started("models.b.layout=colocated", names=("a", "b"))
     with pytest.raises(UnknownModel, match="c is not served"):
         await world.pools.restart("c")
-    with pytest.raises(InvalidRequest, match="b has the layout colocated"):
+    with pytest.raises(InvalidRequest, match="b has no prefill pool; it has decode"):
         await world.pools.restart("b", Role.PREFILL)
     assert len((await world.pools.restart(None, Role.PREFILL)).ended) == 1
 

@@ -41,7 +41,7 @@ while True: signal.pause()
 
 
 def test_the_work_is_done_before_a_worker_of_ray_ends() -> None:
-    done = run(WORKER.format(wait=60, then="going.set()"))
+    done = run(WORKER.format(wait=3600, then="going.set()"))
     assert (done.stdout.split(), done.returncode) == (["works", "done"], 3), done.stderr
 
 

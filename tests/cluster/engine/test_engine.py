@@ -31,6 +31,7 @@ from diptych.protos.faults import FaultPlan, FaultRule, FaultSettings
 from diptych.protos.settings import DecodeSettings, EchoSettings, KvSettings, PrefillSettings, TransferSettings
 from diptych.protos.status import EngineStatus
 from diptych.protos.types import (
+    GENERATING,
     DecodeOrder,
     EngineId,
     EngineRef,
@@ -109,6 +110,9 @@ class Sink:
         assert index not in self.tokens
         self.tokens[index] = token
         self.got_token.set()
+
+    def on_start(self) -> None:
+        pass
 
     def on_prompt(self, piece: PromptLogprobs) -> None:
         raise AssertionError("nobody asked for the prompt's logprobs")
@@ -504,7 +508,7 @@ async def test_what_a_leaving_role_cannot_finish_is_given_to_others_and_leaves_n
     await asyncio.to_thread(site.engines["d"].set_roles, [Role.PREFILL], 0.0)
     assert (await running.finish()).error_code == "shutting_down"
     await site.at_rest("d")
-    await asyncio.to_thread(site.engines["d"].set_roles, list(Role), 0.0)
+    await asyncio.to_thread(site.engines["d"].set_roles, list(GENERATING), 0.0)
     again = Sink()
     site.sessions["d"].submit(DecodeOrder(request=request(2, [1, 2, 3]), prefill=None), again)
     assert (await again.finish()).reason is FinishReason.LENGTH

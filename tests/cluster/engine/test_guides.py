@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from diptych.cluster.api.testing import byte_level_tokenizer
+from diptych.cluster.constraints.compose import any_text
 from diptych.cluster.engine.guides import guide as guide_module
 from diptych.cluster.engine.guides import guides as guides_module
 from diptych.cluster.engine.guides.guide import RequestGuide
@@ -148,6 +150,23 @@ async def test_reasoning_that_the_prompt_has_opened_or_that_the_model_leaves_out
     left_out = await guides.open(request(of_schema(PERSON), reasoning=Reasoning(START, STOP)))
     write(left_out, '{"name":"a","kind":"person"}')
     assert left_out.error is None
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("resumed", range(4))
+async def test_reasoning_ends_at_its_budget(guides: Guides, is_open: bool, resumed: int) -> None:
+    """Also where another engine had begun it: the tokens that were made there count."""
+    thought = ([] if is_open else [START]) + tokens_of("hello the fox")[:3]
+    constraint = replace(any_text(), reasoning=Reasoning(START, STOP, is_open, budget=3))
+    guide = await guides.open(replace(request("", resume=thought[:resumed]), constraint=constraint))
+    for at, token in enumerate(thought[resumed:], len(PROMPT) + resumed):
+        assert {token, STOP} <= allowed(guide, at) or at == len(PROMPT)
+        assert guide.accept(at, token) == ()
+    end = len(PROMPT) + len(thought)
+    assert allowed(guide, end) == {STOP}
+    assert guide.accept(end, STOP) == ()
+    assert {END, *tokens_of("hello")} <= allowed(guide, end + 1)
+    assert guide.error is None
 
 
 @pytest.mark.parametrize("cut", range(12))

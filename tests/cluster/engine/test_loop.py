@@ -11,6 +11,7 @@ from diptych.protos.ports import Closed, ReceiveEvent, SendEvent, WorkerLoad
 from diptych.protos.step import StepPlan, StepRow
 from diptych.protos.testing import EchoRunner, FakeClock
 from diptych.protos.types import (
+    GENERATING,
     DecodeOrder,
     EngineId,
     EngineRef,
@@ -89,7 +90,7 @@ class Bench:
         self.log: list[str] = []
         self.clock = FakeClock()
         self.inbox = Inbox(max_orders=3)
-        self.workers = {role: ScriptedWorker(role, self.log) for role in Role}
+        self.workers = {role: ScriptedWorker(role, self.log) for role in GENERATING}
         counts = PoolCounts(total=4, free=4, cached=0, used=0)
         self.runner = PiecewiseRunner(num_blocks=2, block_tokens=4)
         self.pipeline = StepPipeline(self.runner, self.clock)

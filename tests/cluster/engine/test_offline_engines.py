@@ -24,7 +24,7 @@ from diptych.protos.errors import EngineFault, Overloaded
 from diptych.protos.ports import Runner
 from diptych.protos.settings import DecodeSettings, KvSettings, PrefillSettings, TransferSettings
 from diptych.protos.step import StepPlan, StepResult
-from diptych.protos.types import EngineId, Role
+from diptych.protos.types import GENERATING, EngineId, Role
 
 BAD = 777  # the id that a row's first token must not be
 SETTINGS = ModelSettings(
@@ -137,7 +137,7 @@ def test_after_a_failure_no_request_of_the_batch_is_left_and_the_next_batch_is_w
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_batch_that_does_not_fit_is_refused_and_its_part_that_did_is_cancelled(specs: Specs, layout: str) -> None:
     few = SETTINGS.model_copy(
-        update={role.value: getattr(SETTINGS, role.value).model_copy(update={"max_waiting": 0}) for role in Role}
+        update={role.value: getattr(SETTINGS, role.value).model_copy(update={"max_waiting": 0}) for role in GENERATING}
     )
     engines = OfflineEngines(specs(layout, few))
     engines.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import threading
@@ -76,12 +75,12 @@ def test_schemas_that_come_together_with_one_that_ends_the_process_are_compiled(
     exchange = child._exchange
     begun = threading.Event()
 
-    def slow(process: subprocess.Popen[str], line: str, seconds: float) -> dict[str, str]:
+    def slow(process: subprocess.Popen[str], line: str) -> dict[str, str]:
         if not begun.is_set():
             begun.set()
             process.kill()
             process.wait()
-        return exchange(process, line, seconds)
+        return exchange(process, line)
 
     monkeypatch.setattr(child, "_exchange", slow)
     with ThreadPoolExecutor(3) as threads:
@@ -113,25 +112,48 @@ def test_closing_ends_the_process_whoever_waits_for_it(tmp_path: Path) -> None:
         assert backend._child._process is None
         with pytest.raises(InvalidRequest, match="shutting down"):
             backend.compile(json.dumps(SCHEMA))
-        assert time.monotonic() - began < xgrammar_matcher.START_S / 2
+        assert time.monotonic() - began < xgrammar_matcher.SILENT_S / 2
     backend.close()
 
 
-def test_a_process_whose_engine_is_gone_does_not_compile_for_ever(tmp_path: Path) -> None:
-    """Nobody is there to end it, and the library knows no limit."""
+def test_what_takes_too_long_or_crashes_costs_the_next_schema_nothing(
+    backend: Xgrammar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process had to be started anew, for seconds in which every schema that came was refused."""
+    process = backend._child._process
+    monkeypatch.setattr(xgrammar_matcher, "COMPILE_S", 0.05)
+    with pytest.raises(InvalidRequest, match="it took too long; make it simpler"):
+        backend.compile(json.dumps({"type": "string", "pattern": "(a{1,500}){1,500}"}))
+    monkeypatch.undo()
+    assert backend.compile(json.dumps(SCHEMA)).start().consume_text('{"a":1}')
+    assert backend._child._process is process
+
+
+@pytest.mark.parametrize(("fault", "told"), [("os.abort()", "its process ended"), ("1 / 0", "division by zero")])
+def test_a_crash_within_the_library_is_that_schemas_alone(tmp_path: Path, fault: str, told: str) -> None:
     path = tmp_path / "tokenizer.json"
     TOKENIZER.save(str(path))
     backend = Xgrammar(path, vocab_size=TOKENIZER.get_vocab_size(), end_tokens=(END,))
     code = (
-        "import sys; from diptych.cluster.engine.guides import xgrammar_child as child;"
-        "child.LONGEST_S = 0.05; child.main(sys.stdin, sys.stdout)"
+        "import os, sys; from diptych.cluster.engine.guides import xgrammar_child as child; own = child._compiled\n"
+        "class Odd:\n"
+        "    def __init__(self, compiler): self.compiler = compiler\n"
+        "    def compile_json_schema(self, schema, **options):\n"
+        f"        if schema == 'crash': {fault}\n"
+        "        return self.compiler.compile_json_schema(schema, **options)\n"
+        "child._compiled = lambda compiler, schema: own(Odd(compiler), schema)\n"
+        "child.main(sys.stdin, sys.stdout)"
     )
-    endless = json.dumps(json.dumps({"type": "string", "pattern": "(a{1,500}){1,500}"}))
-    lines = f"{backend._child._tokenizer}\n{endless}\n"
-    ended = subprocess.run([sys.executable, "-c", code], input=lines, text=True, capture_output=True, timeout=120)
+    lines = [backend._child._tokenizer, '["crash", 60]', json.dumps([json.dumps(SCHEMA), 60])]
+    ended = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(lines) + "\n", text=True, capture_output=True, timeout=120
+    )
     backend.close()
-    assert ended.returncode == -signal.SIGALRM
-    assert ended.stdout.splitlines() == ["{}"]
+    assert ended.returncode == 0, ended.stderr
+    answers = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert answers[0] == {}
+    assert told in str(answers[1])
+    assert list(answers[2]) == ["compiled"]
 
 
 def test_rows_that_the_model_lacks_are_never_allowed(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.cluster.formats.calls import write_call, write_calls
-from diptych.cluster.formats.deltas import CallArguments, CallBegin, CallEnd, Content, Delta, Reasoning
 from diptych.cluster.formats.format import REASONING_FORMATS, TOOL_FORMATS, Format, ToolFormat
 from diptych.cluster.formats.parser import OutputParser
+from diptych.protos.deltas import CallArguments, CallBegin, CallEnd, Content, Delta, Reasoning
 
 FORMATS = list(TOOL_FORMATS.values())
 THINK = REASONING_FORMATS["think"]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from diptych.cluster.formats.deltas import CallArguments, CallBegin, CallEnd, Content, Delta, Reasoning
 from diptych.cluster.formats.detect import named
 from diptych.cluster.formats.format import CALL_BEGIN, CALL_END, CALL_SEP, CALLS_BEGIN, CALLS_END
 from diptych.cluster.formats.parser import OutputParser
+from diptych.protos.deltas import CallArguments, CallBegin, CallEnd, Content, Delta, Reasoning
 
 TOOLS = ("f", "g", "get_weather")
 F = 'f", "arguments": '

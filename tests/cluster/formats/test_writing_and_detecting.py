@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.cluster.formats import calls
-from diptych.cluster.formats.deltas import CallArguments, CallBegin, CallEnd, Content, Delta
 from diptych.cluster.formats.detect import detect, named
 from diptych.cluster.formats.format import CALL_BEGIN, CALL_SEP, REASONING_FORMATS, TOOL_FORMATS, Format, ToolFormat
 from diptych.cluster.formats.parser import OutputParser
+from diptych.protos.deltas import CallArguments, CallBegin, CallEnd, Content, Delta
 
 NAMES = st.from_regex(r"[a-zA-Z0-9_-]{1,64}", fullmatch=True)
 VALUES = st.recursive(

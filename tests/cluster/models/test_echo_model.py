@@ -16,7 +16,7 @@ from diptych.cluster.config import load_config
 from diptych.cluster.models import ModelFolder, built_in, resolve
 from diptych.protos.echo import ASSISTANT, BAD, END, NAMES, NUM_WORDS, STOP, USER, VOCAB_SIZE
 from diptych.protos.errors import StartupError
-from diptych.protos.openai import Message
+from diptych.protos.messages import said
 from diptych.protos.settings import EchoSettings
 
 
@@ -66,7 +66,7 @@ def test_a_bad_answer_can_be_seen(tokenizer: Tokenizer) -> None:
 
 def test_a_chat_is_written_with_its_marks(folder: ModelFolder) -> None:
     renderer = Renderer.load(folder.path, folder.facts.chat_template)
-    text = renderer.chat_text([Message(role="user", content="t1 t2 <stop> t3")])
+    text = renderer.chat_text([said("user", "t1 t2 <stop> t3")])
     ids = renderer.tokenizer.encode(text, add_special_tokens=False).ids
     renderer.close()
     assert [token for token in ids if token < NUM_WORDS or token > END] == [USER, 1, 2, STOP, 3, ASSISTANT]

@@ -52,4 +52,4 @@ def test_names_carry_the_prefix_and_their_unit(spec: MetricSpec) -> None:
     assert name.startswith("diptych_")
     assert name.endswith("_total") == (kind == "counter")
     if kind == "histogram":
-        assert name.endswith(("_seconds", "_tokens"))
+        assert name.endswith(("_seconds", "_tokens", "_writes"))

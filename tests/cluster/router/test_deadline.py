@@ -38,6 +38,9 @@ async def test_what_passed_since_the_arrival_counts(spent_s: float, is_late: boo
         now += 0.1
     with pytest.raises(DeadlineExceeded):
         await waiting
+    page = router.metrics.render().decode()
+    assert not is_late or 'reason="deadline_exceeded"' in page
+    assert "engine_lost" not in page, "no engine was"
     await router.stop()
 
 

@@ -208,7 +208,7 @@ async def test_a_request_moves_so_often_and_no_more(tmp_path: Path) -> None:
 
 
 async def test_with_a_limit_of_nothing_a_break_after_the_first_token_is_the_answer(tmp_path: Path) -> None:
-    async with rig(tmp_path, PAIR, migration_limit=0) as r:
+    async with rig(tmp_path, PAIR, migration_limit=0, step_s=0.005) as r:  # the break is seen after the first token
         r.engines["d"].faults.drop_stream_at = 3
         with pytest.raises(EngineLost):
             await r.ask(COUNT)
@@ -227,7 +227,7 @@ async def test_a_tenant_pays_for_its_retries_and_moves(tmp_path: Path) -> None:
         engine.on_order = lambda: None
         engine.faults.drop_stream_at = None
         assert (await r.ask(COUNT))[0] == wanted(COUNT)
-        assert r.router.recovery.budget.left("other") == 1
+        assert r.router.recovery.budget.left("") == 1
 
 
 async def test_a_moved_request_waits_for_an_engine_that_is_full(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ async def test_a_moved_request_waits_for_an_engine_that_is_full(tmp_path: Path) 
         tokens, finish = await r.ask(COUNT)
         assert tokens == wanted(COUNT)
         assert len(engine.orders) == 4
-        assert r.router.recovery.budget.left("other") == r.router.settings.limits.max_running - 1, "one move"
+        assert r.router.recovery.budget.left("") == r.router.settings.limits.max_running - 1, "one move"
         assert finish.attempts == 1
 
 
@@ -254,17 +254,20 @@ async def test_a_draining_engines_refusal_costs_nothing(tmp_path: Path) -> None:
             tokens, finish = await r.ask(COUNT)
             assert tokens == wanted(COUNT)
             assert finish.decode_engine == "d1"
-        assert r.router.recovery.budget.left("other") == 1
+        assert r.router.recovery.budget.left("") == 1
 
 
 async def test_engines_that_disagree_about_a_token_cost_a_move_and_not_the_answer(tmp_path: Path) -> None:
     async with rig(tmp_path, PAIR) as r:
         r.engines["d"].faults.also_first_token = r.engines["d"].faults.wrong_first_token = True
-        tokens, finish = await r.ask(COUNT)
-        assert tokens[1:] == wanted(COUNT)[1:]
-        assert tokens[0] in (PROMPT[0], PROMPT[0] + 1), "whichever came first is what the client has"
-        assert finish.migrations + finish.attempts == 2
-        assert r.metric("diptych_disagreements_total") == 1
+        for _ in range(50):  # an answer that is over before the second engine's word comes has no disagreement
+            tokens, finish = await r.ask(COUNT)
+            assert tokens[1:] == wanted(COUNT)[1:]
+            assert tokens[0] in (PROMPT[0], PROMPT[0] + 1), "whichever came first is what the client has"
+            assert finish.migrations + finish.attempts == 1 + r.metric("diptych_disagreements_total")
+            if finish.migrations + finish.attempts == 2:
+                return
+        raise AssertionError("no answer had two engines' words")
 
 
 async def test_requests_wait_for_an_engine_that_has_just_died(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from diptych.cluster.router.budget import RetryBudget
+from diptych.cluster.router.budget import MAX_TENANTS, RetryBudget
 from diptych.cluster.router.gate import SEATS, Gate, Quarantine, Suspects
 from diptych.cluster.router.incident import Incident
 from diptych.cluster.router.rig import PROMPT, D, Rig, call, rig, until, wanted
@@ -170,3 +170,13 @@ def test_a_budget_fills_with_requests_and_each_tenant_has_its_own() -> None:
     for _ in range(9):
         budget.admitted("a")
     assert budget.left("a") == 2
+
+
+def test_budgets_of_tenants_that_were_never_heard_of_again_are_forgotten() -> None:
+    """Where no key is asked for, a header names tenants."""
+    budget = RetryBudget(fraction=0.5, burst=2)
+    assert budget.try_take("first")
+    for number in range(MAX_TENANTS):
+        budget.admitted(str(number))
+    assert budget.left("first") == 2
+    assert len(budget._left) == MAX_TENANTS

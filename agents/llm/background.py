@@ -1,0 +1,143 @@
+"""The event loop behind synchronous calls: one thread of this process, begun with the first call and kept.
+
+machine.py runs its steps here. What is bound to a loop (connections) is made for each loop once, by `of_this_loop`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from .errors import UsageError
+
+T = TypeVar("T")
+
+
+class Background:
+    """A loop in a daemon thread. The caller's context variables hold in what runs there."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._left_behind: tuple[asyncio.AbstractEventLoop | None, ...] = ()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """None before the first call."""
+        return self._loop
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the loop's own thread."""
+        return threading.current_thread() is self._thread
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begins `work`. Raises UsageError in this loop's own thread, which would wait for itself."""
+        loop = self._started()
+        self._check_thread(work)
+        return asyncio.run_coroutine_threadsafe(work, loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Its result. What interrupts the wait (Ctrl-C) cancels it, and is raised when it has ended, its connections
+        closed; a second interrupt does not wait. Raises UsageError in this loop's own thread.
+        """
+        loop = self._started()
+        self._check_thread(work)
+        ended, tasks = threading.Event(), list[asyncio.Task[T]]()
+
+        def begin() -> None:
+            tasks.append(loop.create_task(work))
+            tasks[0].add_done_callback(over)
+
+        def over(task: asyncio.Task[T]) -> None:
+            if not task.cancelled():
+                task.exception()  # who was interrupted does not ask for it
+            ended.set()
+
+        loop.call_soon_threadsafe(begin)
+        try:
+            ended.wait()
+        except BaseException:
+            loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            ended.wait()
+            raise
+        return tasks[0].result()
+
+    def _check_thread(self, work: Coroutine[Any, Any, Any]) -> None:
+        if self.is_here:
+            work.close()
+            raise UsageError(
+                "a synchronous call inside the loop of synchronous calls waits for itself: await its .aio(...) there"
+            )
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=_kept_running, args=(self._loop,), name="diptych-llm", daemon=True
+                )
+                self._thread.start()
+            return self._loop
+
+    def forget(self) -> None:
+        """In the child of a fork there is no thread. The parent's loop is kept there: its end would unregister sockets
+        that both processes still share.
+        """
+        self._left_behind = (*self._left_behind, self._loop)
+        self._lock, self._loop, self._thread = threading.Lock(), None, None
+
+
+def _kept_running(loop: asyncio.AbstractEventLoop) -> None:
+    """Whoever waits for a task gets what it raised; what ends loops must not end that of all other calls."""
+    while not loop.is_closed():
+        try:
+            loop.run_forever()
+        except (KeyboardInterrupt, SystemExit):  # of a developer's own coroutine
+            continue
+        return
+
+
+background = Background()
+os.register_at_fork(after_in_child=background.forget)
+
+_kept: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[object, Any]] = weakref.WeakKeyDictionary()
+
+
+async def of_this_loop(key: object, make: Callable[[], T], close: Callable[[T], Awaitable[None]]) -> T:
+    """What `make` made for the running loop and `key`; closed when asyncio.run, or another runner, ends the loop."""
+    loop = asyncio.get_running_loop()
+    kept = _kept.setdefault(loop, {})
+    if key not in kept:
+        kept[key] = made = make()
+        guard = _closing(made, close, kept, key)
+        await anext(guard)  # the loop ends its asynchronous generators before it closes
+        kept[key, "guard"] = guard
+    found: T = kept[key]
+    return found
+
+
+async def let_go(key: object) -> None:
+    """Closes what the running loop has for `key`, if anything; it is made anew where it is asked for again."""
+    kept = _kept.get(asyncio.get_running_loop(), {})
+    guard = kept.pop((key, "guard"), None)
+    if guard is not None:
+        await guard.aclose()
+
+
+async def _closing(
+    made: T, close: Callable[[T], Awaitable[None]], kept: dict[object, Any], key: object
+) -> AsyncGenerator[None, None]:
+    try:
+        yield
+    finally:
+        kept.pop(key, None)
+        with contextlib.suppress(RuntimeError):  # a loop that is closed already has no connections left
+            await close(made)

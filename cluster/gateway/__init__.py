@@ -1,0 +1,1 @@
+"""Targets, routes and attempts: who answers a request, and what happens when they fail. See README.md."""

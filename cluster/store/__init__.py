@@ -1,0 +1,1 @@
+"""What outlives a router: see README.md."""

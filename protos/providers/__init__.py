@@ -1,0 +1,1 @@
+"""Wire formats of outside providers, from canonical requests and to canonical answers."""
