@@ -58,11 +58,13 @@ class Site:
         return done.stdout + done.stderr
 
     def diptych(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Our command, in the environment in which Ray's commands find this Ray."""
+        """Our command, where Ray's commands find this Ray and the user's other clusters are not found."""
+        own = self.folder / "none"
+        own.mkdir(exist_ok=True)
         return subprocess.run(
             [*DIPTYCH, *words],
             capture_output=True,
-            env=self.environment | {"RAY_ADDRESS": self.address},
+            env=self.environment | {"RAY_ADDRESS": self.address, "TMPDIR": str(own)},
             text=True,
             timeout=PATIENCE_S,
             check=False,
@@ -142,19 +144,19 @@ def test_the_example_deploys_answers_scales_and_goes(site: Site) -> None:
     until(lambda: site.app().get("status") == "RUNNING", lambda: str(site.app()))
     assert ask(port)["usage"]["completion_tokens"] == 8
     assert len(site.engines()) == 3
-    status = site.diptych("status", "--set", f"run_dir={site.folder / 'none'}")
+    status = site.diptych("status")
     assert "prefill-0" in status.stdout, status.stderr
     assert "router-" in status.stdout
     scaled = site.diptych("scale", "smollm2-135m-instruct", "--prefill", "0", "--address", site.address)
     assert "prefill-0 has finished its requests and ended" in scaled.stdout, scaled.stderr
-    grown = site.diptych("scale", "smollm2-135m-instruct", "--prefill", "1", "--set", f"run_dir={site.folder / 'none'}")
+    grown = site.diptych("scale", "smollm2-135m-instruct", "--prefill", "1")
     assert "prefill-0 is ready" in grown.stdout, grown.stderr
     assert ask(port)["usage"]["completion_tokens"] == 8
     site.serve("shutdown", "-y")
     until(lambda: not site.engines(), lambda: str(site.engines()))
     with pytest.raises(urllib.error.URLError):
         ask(port)
-    gone = site.diptych("status", "--set", f"run_dir={site.folder / 'none'}")
+    gone = site.diptych("status")
     assert (gone.returncode, gone.stdout) == (1, "")
     assert "no Serve app diptych" in gone.stderr
     assert gone.stderr.count("\n") == 1, gone.stderr
