@@ -9,10 +9,12 @@ import functools
 import hashlib
 import json
 import operator
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -27,7 +29,15 @@ from .fair_thread import FairThread
 from .template import REFUSALS, Budget, TooMuch, compile_template, render, template_data
 from .template_facts import facts_of
 from .text import TokenTable
-from .turns import attempts, is_system_told, tools_in_words, turns_of, with_instruction
+from .turns import (
+    attempts,
+    is_system_told,
+    tools_in_words,
+    turns_of,
+    with_instruction,
+    with_marks,
+    without_system,
+)
 
 AS_USUAL = TemplateOptions()
 _ANYWHERE = FLAGS | {"reasoning_effort"}  # means nothing to a model that does not reason, and is taken there too
@@ -51,6 +61,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.table = TokenTable(tokenizer)
         self._variables = variables or {}
+        self._source = template or ""
         self._template = None if template is None else compile_template(template)
         self._facts = None
         if template is not None and self._template is not None:
@@ -130,7 +141,7 @@ class Renderer:
             except REFUSALS as exc:
                 refusal = refusal or exc
                 continue
-            if is_system_told(form, text):
+            if self._tells_systems(data, text, budget):
                 silent = text
                 break
             silent = silent or text
@@ -138,6 +149,22 @@ class Renderer:
             return _cut(silent, mark, messages[-1]) if mark else silent
         why = printable(str(refusal), 300)
         raise InvalidRequest(f"the model's chat template refuses these messages: {why}", "messages") from refusal
+
+    def _tells_systems(self, data: Mapping[str, Any], text: str, budget: Budget) -> bool:
+        """Whether the rendering `text` of `data` has what its system turns say. Where another turn says the same, the
+        template is asked again, with words in their places that nobody can have said.
+        """
+        assert self._template is not None
+        form = data["messages"]
+        told = is_system_told(form, text, str({**data, "messages": without_system(form)}) + self._source)
+        if told is not None:
+            return told
+        marked, words = with_marks(form, secrets.token_hex(8))
+        try:
+            written = render(self._template, {**data, "messages": marked}, budget)
+        except (TooMuch, *REFUSALS):
+            return False
+        return all(word in written for word in words)
 
     def answer_lead(self, text: str, messages: Sequence[Message], options: TemplateOptions = AS_USUAL) -> str:
         """The end of the rendered prompt `text` that is the answer's own beginning: the text that the answer goes on

@@ -153,17 +153,39 @@ def attempts(turns: list[Turn], tools: Sequence[Tool], facts: TemplateFacts) -> 
         yield _shaped(bare, facts), described
 
 
-def is_system_told(turns: Sequence[Turn], text: str) -> bool:
+def is_system_told(turns: Sequence[Turn], text: str, others: str) -> bool | None:
     """Whether the system turns among `turns` are in the rendering `text`; of many, the first few stand for all. A text
-    counts by its longest run of plain characters, since a template may escape the others.
+    counts by its longest run of plain characters, since a template may escape the others. None where that cannot be
+    seen: the run is also in `others`, which is all else that the template may have written, or in two system turns.
     """
-    systems = itertools.islice(filter(_is_system, turns), MAX_LOOKED_UP)
-    for turn in systems:
-        content = turn["content"]
-        plain = _PLAIN.findall((content if isinstance(content, str) else content[0]["text"])[:256])
-        if plain and max(plain, key=len).strip() not in text:
-            return False
-    return True
+    told = [_text(turn)[:256] for turn in itertools.islice(filter(_is_system, turns), MAX_LOOKED_UP)]
+    runs = [max(plain, key=len).strip() for plain in map(_PLAIN.findall, told) if plain]
+    if any(run not in text for run in runs):
+        return False
+    return None if any(run in others or sum(run in one for one in told) > 1 for run in runs) else True
+
+
+def without_system(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns that are not the system's."""
+    return [turn for turn in turns if not _is_system(turn)]
+
+
+def with_marks(turns: Sequence[Turn], mark: str) -> tuple[list[Turn], list[str]]:
+    """The turns with a word in place of each system turn's text, and those words; `mark` begins them."""
+    words: list[str] = []
+    found: list[Turn] = []
+    for turn in turns:
+        if _is_system(turn):
+            words.append(f"{mark}{len(words)}end")
+            content = words[-1] if isinstance(turn["content"], str) else in_parts(words[-1])
+            turn = {**turn, "content": content}
+        found.append(turn)
+    return found, words
+
+
+def _text(turn: Turn) -> str:
+    content = turn["content"]
+    return str(content if isinstance(content, str) else content[0]["text"])
 
 
 def _shaped(turns: list[Turn], facts: TemplateFacts) -> list[Turn]:

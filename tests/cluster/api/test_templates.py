@@ -454,6 +454,30 @@ def test_thousands_of_turns_are_folded_in_linear_time() -> None:
     assert text.count("w") == 400 * 4000
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        [USER, SYSTEM | {"content": "it"}, ANSWER, USER],
+        [SYSTEM, USER, ANSWER, SYSTEM, USER],
+        [USER, CALLING, SYSTEM | {"content": "<<h1>>"}, RESULT | {"tool_call_id": "abcdefgh1"}],
+        [USER, SYSTEM | {"content": "thing"}, ANSWER, SYSTEM | {"content": "a thing"}, USER],
+    ],
+)
+def test_a_system_turn_that_says_what_another_turn_says_is_not_lost(said: list[Any]) -> None:
+    """Its words were found in the other turn, or in the id of a call, and so it was taken for told."""
+    said = json.loads(json.dumps(said).replace(CALLING["tool_calls"][0]["id"], "abcdefgh1"))
+    text = written(DROPS, said)
+    for word in {str(turn["content"]) for turn in said if turn["role"] == "system"}:
+        own = [str(turn.get("content", "")) for turn in said]
+        assert text.count(word) >= sum(content.count(word) for content in own)
+
+
+def test_a_system_turn_that_its_template_writes_stays_where_it_is() -> None:
+    """Also where its words are somebody else's too."""
+    said = [SYSTEM | {"content": "it"}, USER, ANSWER, USER]
+    assert written(DROPS, said).startswith("<S>it<U>what is it<A>")
+
+
 TEXTS = st.text(st.characters(min_codepoint=97, max_codepoint=122), min_size=1, max_size=6)
 
 
@@ -477,3 +501,22 @@ def test_no_text_of_any_conversation_is_lost(name: str, turns: list[tuple[str, s
         text = written(EVERY[name], messages)
     for place, (_, word) in enumerate(turns):
         assert not text or text.count(f"<<{word}{place}>>") == 1
+
+
+SAID_BEFORE = st.sampled_from(["<it>", "<what is it>", "<abcdefgh1>", "<it> <it>", "<User>", "<weather>"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(EVERY)), st.lists(st.tuples(ROLES, SAID_BEFORE), min_size=1, max_size=9))
+def test_nothing_is_lost_where_turns_say_the_same(name: str, turns: list[tuple[str, str]]) -> None:
+    """A text that is found is not yet the text of the turn that was looked for."""
+    messages: list[Any] = [USER, dict(CALLING, content="")] if any(role == "tool" for role, _ in turns) else []
+    messages += [
+        {"role": role, "content": word} | ({"tool_call_id": "abcdefgh1"} if role == "tool" else {})
+        for role, word in turns
+    ]
+    text = ""
+    with contextlib.suppress(InvalidRequest):
+        text = written(EVERY[name], messages)
+    for word in {word for _, word in turns}:
+        assert not text or text.count(word) >= sum(other.count(word) for _, other in turns)
