@@ -9,9 +9,12 @@ from typing import Annotated
 
 import typer
 
+from .batch_verbs import batch
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench", help="Measure: an engine alone, a running server, or kernels.")
+app.add_typer(batch, name="batch", help="Typed calls in batches: submit, status, wait, cancel, results, list.")
 keys = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(keys, name="keys", help="API keys: create, list, revoke.")
 providers = typer.Typer(no_args_is_help=True, rich_markup_mode=None)

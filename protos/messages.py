@@ -121,7 +121,10 @@ class Message:
     @property
     def result(self) -> ToolResult | None:
         """A tool's."""
-        return next((part for part in self.parts if isinstance(part, ToolResult)), None)
+        for part in self.parts:
+            if isinstance(part, ToolResult):
+                return part
+        return None
 
     @property
     def reasoning_content(self) -> str | None:
@@ -140,7 +143,7 @@ class Message:
         """All parts that are no words, a result's included."""
         result = self.result
         parts: tuple[Part, ...] = self.parts if result is None else result.parts
-        return tuple(part for part in parts if isinstance(part, Media))
+        return tuple([part for part in parts if isinstance(part, Media)])
 
 
 def said(role: Role, text: str) -> Message:

@@ -287,6 +287,8 @@ def _parse(cls: type[RequestT], fields: dict[str, Any], **made: ToolUse | Templa
 
 def _taken(fields: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
     """The fields of these names, which leave `fields`."""
+    if names.isdisjoint(fields):
+        return {}
     return {name: fields.pop(name) for name in names & fields.keys()}
 
 

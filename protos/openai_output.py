@@ -84,6 +84,8 @@ def read_form(fields: Mapping[str, object]) -> OutputForm | None:
     """The form in a body's FORM_FIELDS, in which one that was read before may stand as the response_format; None where
     there is none. Raises InvalidRequest naming the path, and where there are two, both.
     """
+    if not fields:
+        return None
     found = [_response_format(fields.get("response_format"))]
     for kind in ("json", "regex", "choice", "grammar"):
         found.append(_form(kind, fields.get(f"guided_{kind}"), f"guided_{kind}"))

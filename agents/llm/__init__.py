@@ -21,8 +21,9 @@ from .agent_limits import Limits
 from .agent_state import AgentState, Pending
 from .agent_streams import AgentStream
 from .attempts import Attempt
-from .batch import BatchJob, BatchResult, BatchResults, batch, batch_begin, batch_resume
+from .batch import BatchJob, batch, batch_begin, batch_list, batch_resume
 from .batch_places import BatchStatus
+from .batch_results import BatchResult, BatchResults
 from .cache import Cache
 from .call import Call, call
 from .call_log import CallLog, read_log
@@ -175,6 +176,7 @@ __all__ = [
     "audio",
     "batch",
     "batch_begin",
+    "batch_list",
     "batch_resume",
     "call",
     "default_registry",

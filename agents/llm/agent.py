@@ -279,7 +279,8 @@ class Agent(Generic[T, D]):
         on_step    told the state after each answer and each tool; keep its to_json(), to go on after a crash. It may
                    be a coroutine function
 
-        Raises UsageError; CallFailed (BudgetExceeded, Blocked, ...) with `.state` to go on from.
+        Raises UsageError before it begins; later any Error (CallFailed, BudgetExceeded, Blocked, Unsupported, ...)
+        with the `.state` to go on from.
         """
         return (
             yield from _silent(

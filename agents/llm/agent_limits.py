@@ -21,6 +21,7 @@ class Limits:
 
     turns        answers of models, those of agents that the conversation was handed to included
     tool_calls   calls of tools, hand-offs and delegations included; an answer that asks for more runs none of its own
+    requests     to models, attempts and those of delegated agents included: agents that ask one another end by it
     tokens       in and out, delegated ones included
     dollars      as far as prices are known
     seconds      while it runs; time in which it waits for approvals does not count
@@ -30,6 +31,7 @@ class Limits:
 
     turns: int | None = 10
     tool_calls: int | None = 50
+    requests: int | None = 100
     tokens: int | None = None
     dollars: float | None = None
     seconds: float | None = None
@@ -54,7 +56,8 @@ class Limits:
         self.check_spent(state)
 
     def check_spent(self, state: AgentState) -> None:
-        """Tokens, dollars and seconds. Raises BudgetExceeded."""
+        """Requests, tokens, dollars and seconds. Raises BudgetExceeded."""
+        self._check("requests", state.spent.requests, self.requests, state)
         self._check("tokens", state.spent.tokens, self.tokens, state)
         self._check("dollars", float(state.spent.dollars or 0), self.dollars, state)
         self._check("seconds", state.seconds, self.seconds, state)

@@ -26,7 +26,7 @@ from .agent_limits import Limits
 from .agent_state import AgentState
 from .attempts import Attempt
 from .draft import Draft
-from .errors import BudgetExceeded, CallFailed
+from .errors import BudgetExceeded, CallFailed, Error
 from .exchange import exchange, value_of
 from .machine import Awaited, Machine, Step, take
 from .params import merged
@@ -138,7 +138,7 @@ class Loop(Generic[T]):
         self._began = time.monotonic() - state.seconds
 
     def flow(self, prompt: Sequence[Message] | None) -> Flow[Run[T]]:
-        """All of it; `prompt` is what is new. Raises CallFailed with the state to go on from, UsageError."""
+        """All of it; `prompt` is what is new. Raises Error with the state to go on from."""
         above = None if self.parent is None else self.parent.span
         self.span = agent_span(
             current().registry or self.agent.registry,
@@ -153,7 +153,7 @@ class Loop(Generic[T]):
                 self.span.end()
             raise
         except BaseException as exc:
-            if isinstance(exc, CallFailed) and (exc.state is None or exc is self.over) and self.state.messages:
+            if isinstance(exc, Error) and self.state.messages:  # of an agent below, that of the outermost holds
                 exc.state = self.noted()
             if self.span is not None:
                 self.span.end(exc)

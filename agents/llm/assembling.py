@@ -23,6 +23,7 @@ from .output import WRAPPED, Output, invalid
 from .partial import Partial, member, plain
 from .reply import UNSET
 from .shapes import FREE, Shape, item_of, shape_of
+from .strict_json import validated
 
 T = TypeVar("T")
 MAX_DEPTH = 200  # pydantic reads no deeper
@@ -217,7 +218,7 @@ class Tree:
             kind = kind | other
         document = json.dumps(plain(partial), ensure_ascii=False)
         try:
-            return TypeAdapter(kind).validate_json(document, strict=self._output.is_strict, context=self._context())
+            return validated(TypeAdapter(kind), document, strict=self._output.is_strict, context=self._context())
         except (ValueError, RecursionError) as exc:
             name = " or ".join(one.__name__ for one in kinds)
             raise invalid(exc, name, document, document) from exc
@@ -432,7 +433,7 @@ class Items(Generic[T]):
 
     def _checked(self, document: str, at: int) -> T:
         try:
-            found: T = self._adapter.validate_json(document, strict=self._output.is_strict, context=self._context())
+            found: T = validated(self._adapter, document, strict=self._output.is_strict, context=self._context())
         except (ValueError, RecursionError) as exc:
             base = f"/{WRAPPED}/{at}" if self._output.is_wrapped else f"/{at}"
             raise invalid(exc, self._name, document, document, base=base) from exc

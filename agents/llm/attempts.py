@@ -29,7 +29,7 @@ class Attempt:
     number: int
     model: str
     why: str = "first"
-    answer: Answer | None = None
+    answer: Answer | None = field(default=None, repr=False)
     error: CallFailed | None = None
     spent: Spent = field(default_factory=Spent)
     saved: Spent = field(default_factory=Spent)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
@@ -23,20 +23,24 @@ from diptych.protos.providers.codec import Outgoing
 
 from .attempts import Attempt
 from .batch_places import BatchStatus, Line, Place, place_of
-from .call import Call
+from .batch_results import BatchResult, BatchResults
+from .call import Call, call
 from .draft import Draft, Encoded, canonical_of, encoded
 from .errors import CallFailed, ProviderError, UsageError
 from .exchange import prepared, value_of
 from .machine import Machine, Sleep, adrive, drive, take, verb
 from .profiles import Profile
-from .reply import Reply, Unset
-from .usage import Spent, spent_of, total
+from .registry import POOL_NAME, Registry, current, default_registry
+from .reply import Reply
+from .usage import spent_of
 
 T = TypeVar("T")
 U = TypeVar("U")
 Progress = Callable[[BatchStatus], object]
 _VERSION = 1
 _FIRST_PAUSE_S = 0.1
+_MOST_NAME = 64  # characters of a function's name that a place keeps
+_MOST_LABEL = 512  # of a value that is kept with a batch
 _MOST_FAILED_POLLS = 10  # in a row; then the batch goes on, and whoever asked is told
 _PASSING = frozenset(
     {
@@ -49,89 +53,11 @@ _PASSING = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class BatchResult(Generic[T]):
-    """Of one item. `reply` is there where the model answered with a value, or calls tools; else `error` says why not,
-    with what the model said in `error.text`.
-    """
-
-    id: str
-    reply: Reply[T] | None = None
-    error: CallFailed | None = None
-
-    @property
-    def is_good(self) -> bool:
-        """Whether it was answered: with a value, or with calls of tools."""
-        return self.error is None
-
-    @property
-    def value(self) -> T:
-        """The value. Raises the item's error."""
-        if self.error is not None:
-            raise self.error
-        assert self.reply is not None
-        return self.reply.value
-
-    @property
-    def spent(self) -> Spent:
-        """Tokens; dollars are known of own clusters alone, others price batches otherwise."""
-        attempts = self.reply.attempts if self.reply is not None else self.error.attempts if self.error else ()
-        return total(attempt.spent for attempt in attempts)
-
-
-class BatchResults(Sequence[BatchResult[T]]):
-    """One for each item, in the items' order."""
-
-    def __init__(self, results: Sequence[BatchResult[T]], status: BatchStatus) -> None:
-        self.status = status
-        self._results = tuple(results)
-        self._by_id = {one.id: one for one in results}
-
-    @overload
-    def __getitem__(self, at: int) -> BatchResult[T]: ...
-    @overload
-    def __getitem__(self, at: slice) -> tuple[BatchResult[T], ...]: ...
-    def __getitem__(self, at: int | slice) -> BatchResult[T] | tuple[BatchResult[T], ...]:
-        return self._results[at]
-
-    def __len__(self) -> int:
-        return len(self._results)
-
-    def __iter__(self) -> Iterator[BatchResult[T]]:
-        return iter(self._results)
-
-    def by_id(self, name: str) -> BatchResult[T]:
-        """Raises KeyError."""
-        return self._by_id[name]
-
-    @property
-    def good(self) -> tuple[BatchResult[T], ...]:
-        """Those that were answered."""
-        return tuple(one for one in self if one.is_good)
-
-    @property
-    def failed(self) -> tuple[BatchResult[T], ...]:
-        """Those with an error."""
-        return tuple(one for one in self if not one.is_good)
-
-    @property
-    def values(self) -> dict[str, T]:
-        """By ids, of those that have one: neither of failed ones nor of those whose model calls tools."""
-        return {one.id: one.value for one in self.good if one.reply is None or not isinstance(one.reply.result, Unset)}
-
-    @property
-    def spent(self) -> Spent:
-        """Of all items."""
-        return total(one.spent for one in self)
-
-    def __repr__(self) -> str:
-        return f"BatchResults({len(self.good)} good, {len(self.failed)} failed, {self.status.state})"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchJob(Generic[T]):
     """A batch that was submitted. `ids` are the items', in their order; `model` is the reference of who answers;
-    `digest` tells its requests from others.
+    `digest` tells its requests from others. One that was found by its reference knows of these `model` alone, and asks
+    the place for the ids.
     """
 
     id: str
@@ -142,6 +68,11 @@ class BatchJob(Generic[T]):
     created_at: float
     draft: Draft[T] = field(repr=False)  # what all items have in common
     drafts: Mapping[str, Draft[T]] = field(default_factory=dict, repr=False)
+
+    @property
+    def reference(self) -> str:
+        """PREFIX/MODEL@ID: enough for batch_resume, wherever the prefix means the same place."""
+        return f"{self.model}@{self.id}"
 
     @verb
     def status(self, /) -> Machine[BatchStatus]:
@@ -168,7 +99,8 @@ class BatchJob(Generic[T]):
             except ProviderError as exc:
                 failed += 1
                 if exc.failure.kind not in _PASSING or failed >= _MOST_FAILED_POLLS:
-                    exc.add_note(f"the batch {self.id} is not lost: llm.batch_resume(job.to_json(), {self.name})")
+                    name = self.name or "FUNCTION"
+                    exc.add_note(f"the batch is not lost: llm.batch_resume({self.reference!r}, {name})")
                     raise
                 yield from take(Sleep(max(pause_s, exc.failure.retry_after_s or 0.0)))
             else:
@@ -183,9 +115,12 @@ class BatchJob(Generic[T]):
     @verb
     def results(self, /) -> Machine[BatchResults[T]]:
         """Of a batch that is over, also of one that was cancelled or has expired: what was answered, and errors in
-        place of the rest. Raises UsageError where it is not over yet, ProviderError where it was refused as a whole.
+        place of the rest. Raises UsageError where it is not over yet, or is another function's; ProviderError where it
+        was refused as a whole.
         """
         status = yield from self._asked(lambda place: place.status(self.id))
+        if self.name and status.call and status.call != self.name[:_MOST_NAME]:
+            raise UsageError(f"the batch {self.id} is of {status.call}, not of {self.name}", "fn")
         if not status.is_over:
             raise UsageError(
                 f"the batch {self.id} is {status.native} ({status.done} of {status.total}): job.wait() first"
@@ -195,9 +130,10 @@ class BatchJob(Generic[T]):
             failure = Failure(kind=FailureKind.BAD_REQUEST, message=f"the batch {self.id} was refused: {words}")
             raise ProviderError(failure, self.model)
         lines = yield from self._asked(lambda place: place.lines(status))
+        ids = self.ids or (yield from self._asked(lambda place: place.ids(status))) or sorted(lines)
         sent = self._sent()
         nothing = Line(failure=_lost(status))
-        return BatchResults([self._result(name, lines.get(name, nothing), sent) for name in self.ids], status)
+        return BatchResults([self._result(name, lines.get(name, nothing), sent) for name in ids], status)
 
     def to_json(self) -> str:
         """All that another process needs, beside the function: see batch_resume."""
@@ -265,17 +201,33 @@ def _lost(status: BatchStatus) -> Failure:
     return Failure(kind=kinds.get(status.state, FailureKind.SERVER), message=words, code="no_line")
 
 
-def _begin(
-    fn: Call[..., Any, T], items: Sequence[Any] | Mapping[str, Any], model: str | None, window: str
+def _begun(
+    fn: Call[..., Any, T],
+    items: Sequence[Any] | Mapping[str, Any],
+    model: str | None,
+    window: str,
+    state_file: str | os.PathLike[str] | None,
 ) -> Machine[BatchJob[T]]:
+    """The job that is kept in `state_file`, or a new one, which is kept there."""
+    file = None if state_file is None else Path(state_file)
+    if file is not None:
+        _check_file(file)
     job, requests = yield from _prepared(fn, items, model)
+    if file is not None and file.exists():
+        return _kept(job, fn, file)
     place = place_of(job.draft.target()[0], job.model)
     place.check(job.ids)
+    told = {"diptych_call": job.name[:_MOST_NAME], "diptych_digest": job.digest}
+    if len(job.model) <= _MOST_LABEL:
+        told["diptych_model"] = job.model
     try:
-        found = yield from place.submit(requests, window, {"diptych_call": job.name[:64], "diptych_digest": job.digest})
+        found = yield from place.submit(requests, window, told)
     except ProviderFailure as exc:
         raise ProviderError(exc.failure, job.model) from exc
-    return replace(job, id=found, created_at=time.time())
+    job = replace(job, id=found, created_at=time.time())
+    if file is not None:
+        _keep(job, file)
+    return job
 
 
 def _prepared(
@@ -414,8 +366,9 @@ class _BatchBegin:
         *,
         model: str | None = None,
         window: str = "24h",
+        state_file: str | os.PathLike[str] | None = None,
     ) -> BatchJob[T]:
-        return drive(_begin(fn, items, model, window))
+        return drive(_begun(fn, items, model, window, state_file))
 
     async def aio(
         self,
@@ -424,42 +377,108 @@ class _BatchBegin:
         *,
         model: str | None = None,
         window: str = "24h",
+        state_file: str | os.PathLike[str] | None = None,
     ) -> BatchJob[T]:
         """The same as a coroutine."""
-        return await adrive(_begin(fn, items, model, window))
+        return await adrive(_begun(fn, items, model, window, state_file))
+
+
+class _BatchList:
+    """`llm.batch_list(prefix)`: the batches of a place by their references, the newest first, as far as it shows them
+    to this key. Without a registry: the one that holds here. Raises UsageError, Unsupported, ProviderError.
+    """
+
+    def __call__(
+        self, prefix: str = POOL_NAME, *, limit: int = 20, registry: Registry | None = None
+    ) -> dict[str, BatchStatus]:
+        return drive(_listed(prefix, limit, registry))
+
+    async def aio(
+        self, prefix: str = POOL_NAME, *, limit: int = 20, registry: Registry | None = None
+    ) -> dict[str, BatchStatus]:
+        """The same as a coroutine."""
+        return await adrive(_listed(prefix, limit, registry))
 
 
 batch = _Batch()
 batch_begin = _BatchBegin()
+batch_list = _BatchList()
 
 
-def batch_resume(text: str, fn: Call[..., Any, T]) -> BatchJob[T]:
-    """The job that `to_json` wrote, of the function that it was made for. Replies of such a job have no messages of the
-    prompt, which stay with whoever made it. Raises UsageError.
-    """
-    _check_call(fn, "llm.batch_resume")
+def _listed(prefix: str, limit: int, registry: Registry | None) -> Machine[dict[str, BatchStatus]]:
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise UsageError(f"llm.batch_list: limit is a number of batches above 0, not {limit!r}", "limit")
+    upstream, _ = (registry or current().registry or default_registry()).resolve(f"{prefix}/-")
     try:
-        told = json.loads(text)
-        if told["version"] != _VERSION:
-            raise UsageError(
-                f"llm.batch_resume: a job of version {told['version']!r}; this is version {_VERSION}", "text"
-            )
-        job = BatchJob(
+        found = yield from place_of(upstream, prefix).listed(limit)
+    except ProviderFailure as exc:
+        raise ProviderError(exc.failure, prefix) from exc
+    return {f"{prefix}/{status.model.partition('/')[2]}@{status.id}": status for status in found}
+
+
+@overload
+def batch_resume(text: str, fn: None = None) -> BatchJob[str]: ...
+@overload
+def batch_resume(text: str, fn: Call[..., Any, T]) -> BatchJob[T]: ...
+def batch_resume(text: str, fn: Call[..., Any, Any] | None = None) -> BatchJob[Any]:
+    """The job that `to_json` wrote, or that a reference PREFIX/MODEL@ID names, of the function that it was made for;
+    without one, its results are texts. A reference without MODEL takes the function's. Replies of such a job have no
+    messages of the prompt, which stay with whoever made it. Raises UsageError.
+    """
+    if fn is not None:
+        _check_call(fn, "llm.batch_resume")
+    told = _referred(text, fn) if "{" not in text and "@" in text else _told(text)
+    try:
+        job: BatchJob[Any] = BatchJob(
             id=str(told["id"]),
             model=str(told["model"]),
             name=str(told["name"]),
             ids=tuple(map(str, told["ids"])),
             digest=str(told["digest"]),
             created_at=float(told["created_at"]),
-            draft=fn.blank(),
+            draft=(fn or _texts(str(told["model"]))).blank(),
         )
-    except (KeyError, TypeError, ValueError) as exc:
-        if isinstance(exc, UsageError):
-            raise
+    except (KeyError, TypeError) as exc:
         raise UsageError(f"llm.batch_resume: this is no job that BatchJob.to_json wrote: {exc!r}", "text") from exc
+    if fn is None:
+        return replace(job, name="")
     if job.name != fn.__name__:
         raise UsageError(f"llm.batch_resume: the job is of {job.name}, not of {fn.__name__}", "fn")
     return job
+
+
+def _told(text: str) -> dict[str, Any]:
+    try:
+        told: dict[str, Any] = json.loads(text)
+        version = told["version"]
+    except (KeyError, TypeError, ValueError) as exc:
+        raise UsageError(
+            f"llm.batch_resume: this is neither PREFIX/MODEL@ID nor what BatchJob.to_json wrote: {text!r:.80}", "text"
+        ) from exc
+    if version != _VERSION:
+        raise UsageError(f"llm.batch_resume: a job of version {version!r}; this is version {_VERSION}", "text")
+    return told
+
+
+def _referred(reference: str, fn: Call[..., Any, Any] | None) -> dict[str, Any]:
+    target, _, name = reference.rpartition("@")
+    prefix, slash, model = target.partition("/")
+    if not slash or not prefix or not name:
+        raise UsageError(f"llm.batch_resume: {reference!r} names no batch: write PREFIX/MODEL@ID", "text")
+    if not model:
+        model = (fn.blank().model.partition("/")[2] if fn is not None else "") or "-"
+    told = {"id": name, "model": f"{prefix}/{model}", "name": "" if fn is None else fn.__name__, "ids": ()}
+    return {**told, "digest": "", "created_at": 0.0}
+
+
+def _texts(model: str) -> Call[..., Any, str]:
+    """Whose answers are read as they are."""
+
+    @call(model)
+    def text() -> str:
+        return "-"
+
+    return text
 
 
 def _run(
@@ -471,24 +490,13 @@ def _run(
     on_progress: Progress | None,
     state_file: str | os.PathLike[str] | None,
 ) -> Machine[BatchResults[T]]:
-    file = None if state_file is None else Path(state_file)
     _check_waiting(poll_s, on_progress)
-    if file is not None:
-        _check_file(file)
-    if file is not None and file.exists():
-        job = yield from _kept(fn, items, model, file)
-    else:
-        job = yield from _begin(fn, items, model, window)
-        if file is not None:
-            _keep(job, file)
+    job = yield from _begun(fn, items, model, window, state_file)
     yield from job.wait.machine(poll_s=poll_s, on_progress=on_progress)
     return (yield from job.results.machine())
 
 
-def _kept(
-    fn: Call[..., Any, T], items: Sequence[Any] | Mapping[str, Any], model: str | None, file: Path
-) -> Machine[BatchJob[T]]:
-    job, _ = yield from _prepared(fn, items, model)
+def _kept(job: BatchJob[T], fn: Call[..., Any, T], file: Path) -> BatchJob[T]:
     try:
         kept = batch_resume(file.read_text("utf-8"), fn)
     except ValueError as exc:  # UsageError, or no text

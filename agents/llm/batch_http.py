@@ -42,6 +42,7 @@ class Asking:
     path: str  # behind the provider's base URL
     body: JsonObject | File | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, str] = field(default_factory=dict)
 
     async def perform(self) -> bytes:
         """Ask."""
@@ -55,12 +56,13 @@ class Asking:
         check_network(url, f"the batches of {provider.name}")
         headers = {"user-agent": "diptych", **_lower(provider.headers), **_lower(self.headers)}
         shown = await auth_for(provider, self.upstream.keys).show(Sending(url, headers, b""))
+        query = {**self.query, **dict(shown.query)}
         client = await of_this_loop(("batches", self.upstream), self._client, httpx2.AsyncClient.aclose)
         try:
             request = client.build_request(
                 self.method,
                 url,
-                params=dict(shown.query) or None,
+                params=query or None,
                 headers={**headers, **shown.headers},
                 **self._content(),
             )

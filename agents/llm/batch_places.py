@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 from urllib.parse import quote
 
@@ -26,12 +28,14 @@ State = Literal["working", "cancelling", "completed", "failed", "expired", "canc
 _OVER = frozenset({"completed", "failed", "expired", "cancelled"})
 _ANTHROPIC_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OPENAI_ID_CHARS = 512
+_MOST_LISTED = 100  # of one page
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchStatus:
     """How far a batch is. `native` is the place's own word for its state, `raw` all that it says; `faults` why it was
-    refused as a whole.
+    refused as a whole. `call` and `model` say whose calls they are and who answers, where the place keeps that;
+    `created_at`: seconds since 1970, 0 where it is not told.
     """
 
     id: str
@@ -41,6 +45,9 @@ class BatchStatus:
     completed: int = 0
     failed: int = 0
     faults: tuple[str, ...] = ()
+    call: str = ""
+    model: str = ""
+    created_at: float = 0.0
     raw: JsonObject = field(default_factory=dict, repr=False)
 
     @property
@@ -79,8 +86,14 @@ class Place(Protocol):
     def lines(self, status: BatchStatus) -> Machine[dict[str, Line]]:
         """By ids, of a batch that is over. Raises ProviderFailure."""
 
+    def ids(self, status: BatchStatus) -> Machine[tuple[str, ...]]:
+        """Of all items in their order; none where the place keeps no more than results. Raises ProviderFailure."""
+
     def cancel(self, batch: str) -> Machine[BatchStatus]:
         """Stops it. Raises ProviderFailure."""
+
+    def listed(self, limit: int) -> Machine[list[BatchStatus]]:
+        """The newest first. Raises ProviderFailure."""
 
 
 def place_of(upstream: Upstream, model: str) -> Place:
@@ -154,6 +167,21 @@ class OpenAIPlace:
                 found.update((str(one.get("custom_id")), self._line(one)) for one in objects_in(content))
         return found
 
+    def ids(self, status: BatchStatus) -> Machine[tuple[str, ...]]:
+        """See Place. None where the file of requests is gone."""
+        path = f"/files/{_named(status.raw.get('input_file_id') or '-')}/content"
+        try:
+            content = yield from self._ask("GET", path)
+        except ProviderFailure as exc:
+            if exc.failure.kind is not FailureKind.NOT_FOUND:
+                raise
+            return ()
+        return tuple(str(one.get("custom_id")) for one in objects_in(content))
+
+    def listed(self, limit: int) -> Machine[list[BatchStatus]]:
+        """See Place."""
+        return (yield from _pages(self._upstream, "/batches", "after", limit, self._status))
+
     def _line(self, told: JsonObject) -> Line:
         response, error = told.get("response"), told.get("error")
         if not isinstance(response, dict):
@@ -167,6 +195,7 @@ class OpenAIPlace:
     def _status(self, raw: JsonObject) -> BatchStatus:
         native, counts = str(raw.get("status")), raw.get("request_counts") or {}
         errors = (raw.get("errors") or {}).get("data") or []
+        labels = raw.get("metadata") or {}
         return BatchStatus(
             id=_text(raw, "id"),
             state=native if native in _OVER or native == "cancelling" else "working",  # type: ignore[arg-type]
@@ -175,6 +204,9 @@ class OpenAIPlace:
             completed=counts.get("completed", 0),
             failed=counts.get("failed", 0),
             faults=tuple(_fault(one) for one in errors if isinstance(one, dict)),
+            call=str(labels.get("diptych_call") or ""),
+            model=str(labels.get("diptych_model") or ""),
+            created_at=float(raw.get("created_at") or 0),
             raw=raw,
         )
 
@@ -223,6 +255,16 @@ class AnthropicPlace:
         content = yield from self._ask("GET", f"/messages/batches/{_named(status.id)}/results")
         return {str(one.get("custom_id")): self._line(one.get("result")) for one in objects_in(content)}
 
+    def ids(self, status: BatchStatus) -> Machine[tuple[str, ...]]:
+        """See Place. Results alone are kept, of every item."""
+        yield from ()
+        return ()
+
+    def listed(self, limit: int) -> Machine[list[BatchStatus]]:
+        """See Place."""
+        path = "/messages/batches"
+        return (yield from _pages(self._upstream, path, "after_id", limit, self._status, _anthropic_version()))
+
     def _line(self, result: Any) -> Line:
         told = result if isinstance(result, dict) else {}
         kind, message = told.get("type"), told.get("message")
@@ -252,13 +294,18 @@ class AnthropicPlace:
             total=succeeded + errored + lost + counts.get("processing", 0),
             completed=succeeded,
             failed=errored + lost,
+            created_at=_seconds(raw.get("created_at")),
             raw=raw,
         )
 
     def _ask(self, method: str, path: str, body: JsonObject | None = None) -> Machine[bytes]:
-        from diptych.protos.providers.anthropic_requests import VERSION, VERSION_HEADER
+        return (yield from take(Asking(self._upstream, method, path, body, _anthropic_version())))
 
-        return (yield from take(Asking(self._upstream, method, path, body, {VERSION_HEADER: VERSION})))
+
+def _anthropic_version() -> dict[str, str]:
+    from diptych.protos.providers.anthropic_requests import VERSION, VERSION_HEADER
+
+    return {VERSION_HEADER: VERSION}
 
 
 _ANTHROPIC_STATUS = {
@@ -283,6 +330,34 @@ def _headers(requests: Any) -> dict[str, str]:
             words = dict.fromkeys([*found.get(name, "").split(","), *value.split(",")])
             found[name] = ",".join(word for word in words if word)
     return found
+
+
+def _pages(
+    upstream: HttpUpstream,
+    path: str,
+    after: str,
+    limit: int,
+    read: Callable[[JsonObject], BatchStatus],
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> Machine[list[BatchStatus]]:
+    """Of lists that go on behind an id."""
+    found: list[BatchStatus] = []
+    while len(found) < limit:
+        query = {"limit": str(min(limit - len(found), _MOST_LISTED)), **({after: found[-1].id} if found else {})}
+        told = json_of((yield from take(Asking(upstream, "GET", path, headers=headers, query=query))), "the batches")
+        page = [read(one) for one in told.get("data") or [] if isinstance(one, dict)]
+        found += page
+        if not page or not told.get("has_more"):
+            break
+    return found[:limit]
+
+
+def _seconds(told: object) -> float:
+    """Of a time as RFC 3339 writes it; 0 where it is none."""
+    try:
+        return datetime.fromisoformat(str(told)).timestamp()
+    except ValueError:
+        return 0.0
 
 
 def _never_answered(error: JsonObject) -> Failure:

@@ -6,7 +6,6 @@ One class, three verbs: `f(...)`, `await f.aio(...)`, `f.stream(...)`. Of an asy
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, Unpack, cast, overload
@@ -20,7 +19,7 @@ from .errors import DefinitionError, UsageError
 from .exchange import exchange, prepared
 from .hooks import Hooks
 from .limiter import Limiter
-from .machine import Awaited, Machine, adrive, drive, take
+from .machine import Awaited, Machine, adrive, drive, is_async, take
 from .output import Output
 from .params import Params, checked, layered, merged
 from .registry import Registry, current, default_registry
@@ -49,7 +48,7 @@ class Call(Generic[P, R, T]):
         self.__name__ = settings.name
         functools.update_wrapper(self, function, assigned=("__module__", "__qualname__", "__doc__"))
         self.function = function
-        self.is_async = inspect.iscoroutinefunction(function)
+        self.is_async = is_async(function)
         self.model = model
         self._settings = settings
         self._injection = Injection.of(function, settings.name)
@@ -65,8 +64,8 @@ class Call(Generic[P, R, T]):
 
     def stream(self, /, *args: P.args, **kwargs: P.kwargs) -> Stream[T]:
         """The answer as it comes, for `for` or `async for`."""
-        blank = self.blank()  # what holds here, also where it is read behind the block of a `using`
-        return Stream(lambda: self._filled(blank, *args, **kwargs), self.__name__, self._settings.output)
+        held = self._held()  # what holds here, also where it is read behind the block of a `using`
+        return Stream(lambda: self._filled(held, *args, **kwargs), self.__name__, self._settings.output)
 
     def machine(self, /, *args: P.args, **kwargs: P.kwargs) -> Machine[Reply[T]]:
         """For other machines."""
@@ -74,30 +73,34 @@ class Call(Generic[P, R, T]):
 
     def draft(self, /, *args: P.args, **kwargs: P.kwargs) -> Machine[Draft[T]]:
         """The prompt, and everything else of the call, under the overrides that hold here."""
-        return (yield from self._filled(self.blank(), *args, **kwargs))
+        return (yield from self._filled(self._held(), *args, **kwargs))
 
-    def _filled(self, blank: Draft[T], /, *args: P.args, **kwargs: P.kwargs) -> Machine[Draft[T]]:
-        given, named = args, kwargs
+    def _filled(self, held: Mapping[str, Any], /, *args: P.args, **kwargs: P.kwargs) -> Machine[Draft[T]]:
+        given, named, settings = args, kwargs, self._settings
         if self._injection is not None:
-            context = Context(deps=blank.deps, session=blank.params.get("session") or "")
+            context = Context(deps=settings.deps, session=held["params"].get("session") or "")
             given, named = self._injection.filled(args, kwargs, context)  # type: ignore[assignment]  # P has it
         prompt = self.function(*given, **named)
         if self.is_async:
             prompt = yield from take(Awaited(cast("Awaitable[Any]", prompt)))
-        tools = yield from arrived(blank.tools)
-        return replace(blank, messages=messages_of(prompt, f"what {self.__name__}() returned"), tools=tools)
+        tools = yield from arrived(settings.tools)
+        messages = messages_of(prompt, f"what {self.__name__}() returned")
+        return replace(settings, **held, messages=messages, tools=tools)
 
     def blank(self) -> Draft[T]:
         """The draft without its prompt: what holds here, whatever the arguments are."""
+        return replace(self._settings, **self._held())
+
+    def _held(self) -> dict[str, Any]:
+        """Of the draft: what only the call tells, by the registry and the blocks of `using` around it."""
         override, settings = current(), self._settings
         registry = override.registry or settings.registry
-        return replace(
-            settings,
-            model=override.model or self.model or "",
-            registry=registry,
-            version=self.version,
-            params=merged(registry.params, settings.params, override.params),
-        )
+        return {
+            "model": override.model or self.model or "",
+            "registry": registry,
+            "version": self.version,
+            "params": merged(registry.params, settings.params, override.params),
+        }
 
     @functools.cached_property
     def version(self) -> str:

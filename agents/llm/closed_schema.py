@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import SchemaError
 
 if TYPE_CHECKING:
     from pydantic.json_schema import JsonSchemaValue
@@ -101,6 +102,17 @@ class ClosedJsonSchema(GenerateJsonSchema):
             words = "|".join(sorted(re.escape(scheme) for scheme in schemes))
             found = found | {"pattern": f"^(?:{words})://[A-Za-z0-9]"}
         return found
+
+
+def fault_of(error: Exception) -> str:
+    """Why pydantic can make nothing of a type, in one line; of a pattern that its engine does not read, the remedy."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    if isinstance(error, SchemaError) and "regex parse error" in str(error):
+        why = lines[-1].removeprefix("error: ")
+        return (
+            f"its pattern cannot be read: {why}; give it compiled, Field(pattern=re.compile(...)), for Python's own re"
+        )
+    return lines[0].rstrip(".")
 
 
 def _closed(found: JsonSchemaValue) -> JsonSchemaValue:

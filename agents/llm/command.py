@@ -9,24 +9,22 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-import traceback
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
+from pydantic_core import to_jsonable_python
 
 from diptych.protos.deltas import Content
-from diptych.protos.errors import DiptychError
 
 from .agent import Agent
 from .agent_events import HandedOff, Run, TextDelta, ToolBegan, ToolEnded, TurnBegan
 from .agent_streams import AgentStream
 from .attempts import Attempt
 from .call import Call
-from .command_arguments import Parameter, WrongArguments, arguments, parameters_of, rest_of, words_of
+from .command_arguments import Parameter, WrongArguments, arguments, bound, parameters_of, rest_of, words_of
 from .command_files import FromFile, from_file
+from .command_frame import ended, json_of, noted
 from .errors import UsageError
 from .partial import plain
 from .prompt import Prompt
@@ -37,7 +35,6 @@ from .tool_context import Injection
 from .usage import Spent
 
 T = TypeVar("T")
-FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 
 def run(
@@ -52,10 +49,8 @@ def run(
     """Runs it, and gives the exit code: 0; 1 with a sentence on stderr where it failed; 2 where the command line cannot
     be meant; 130 after Ctrl-C. `rest` are the words that belong to the function, `named` NAME=VALUE of --arg.
     """
-    for file in (sys.stdout, sys.stderr):
-        if (reconfigure := getattr(file, "reconfigure", None)) is not None:
-            reconfigure(errors="backslashreplace")  # a terminal without a letter of the answer still shows the rest
-    try:
+
+    def body() -> int:
         if target.startswith("-"):
             raise WrongArguments(f"{target}: FILE:FUNCTION comes first, the function's arguments behind it")
         given = words_of(named, rest)
@@ -64,34 +59,11 @@ def run(
         with from_file(target, OWN) as found, using(model=model):
             _Asked(found, model, _Shown(found.name, stream, as_json)).run(given)
         return 0
-    except WrongArguments as exc:
-        return _said(str(exc), WRONG)
-    except DiptychError as exc:
-        return _said(str(exc), FAILED)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # who read stdout has left: the command's frame ends quietly
-        raise
-    except Exception as exc:
-        return _raised(exc, target)
+
+    return ended(body, target)
 
 
 OWN = (Call, Agent, Prompt)
-
-
-def _said(words: str, code: int) -> int:
-    print(f"diptych: {words}", file=sys.stderr)
-    return code
-
-
-def _raised(exc: Exception, target: str) -> int:
-    """Of the file's own code: its developer wants to see where."""
-    path = str(Path(target.rpartition(":")[0]).resolve())
-    frames = traceback.extract_tb(exc.__traceback__)
-    begin = next((at for at, one in enumerate(frames) if one.filename == path), 0)
-    print("".join(traceback.format_list(frames[begin:])), end="", file=sys.stderr)
-    told = "".join(traceback.format_exception_only(exc)).strip()
-    return _said(f"{target} raised {told}", FAILED)
 
 
 @dataclass(slots=True)
@@ -105,9 +77,7 @@ class _Asked:
     def run(self, given: Sequence[tuple[str, str | None]]) -> None:
         target, name = self.found.value, self.found.name
         if isinstance(target, Prompt):
-            if self.model is None:
-                raise WrongArguments(f"{name} is a prompt without a model: add --model PREFIX/MODEL")
-            target = target.call(self.model)
+            target = call_of(target, name, self.model)
         try:
             if isinstance(target, Call):
                 self._call(target, given)
@@ -146,17 +116,15 @@ class _Asked:
         others = rest_of(function)
         takes = parameters_of(function, without)
         values = arguments(self.found.name, takes, given, others=others)
-        signature = inspect.signature(function)
-        named = {
-            one.name: one.default
-            for one in signature.parameters.values()
-            if one.kind is one.POSITIONAL_ONLY and one.default is not one.empty and one.name != without
-        }
-        named |= {key: value for key, value in values.items() if key in takes}
-        if others is not None:
-            named[others.name] = {key: value for key, value in values.items() if key not in takes}
-        bound = inspect.BoundArguments(signature, cast("Any", named))
-        return bound.args, bound.kwargs
+        found = bound(function, values, without)
+        return found.args, found.kwargs
+
+
+def call_of(prompt: Prompt[..., Any], name: str, model: str | None) -> Call[..., Any, str]:
+    """A prompt asked of `model`. Raises WrongArguments where there is none."""
+    if model is None:
+        raise WrongArguments(f"{name} is a prompt without a model: add --model PREFIX/MODEL")
+    return prompt.call(model)
 
 
 def _waited(found: Any) -> Any:
@@ -185,7 +153,7 @@ class _Shown:
             self.agent_stream(found, is_text=False) if self.is_streamed else self.result(found.run())
         elif isinstance(found, Reply | Run):
             if self.is_json:
-                self._line(_json(_told_of(found), self.name))
+                self._line(json_of(_told_of(found), self.name))
                 found.value  # noqa: B018  without one, it says what must be done
             else:
                 self._value(found.value)
@@ -197,7 +165,7 @@ class _Shown:
                 f"a stream, or name a call or an agent"
             )
         elif self.is_json:
-            self._line(_json({"value": found}, self.name))
+            self._line(json_of({"value": found}, self.name))
         elif found is not None:  # a function that prints for itself
             self._value(found)
 
@@ -216,7 +184,7 @@ class _Shown:
             last: list[bytes] = []
 
             def told(value: Any) -> None:
-                line = _json(plain(value), self.name)
+                line = json_of(plain(value), self.name)
                 if last[-1:] != [line]:
                     last[:] = [line]
                     self._line(line)
@@ -224,7 +192,7 @@ class _Shown:
             _each(stream.partials(grow=False), told, is_async=is_async)
             told(_value_of(stream, is_async=is_async))
             return
-        _each(items, lambda item: self._line(_json(item, self.name)), is_async=is_async)
+        _each(items, lambda item: self._line(json_of(item, self.name)), is_async=is_async)
         _value_of(stream, is_async=is_async)
 
     def agent_stream(self, stream: AgentStream[Any], *, is_text: bool) -> None:
@@ -264,14 +232,14 @@ class _Shown:
         if self.is_json:
             values: list[Any] = []
             _each(found, values.append, is_async=inspect.isasyncgen(found))
-            self._line(_json({"value": values}, self.name))
+            self._line(json_of({"value": values}, self.name))
             return
 
         def told(piece: Any) -> None:
             if isinstance(piece, str):
                 self._write(piece)
             else:
-                self._line(_json(piece, self.name))
+                self._line(json_of(piece, self.name))
 
         _each(found, told, is_async=inspect.isasyncgen(found))
         self.end()
@@ -281,7 +249,7 @@ class _Shown:
             self._write(value)
             self.end()
         else:
-            self._line(_json(value, self.name, indent=2))
+            self._line(json_of(value, self.name, indent=2))
 
     def _line(self, document: bytes) -> None:
         self.end()
@@ -289,9 +257,9 @@ class _Shown:
 
     def _write(self, text: str) -> None:
         if text:
+            self._is_open = not text.endswith("\n")  # first: who reads it may interrupt at once
             sys.stdout.write(text)
             sys.stdout.flush()
-            self._is_open = not text.endswith("\n")
 
     def end(self) -> None:
         """Of the line that is being written."""
@@ -300,7 +268,7 @@ class _Shown:
 
     def _note(self, words: str) -> None:
         self.end()
-        print(f"diptych: {words}", file=sys.stderr)
+        noted(words)
 
 
 def _each(source: Any, told: Callable[[Any], None], *, is_async: bool) -> None:
@@ -319,17 +287,6 @@ def _each(source: Any, told: Callable[[Any], None], *, is_async: bool) -> None:
 
 def _value_of(stream: Stream[Any], *, is_async: bool) -> Any:
     return (asyncio.run(stream.reply.aio()) if is_async else stream.reply()).value
-
-
-def _json(value: Any, name: str, *, indent: int | None = None) -> bytes:
-    """Raises UsageError that names what cannot be written."""
-    try:
-        return to_json(value, indent=indent, by_alias=True, inf_nan_mode="strings", bytes_mode="base64")
-    except (PydanticSerializationError, UnicodeError) as exc:
-        raise UsageError(
-            f"{name} gave what JSON cannot say, a value of the type {type(value).__name__} ({exc}): let it return "
-            f"texts, numbers, lists, dicts, models or dataclasses"
-        ) from exc
 
 
 def _told_of(found: Reply[Any] | Run[Any]) -> dict[str, Any]:

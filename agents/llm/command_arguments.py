@@ -1,16 +1,17 @@
-"""Words of a command line as the arguments of a function, by its hints: the first that `diptych run` does.
+"""Words of a command line, or members of a JSON object, as the arguments of a function, by its hints.
 
-command.py calls it. It knows nothing of calls, agents and models.
+command.py and batch_items.py call it. It knows nothing of calls, agents and models.
 """
 
 from __future__ import annotations
 
 import collections.abc
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, get_args, get_origin
+from functools import lru_cache
+from typing import Annotated, Any, cast, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
@@ -38,10 +39,13 @@ class Parameter:
     name: str
     is_required: bool
     hint: Callable[[], Any]
+    is_option: bool = True
 
     @property
-    def option(self) -> str:
-        """As a command line names it."""
+    def label(self) -> str:
+        """As a command line names it, or an object."""
+        if not self.is_option:
+            return self.name
         return f"--arg {self.name}=..." if self.name in OWN_OPTIONS else f"--{self.name.replace('_', '-')}"
 
 
@@ -70,12 +74,14 @@ def words_of(pairs: Iterable[str], rest: Sequence[str]) -> list[tuple[str, str |
     return found
 
 
-def parameters_of(function: Callable[..., Any], without: str | None = None) -> dict[str, Parameter]:
-    """Those that a command line can give, by their names; `without` is one that somebody else gives."""
+def parameters_of(
+    function: Callable[..., Any], without: str | None = None, *, are_options: bool = True
+) -> dict[str, Parameter]:
+    """Those that a command line, or an object, can give, by their names; `without` is one that somebody else gives."""
     found: dict[str, Parameter] = {}
     for one in inspect.signature(function).parameters.values():
         if one.kind in _NAMED and one.name != without:
-            found[one.name] = Parameter(one.name, one.default is one.empty, _late_hint(function, one))
+            found[one.name] = Parameter(one.name, one.default is one.empty, _late_hint(function, one), are_options)
     return found
 
 
@@ -113,10 +119,7 @@ def arguments(
         if key not in parameters and others is None:
             raise WrongArguments(_unknown(name, said, parameters), said)
         texts.setdefault(key, []).append(text)
-    missing = [one for one in parameters.values() if one.is_required and one.name not in texts]
-    if missing:
-        told = ", ".join(f"{one.option} ({_told(one)})" for one in missing)
-        raise WrongArguments(f"{name}: missing {told}", missing[0].name)
+    _check_all_there(name, parameters, texts)
     values: dict[str, Any] = {}
     for key, several in texts.items():
         one = parameters.get(key) or Parameter(key, False, others.hint if others else lambda: Any)
@@ -124,10 +127,56 @@ def arguments(
     return values
 
 
+def members(
+    name: str, parameters: Mapping[str, Parameter], given: Mapping[str, Any], *, others: Parameter | None = None
+) -> dict[str, Any]:
+    """The same of values as JSON has them."""
+    for said in given:
+        if said not in parameters and others is None:
+            raise WrongArguments(_unknown(name, said, parameters), said)
+    _check_all_there(name, parameters, given)
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        one = parameters.get(key) or others
+        assert one is not None
+        try:
+            values[key] = _adapter(name, one).validate_python(value)
+        except ValidationError as exc:
+            raise WrongArguments(
+                f"{name}: {key} {_short(repr(value))} is no {_kind(one.hint())}: {_faults(exc)}", key
+            ) from exc
+    return values
+
+
+def bound(
+    function: Callable[..., Any], values: Mapping[str, Any], without: str | None = None
+) -> inspect.BoundArguments:
+    """Values by their names as the function is called with them; `without` is one that somebody else gives."""
+    signature = inspect.signature(function)
+    takes, rest = signature.parameters, rest_of(function)
+    named = {
+        one.name: one.default
+        for one in takes.values()
+        if one.kind is one.POSITIONAL_ONLY and one.default is not one.empty and one.name != without
+    }
+    own = {one.name for one in takes.values() if one.kind in _NAMED and one.name != without}
+    named |= {key: value for key, value in values.items() if key in own}
+    if rest is not None:
+        named[rest.name] = {key: value for key, value in values.items() if key not in own}
+    return inspect.BoundArguments(signature, cast("Any", named))
+
+
+def _check_all_there(name: str, parameters: Mapping[str, Parameter], given: Container[str]) -> None:
+    missing = [one for one in parameters.values() if one.is_required and one.name not in given]
+    if missing:
+        told = ", ".join(f"{one.label} ({_told(one)})" for one in missing)
+        raise WrongArguments(f"{name}: missing {told}", missing[0].name)
+
+
 def _unknown(name: str, said: str, parameters: Mapping[str, Parameter]) -> str:
-    there = ", ".join(one.option for one in parameters.values())
+    there = ", ".join(one.label for one in parameters.values())
     close = get_close_matches(said.replace("-", "_"), parameters, n=1)
-    hint = f": did you mean {parameters[close[0]].option}?" if close else ""
+    hint = f": did you mean {parameters[close[0]].label}?" if close else ""
     return f"{name} has no parameter {said!r}{hint or ':'} {f'it takes {there}' if there else 'it takes none'}"
 
 
@@ -146,10 +195,10 @@ def _kind(hint: Any) -> str:
 
 def _value(name: str, one: Parameter, texts: Sequence[str | None]) -> Any:
     hint = one.hint()
-    adapter = _adapter(name, one, hint)
+    adapter = _adapter(name, one)
     if None in texts:
         if not _is_flag(hint):
-            raise WrongArguments(f"{name}: {one.option} needs a value ({_told(one)})", one.name)
+            raise WrongArguments(f"{name}: {one.label} needs a value ({_told(one)})", one.name)
         texts = ["true" if text is None else text for text in texts]
     whole = [text for text in texts if text is not None]
     faults: list[ValidationError] = []
@@ -160,7 +209,7 @@ def _value(name: str, one: Parameter, texts: Sequence[str | None]) -> Any:
             faults.append(exc)
     said = repr(_short(whole[0])) if len(whole) == 1 else f"is given {len(whole)} times, and all of them together"
     why = _no_json(whole[0]) or _faults(max(faults, key=_depth))
-    raise WrongArguments(f"{name}: {one.option.removesuffix('=...')} {said} is no {_kind(hint)}: {why}", one.name)
+    raise WrongArguments(f"{name}: {one.label.removesuffix('=...')} {said} is no {_kind(hint)}: {why}", one.name)
 
 
 def _is_flag(hint: Any) -> bool:
@@ -182,14 +231,17 @@ def _depth(fault: ValidationError) -> int:
     return max(len(error["loc"]) for error in fault.errors(include_url=False, include_input=False))
 
 
-def _adapter(name: str, one: Parameter, hint: Any) -> TypeAdapter[Any]:
+@lru_cache(maxsize=256)  # of a file with many lines, each asks for the same
+def _adapter(name: str, one: Parameter) -> TypeAdapter[Any]:
+    hint = one.hint()
     if get_origin(hint) in _LAZY:
         hint = list[get_args(hint)[0]]  # type: ignore[misc]  # pydantic reads it as any other
     try:
         return TypeAdapter(hint)
     except (PydanticUserError, DefinitionError) as exc:  # the latter of a Context inside it
+        place = "text on a command line" if one.is_option else "JSON"
         raise WrongArguments(
-            f"{name}: {one.option} is a {_kind(hint)}, which no text on a command line can be: "
+            f"{name}: {one.label} is a {_kind(hint)}, which no {place} can be: "
             f"write a function around it that takes texts, numbers, lists or models",
             one.name,
         ) from exc

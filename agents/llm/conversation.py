@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeGuard, get_args, runtime_checkable
 
-from diptych.protos.messages import Media, Message, Part, Reasoning, Refusal, Role, Text, ToolCall, ToolResult
+from diptych.protos.messages import Media, Message, Part, Reasoning, Refusal, Role, Text, ToolCall, ToolResult, said
 
 from .errors import UsageError
 
@@ -79,6 +79,8 @@ def assistant(*content: Content | Sequence[Content]) -> Message:
 
 def messages_of(prompt: object, where: str) -> tuple[Message, ...]:
     """The conversation that `prompt` means. Raises UsageError that names `where` it came from."""
+    if isinstance(prompt, str) and prompt:
+        return (said("user", prompt),)
     if isinstance(prompt, (str, *_PARTS)):
         return _of_user(prompt, where)
     if isinstance(prompt, Message):

@@ -22,6 +22,7 @@ from .errors import BudgetExceeded, CallFailed, UsageError
 from .machine import Machine, adrive
 from .outcomes import Failed
 from .output import WRAPPED, Output
+from .strict_json import validated
 from .tool_context import Context
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Delegation:
         if self.input is not None:
             if self.input.is_wrapped:
                 document = json.dumps(json.loads(document)[WRAPPED])
-            return {WRAPPED: self.input.adapter.validate_json(document)}
+            return {WRAPPED: validated(self.input.adapter, document)}
         found = json.loads(document)
         request = found.get("request") if isinstance(found, dict) else None
         if not isinstance(request, str) or not request.strip():

@@ -9,18 +9,20 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 from diptych.protos.errors import DiptychError
 from diptych.protos.messages import Message, said
 from diptych.protos.openai import ChatRequest, read_chat
 from diptych.protos.providers.codec import Note, Outgoing
+from diptych.protos.providers.request_fields import NO_SCHEMA
 
 from .conversation import placed
 from .errors import Unsupported, UsageError
 from .params import Params, canonical, checked, in_own_words, own_name
 from .registry import Registry
 from .retries import Budget, Retries
+from .travel import draft_again, draft_told
 from .upstream import Upstream, with_extra
 
 if TYPE_CHECKING:
@@ -60,6 +62,15 @@ class Draft(Generic[T]):
     limiter: Limiter | None = None
     begun: Message | None = None
     reads_parts: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return draft_again, (draft_told(self),)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
 
     def target(self) -> tuple[Upstream, str]:
         """Who is asked, and for which model. Raises UsageError."""
@@ -108,11 +119,7 @@ def encoded(draft: Draft[Any], upstream: Upstream, model: str, request: ChatRequ
     """As it goes out. Raises Unsupported, UsageError."""
     try:
         outgoing = upstream.codec.encode(request, model=model, stream=stream, quirks=upstream.quirks)
-        if (
-            draft.output is not None
-            and _lacks_schema(outgoing)
-            and draft.params.get("on_unsupported") in ("warn", "drop")
-        ):
+        if draft.output is not None and _is_told_in_words(draft, outgoing):
             told = _told_the_schema(request.messages, draft.output.schema)  # of what it is not held to, it is told
             request = request.model_copy(update={"messages": told})
             outgoing = upstream.codec.encode(request, model=model, stream=stream, quirks=upstream.quirks)
@@ -130,8 +137,11 @@ def encoded(draft: Draft[Any], upstream: Upstream, model: str, request: ChatRequ
     return Encoded(upstream, model, request, with_extra(outgoing, extra, headers))
 
 
-def _lacks_schema(outgoing: Outgoing) -> bool:
-    return any(own_name(note.field).startswith("output") for note in outgoing.unsupported)
+def _is_told_in_words(draft: Draft[Any], outgoing: Outgoing) -> bool:
+    """Of models that take no schema at all, as of providers of that kind; of others that lack this one, on request."""
+    lacking = [note for note in outgoing.unsupported if own_name(note.field).startswith("output")]
+    is_permitted = draft.params.get("on_unsupported") in ("warn", "drop")
+    return bool(lacking) and (is_permitted or all(note.words == NO_SCHEMA for note in lacking))
 
 
 def _options(params: Params, upstream: Upstream) -> Mapping[str, Any]:
@@ -146,7 +156,7 @@ def _has_own_form(params: Params, upstream: Upstream) -> bool:
 
 def _permit(draft: Draft[Any], outgoing: Outgoing) -> None:
     way = draft.params.get("on_unsupported", "error")
-    lacking = outgoing.unsupported
+    lacking = tuple(note for note in outgoing.unsupported if draft.output is None or note.words != NO_SCHEMA)
     if not lacking or way == "drop":
         return
     words = f"{draft.model} has no words for {_listed(lacking)}"

@@ -12,7 +12,7 @@ Error
     |-- Refused          the model or its provider declined
     |-- EmptyAnswer      there was nothing in it
     |-- Blocked          a processor of an agent lets it not pass
-    `-- BudgetExceeded   tokens, money, time, turns or calls of tools are used up
+    `-- BudgetExceeded   tokens, money, time, turns, requests or calls of tools are used up
 """
 
 from __future__ import annotations
@@ -28,8 +28,26 @@ if TYPE_CHECKING:
     from .reports import Report
 
 
+MOST_CHARS = 4_000
+
+
 class Error(DiptychError):
-    """Root of this package's errors."""
+    """Root of this package's errors. `message` is whole, `str` and `repr` are bounded. `state`: of the agent's run that
+    it ended, to go on from; None: there was none, or nothing of it yet.
+    """
+
+    state: AgentState | None = None
+
+    def __str__(self) -> str:
+        return bounded(self.message)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
+
+def bounded(text: str) -> str:
+    """For a line of a log: an answer may be a megabyte. The whole of it stays an attribute."""
+    return text if len(text) <= MOST_CHARS else f"{text[: MOST_CHARS - 3]}..."
 
 
 class DefinitionError(Error, TypeError):
@@ -74,7 +92,6 @@ class CallFailed(Error):
 
     code = "llm_call"
     left_out: tuple[str, ...] = ()
-    state: AgentState | None = None  # of the agent's run that it ended, to go on from
     reasked: ClassVar[bool] = False  # whether telling the model of it may help
 
     def __init__(self, message: str, attempts: tuple[Attempt, ...] = ()) -> None:
@@ -84,10 +101,10 @@ class CallFailed(Error):
 
     def __str__(self) -> str:
         if len(self.attempts) < 2 and not self.left_out:
-            return self.message
+            return super().__str__()
         from .attempts import history
 
-        return f"{self.message}\n{history(self.attempts, self.left_out)}"
+        return f"{super().__str__()}\n{history(self.attempts, self.left_out)}"
 
     @property
     def last(self) -> Attempt | None:
@@ -177,7 +194,7 @@ class Blocked(CallFailed):
 
 
 class BudgetExceeded(CallFailed):
-    """`limit` is its name: tokens, dollars, seconds, turns or tool_calls."""
+    """`limit` is its name: tokens, dollars, seconds, turns, tool_calls or requests."""
 
     code = "llm_budget"
 

@@ -195,7 +195,8 @@ def _answered(trying: Trying[Any]) -> Machine[Answer]:
     with (yield from trying.place()) as place:
         sent, limits = yield from trying.begin(stream=False)
         answer = joined(trying.draft.begun, (yield from take(Whole(sent, limits, trying.wire))))
-        place.tokens = spent_of(answer.usage, None).tokens
+        if place.limiters:
+            place.tokens = spent_of(answer.usage, None).tokens
         return answer
 
 

@@ -16,6 +16,7 @@ from .exchange import exchange
 from .machine import Machine
 from .params import merged
 from .together import together
+from .travel import check_whole
 
 if TYPE_CHECKING:
     from .draft import Draft
@@ -38,6 +39,7 @@ def again(reply: Reply[T], params: Mapping[str, Any]) -> Draft[T]:
     from .draft import with_params
     from .registry import current
 
+    check_whole(reply.draft)
     override = current()
     draft = replace(
         reply.draft,

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from .machine import is_async
+
 if TYPE_CHECKING:
     from diptych.protos.messages import ToolCall
 
@@ -128,6 +130,12 @@ class Hooks:
             return decorate
         if not callable(handler):
             raise UsageError(f"hooks.on({kind.__name__}, {handler!r}): the handler is no function", "handler")
+        if is_async(handler):
+            raise UsageError(
+                f"hooks.on({kind.__name__}, ...): the handler is async, and nobody would await it: write def, and "
+                f"begin a task in it where it has something to wait for",
+                "handler",
+            )
         entry = (kind, handler)
         with self._lock:
             self._handlers = (*self._handlers, entry)

@@ -7,6 +7,8 @@ functions) runs in the caller's thread, so that it may make synchronous calls it
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
@@ -49,6 +51,13 @@ class Sleep:
     async def perform(self) -> None:
         """Pass the time."""
         await asyncio.sleep(self.seconds)
+
+
+def is_async(function: object) -> bool:
+    """Whether a call of it gives a coroutine: an async def, an object whose __call__ is one, a partial of either."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def take(step: Step[T]) -> Machine[T]:

@@ -19,10 +19,11 @@ from pydantic_core import from_json
 
 from diptych.protos.openai_output import OutputForm, read_form
 
-from .closed_schema import ClosedJsonSchema
+from .closed_schema import ClosedJsonSchema, fault_of
 from .errors import DefinitionError, Error, InvalidOutput
 from .json_text import last_json
 from .reports import report_of
+from .strict_json import validated
 from .tool_context import WITHIN, stands_within
 
 T = TypeVar("T")
@@ -51,6 +52,9 @@ class Output(Generic[T]):
         self.schema: JsonObject = _wrapped(schema) if self.is_wrapped else _rooted(schema)
         self.name = _name_of(kind)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.kind, self.name, self.is_strict)
+
     def held(self, *, is_strict: bool) -> Output[T]:
         """The same, as strict as said."""
         other = copy.copy(self)
@@ -71,13 +75,13 @@ class Output(Generic[T]):
     def _value(self, document: str, context: Any) -> T:
         inner = _unwrapped(document) if self.is_wrapped else None
         if inner is None:
-            return self.adapter.validate_json(document, strict=self.is_strict, context=context)
+            return validated(self.adapter, document, strict=self.is_strict, context=context)
         try:
-            return self.adapter.validate_json(inner, strict=self.is_strict, context=context)
+            return validated(self.adapter, inner, strict=self.is_strict, context=context)
         except ValidationError as inside:
             raise_own(inside)
             try:  # an object of the type's own that has just this one field, from a model that was not held to a form
-                return self.adapter.validate_json(document, strict=self.is_strict, context=context)
+                return validated(self.adapter, document, strict=self.is_strict, context=context)
             except ValidationError:
                 raise inside from None
 
@@ -92,6 +96,12 @@ class Output(Generic[T]):
         form = read_form({"response_format": self.response_format})
         assert form is not None
         return form
+
+
+def _again(kind: Any, name: str, is_strict: bool) -> Output[Any]:
+    output: Output[Any] = Output(kind, is_strict=is_strict)
+    output.name = name
+    return output
 
 
 def invalid(
@@ -157,13 +167,13 @@ def _readable(kind: Any, where: str) -> tuple[TypeAdapter[Any], JsonObject]:
     except PydanticInvalidForJsonSchema as exc:
         raise DefinitionError(
             f"{where}: no JSON can be a {_path_of(kind)} of the result's type: give it a type that has a JSON form, "
-            f"or leave it out (Field(exclude=True) does not: it is about writing); pydantic says: {_first_line(exc)}"
+            f"or leave it out (Field(exclude=True) does not: it is about writing); pydantic says: {fault_of(exc)}"
         ) from exc
     except PydanticSchemaGenerationError as exc:
         if not _is_type(kind):
             raise _no_type(kind, where) from exc
         raise DefinitionError(
-            f"{where}: the result's type has a part that pydantic cannot read: {_first_line(exc)}; make that class a "
+            f"{where}: the result's type has a part that pydantic cannot read: {fault_of(exc)}; make that class a "
             f"BaseModel or a dataclass, or give it __get_pydantic_core_schema__"
         ) from exc
     except PydanticUserError as exc:
@@ -172,7 +182,7 @@ def _readable(kind: Any, where: str) -> tuple[TypeAdapter[Any], JsonObject]:
         if not _is_type(kind):
             raise _no_type(kind, where) from exc
         raise DefinitionError(
-            f"{where}: the result's type cannot be read: {type(exc).__name__}: {_first_line(exc)}"
+            f"{where}: the result's type cannot be read: {type(exc).__name__}: {fault_of(exc)}"
         ) from exc
 
 
@@ -205,10 +215,6 @@ def _path_of(kind: Any) -> str:
         except PydanticUserError:
             continue
     return getattr(kind, "__name__", str(kind))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _is_object(schema: JsonObject) -> bool:

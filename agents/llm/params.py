@@ -7,7 +7,7 @@ them; those under `options` go out verbatim, and only to the family that they ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict, get_args, get_type_hints
+from typing import Any, Literal, TypedDict, cast, get_args, get_type_hints
 
 from .errors import UsageError
 
@@ -230,7 +230,7 @@ def checked(params: Mapping[str, Any], where: str) -> Params:
     for name in ("options", "extra"):
         if params.get(name):
             _check_json(params[name], f"{where}: {name}", name)
-    return {name: _detached(value) for name, value in params.items()}  # type: ignore[return-value]  # looked at above
+    return cast("Params", {name: _detached(value) for name, value in params.items()})
 
 
 def _check_json(value: Mapping[Any, Any], where: str, field: str) -> None:
@@ -310,7 +310,7 @@ def layered(*layers: Mapping[str, Any]) -> Params:
                 found[name] = _families(found[name], value)
             else:
                 found[name] = value
-    return found  # type: ignore[return-value]  # of names that were there
+    return cast("Params", found)
 
 
 def merged(*layers: Mapping[str, Any]) -> Params:
@@ -325,7 +325,7 @@ def merged(*layers: Mapping[str, Any]) -> Params:
             for family, fields in options.items()
             if fields is not None
         }
-    return found  # type: ignore[return-value]  # of names that were there
+    return cast("Params", found)
 
 
 def own_name(field: str) -> str:

@@ -7,7 +7,6 @@ changes of the prompt's content apart.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, Unpack, cast, overload
 
@@ -18,6 +17,7 @@ from diptych.protos.messages import Message
 from .call import Asked, Call, CallSettings, call
 from .conversation import messages_of
 from .errors import DefinitionError
+from .machine import is_async
 from .reply import Reply
 from .templated import of_template, templated
 from .templates import Template
@@ -39,7 +39,7 @@ class Prompt(Generic[P, V]):
         functools.update_wrapper(self, function, assigned=("__module__", "__qualname__", "__doc__"), updated=())
         self.__name__: str = getattr(function, "__name__", type(function).__name__)
         self.function = function
-        self.is_async = inspect.iscoroutinefunction(function)
+        self.is_async = is_async(function)
         remember(function)
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> V:

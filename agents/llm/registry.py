@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -114,6 +116,11 @@ class Registry:
         self._lock = threading.Lock()
         self._providers: Providers | None = None
         self._families: set[str] = set()  # of options, which were looked up
+        self._token = secrets.token_hex(16)
+        _living[self._token] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:  # keys and connections do not travel: it is found again, or asked for
+        return _found_again, ("" if self is _default else self._token,)
 
     def add(self, name: str, upstream: Upstream) -> None:
         """`upstream` answers `name/...` from now on."""
@@ -244,6 +251,30 @@ def _settings(name: str, fields: Mapping[str, Any]) -> Any:
     except ValidationError as exc:
         told = [f"{name}.{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in exc.errors(include_input=False)]
         raise UsageError(f"providers: {'; '.join(told)}", "providers") from None
+
+
+class Elsewhere(Registry):
+    """In place of one that a reply was made by in another process: who goes on names one that is here."""
+
+    def __init__(self, token: str) -> None:
+        super().__init__(environ={})
+        del _living[self._token]
+        self._token = token
+
+    def resolve(self, reference: str) -> tuple[Upstream, str]:
+        """Raises UsageError."""
+        raise UsageError(
+            f"{reference}: the registry that this reply was made by did not travel with it, because it holds keys: "
+            f"go on inside `with llm.using(registry=...):`",
+            "registry",
+        )
+
+
+_living: weakref.WeakValueDictionary[str, Registry] = weakref.WeakValueDictionary()
+
+
+def _found_again(token: str) -> Registry:
+    return _living.get(token) or Elsewhere(token) if token else default_registry()
 
 
 _default: Registry | None = None

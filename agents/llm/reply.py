@@ -18,6 +18,7 @@ from .errors import UsageError
 from .machine import Machine, verb
 from .params import Params
 from .registry import current
+from .travel import check_whole
 from .usage import Spent, total
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ class Unset:
 
     def __bool__(self) -> bool:
         return False
+
+    def __reduce__(self) -> str:
+        return "UNSET"
 
 
 UNSET = Unset()
@@ -177,6 +181,7 @@ class Reply(Generic[T]):
         from .draft import with_params
         from .outcomes import messages_of_outcomes
 
+        check_whole(self.draft)
         override = current()
         more: Sequence[Message] = messages_of_outcomes(content, self.tool_calls) or messages_of(content, "resume(...)")
         draft = replace(

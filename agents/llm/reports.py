@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,6 +23,7 @@ _HINTS = {
     "int_parsing": "write a whole number",
     "int_type": "write a whole number without quotes",
     "int_from_float": "write a whole number",
+    "finite_number": "write a number that JSON has, without NaN and Infinity",
     "float_type": "write a number without quotes",
     "string_type": "write a text in quotes",
     "bool_type": "write true or false",
@@ -67,8 +68,8 @@ class Report:
     """
 
     errors: tuple[FieldError, ...]
-    text: str
-    value: Any = None
+    text: str = field(repr=False)
+    value: Any = field(default=None, repr=False)
     has_value: bool = False
     num_more: int = 0
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from .conversation import told
 from .errors import DefinitionError, UsageError
+from .machine import is_async
 from .templates import Filled, Template
 from .tool_context import hint_of, is_context
 from .versions import definition_of
@@ -42,7 +43,7 @@ def templated(function: Callable[..., Any], template: Template) -> Callable[...,
     def fill(found: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Filled:
         return template.fill(_values(name, signature, template, found, args, kwargs), f"{name}(...)")
 
-    if inspect.iscoroutinefunction(function):
+    if is_async(function):
 
         @functools.wraps(function)
         async def filled(*args: Any, **kwargs: Any) -> Filled:

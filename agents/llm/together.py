@@ -7,8 +7,8 @@ Agents make the calls of one answer so, and forks their requests. It does not kn
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Sequence
-from contextvars import Context, copy_context
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -34,9 +34,12 @@ class Aside:
 
 @dataclass(slots=True)
 class Running:
-    """What is waited for now, by the machine that waits. All of it lives on one loop."""
+    """What is waited for now, by the machine that waits, and how to end what its steps have begun. All of it lives on
+    one loop.
+    """
 
     tasks: dict[asyncio.Task[Any], int] = field(default_factory=dict)
+    ends: list[tuple[asyncio.AbstractEventLoop, Callable[[], Awaitable[None]]]] = field(default_factory=list)
 
     def begin(self, index: int, step: Step[Any], context: Context) -> None:
         """In the loop."""
@@ -69,6 +72,20 @@ class Running:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for loop, end in self.ends:
+            if loop is asyncio.get_running_loop():  # else a tool's own call in a thread, which ends with its thread
+                await end()
+
+
+_owner: ContextVar[Running | None] = ContextVar("_owner", default=None)
+
+
+def ended_by(end: Callable[[], Awaitable[None]]) -> None:
+    """Called in a step that begins what goes on after it: who closes the machines waits for `end`. A machine that is
+    left between two steps cannot wait itself.
+    """
+    if (owner := _owner.get()) is not None:
+        owner.ends.append((asyncio.get_running_loop(), end))
 
 
 class _Cancelled(RuntimeError):
@@ -110,6 +127,8 @@ def each(
     """
     running = running or Running()
     contexts = [(context.copy() if context is not None else copy_context()) for _ in machines]
+    for one in contexts:
+        one.run(_owner.set, running)
     waiting = list(range(len(machines)))[::-1]
     begun: list[tuple[int, Step[Any], Context]] = []
     open_ = 0

@@ -29,9 +29,11 @@ from .machine import Awaited, Machine, take
 from .outcomes import MOST_CHARS, OUTCOMES, Failed, NeedsApproval, Ok, Retry, ToolOutcome, cut, settled, sound, words_of
 from .reply import Reply
 from .reports import report_of
+from .together import ended_by
 from .tool_context import Context
 from .tools import Tool
 from .tracing import tool_span
+from .travel import LEFT
 
 logger = logging.getLogger(__name__)
 TIMEOUT_S = 600.0
@@ -82,6 +84,7 @@ class _Running:
         rows = [[job] for job in jobs if job.tool.parallel]
         rows += [row] if (row := [job for job in jobs if not job.tool.parallel]) else []
         self._tasks = [self._loop.create_task(self._row(row)) for row in rows]
+        ended_by(self.cancel)
 
     async def _row(self, jobs: Sequence[_Job]) -> None:
         for job in jobs:
@@ -227,6 +230,10 @@ def _checked(
                 "approved",
             )
     given = reply.draft.deps if deps is None else deps
+    if given is LEFT:
+        raise UsageError(
+            f"{reply.draft.name}: its deps did not travel with this reply: run_tools(deps=...) gives them anew", "deps"
+        )
     run = _Run(reply, approved, given, float(values["timeout"]), int(values["most_chars"]))
     return run, int(values["at_once"])
 
@@ -256,6 +263,11 @@ def _planned(run: _Run, at: int, call: ToolCall) -> Machine[_Job | ToolOutcome]:
     if tool is None:
         names = ", ".join(tools) or "none at all"
         return settled(call, Retry(f"There is no tool {call.name!r}; the tools are: {names}."))
+    if tool.body is LEFT:
+        raise UsageError(
+            f"the tool {call.name} did not travel with this reply, because it has no name in a module: run it yourself "
+            f"and go on with reply.resume([llm.result({call.id!r}, value)]), or define it at the top of a module"
+        )
     document, note = _document(call), ""
     if isinstance(said, Mapping):
         try:

@@ -19,8 +19,10 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticUndefined, to_jsonable_python
 from typing_extensions import TypedDict
 
+from .closed_schema import fault_of
 from .docstrings import described
 from .errors import DefinitionError
+from .strict_json import validated
 from .tool_context import WITHIN, Context, context_among, hint_of, stands_within
 
 JsonObject = dict[str, Any]
@@ -71,7 +73,8 @@ class Signature:
         """The typed values in a JSON object; what it leaves out is left out here, too. Raises pydantic's
         ValidationError.
         """
-        return dict(self._adapter.validate_json(document))
+        found: dict[str, Any] = validated(self._adapter, document)
+        return found
 
     def with_defaults(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Those, and the defaults of what is left out."""
@@ -168,11 +171,10 @@ def _adapter_of(fields: Mapping[str, Any], where: str) -> tuple[TypeAdapter[dict
             except Exception as inner:
                 if stands_within(hint):
                     raise DefinitionError(f"{where}: parameter {name!r}: {WITHIN}") from inner
-                why = str(inner).splitlines()[0]
                 raise DefinitionError(
-                    f"{where}: the type of parameter {name!r} has no JSON schema ({why}): use types that JSON can say "
-                    f"(str, int, list, dict, a pydantic model, a dataclass, ...), or llm.Context for what models must "
-                    f"not see"
+                    f"{where}: the type of parameter {name!r} has no JSON schema ({fault_of(inner)}): use types that "
+                    f"JSON can say (str, int, list, dict, a pydantic model, a dataclass, ...), or llm.Context for "
+                    f"what models must not see"
                 ) from inner
         raise DefinitionError(f"{where}: no schema can be made of its parameters: {exc}") from exc
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, cast, overload, runtime_checkable
 
 from .errors import DefinitionError
-from .machine import Machine, Step, take
+from .machine import Machine, Step, is_async, take
 from .tool_context import Context
 from .tool_schema import JsonObject, Signature
+from .travel import tool_again, tool_told
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -103,6 +104,12 @@ class Tool:
                 f"tool {self.name}: needs_approval is true, false or a function of the arguments, "
                 f"not {self.needs_approval!r}"
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tool_again, tool_told(self)
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
 
     def told(self) -> JsonObject:
         """As OpenAI's entry of `tools`."""
@@ -244,15 +251,19 @@ def _made(given: Any, name: str | None) -> FunctionTool[..., Any]:
         raise DefinitionError(f"{where}: a generator gives many values, and a tool one: return a list of them")
     is_method = isinstance(given, type(_made)) and _is_method(given)
     signature = Signature.of(function, where, skips_first=is_method)
-    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
     return FunctionTool(
         name=name or own,
         description=signature.description,
         parameters=signature.parameters,
-        body=FunctionBody(function, signature, is_async),
+        body=FunctionBody(function, signature, is_async(function)),
         function=function,
         is_method=is_method,
     )
+
+
+def of_function(function: Callable[..., Any], told: Mapping[str, Any]) -> Tool:
+    """The tool of a function with the settings of another: see travel.py."""
+    return replace(_made(function, told["name"]), **told)
 
 
 def _is_method(function: Any) -> bool:

@@ -35,12 +35,11 @@ JsonObject = dict[str, Any]
 @dataclass(slots=True)
 class Wire:
     """What one request saw of its way: filled in while it is answered. `raw` is the provider's own JSON: one body of a
-    whole answer, each event of a stream. `headers` are those that tell of the answer (request id, rate limits).
+    whole answer, each event of a stream.
     """
 
     raw: list[Any] = field(default_factory=list)
     status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
     request_id: str = ""
     first_token_s: float | None = None
 
@@ -213,7 +212,7 @@ def _terms(limits: Limits) -> Any:
 
 
 def _note(wire: Wire, exchange: Any) -> None:
-    wire.status, wire.request_id, wire.headers = exchange.status, exchange.request_id, exchange.headers
+    wire.status, wire.request_id = exchange.status, exchange.request_id
     if exchange.first_token_at is not None and exchange.began_at is not None:
         wire.first_token_s = exchange.first_token_at - exchange.began_at
 

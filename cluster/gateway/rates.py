@@ -99,12 +99,14 @@ def cost_at(rates: Rates, usage: Usage) -> Cost | None:
         (long, rates.cache_write_1h or rates.cache_write),
         (heard, rates.input_audio),
     ):
-        paid += number * (rate or rates.input).at(size)
+        if number:
+            paid += number * (rate or rates.input).at(size)
     spoken = min(usage.output_audio_tokens or 0, usage.output_tokens)
     thought = min(usage.reasoning_tokens or 0, usage.output_tokens - spoken)
     made = (usage.output_tokens - spoken - thought) * rates.output.at(size)
     for number, rate in ((spoken, rates.output_audio), (thought, rates.reasoning)):
-        made += number * (rate or rates.output).at(size)
+        if number:
+            made += number * (rate or rates.output).at(size)
     return Cost(
         input_nanos=-(-paid // _MEGA),
         output_nanos=-(-made // _MEGA),

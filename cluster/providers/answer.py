@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import httpcore2
 
@@ -17,6 +17,9 @@ from .network import Stream
 from .network_failures import failed, in_body, too_late
 from .terms import HttpExchange, Terms
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterable
+
 MAX_BODY_BYTES: Final = 32 << 20
 MAX_STREAM_BYTES: Final = 512 << 20
 MAX_ERROR_BYTES: Final = 64 << 10
@@ -25,7 +28,7 @@ MAX_ERROR_S = 3.0
 _MAX_TAIL_BYTES: Final = 64 << 10
 _MAX_TAIL_S: Final = 0.5
 _REQUEST_IDS: Final = frozenset(
-    ("x-request-id", "request-id", "x-amzn-requestid", "apim-request-id", "x-goog-request-id", "cf-ray")
+    (b"x-request-id", b"request-id", b"x-amzn-requestid", b"apim-request-id", b"x-goog-request-id", b"cf-ray")
 )
 
 
@@ -42,7 +45,8 @@ class Answer:
         self._exchange = exchange
         self._loop = asyncio.get_running_loop()
         self._connection = cast("Stream", response.extensions["network_stream"])
-        self._pieces = response.aiter_stream()
+        stream = cast("AsyncIterable[bytes]", response.stream)  # its aiter_stream() is one more generator around it
+        self._pieces = cast("AsyncGenerator[bytes, None]", aiter(stream))
         self._unpacker: _Unpacker | None = None
         self._read_headers()
 
@@ -51,16 +55,17 @@ class Answer:
         exchange.status = self.status
         for raw_name, raw_value in self._response.headers:
             name = raw_name.lower()
-            if name == b"content-type":
+            if b"ratelimit" in name:
+                exchange.limits[_printable(name)] = _printable(raw_value)
+            elif name in _REQUEST_IDS:
+                if not exchange.request_id or name != b"cf-ray":
+                    exchange.request_id = _printable(raw_value)
+            elif name == b"content-type":
                 self.media_type = raw_value.split(b";", 1)[0].strip().lower().decode("latin-1")
             elif name == b"content-encoding":
                 self._unpacker = _unpacker(self._name, raw_value.strip().lower().decode("latin-1"))
             elif name == b"retry-after":
                 exchange.retry_after = _printable(raw_value)
-            elif b"ratelimit" in name:
-                exchange.limits[_printable(name)] = _printable(raw_value)
-            elif (word := name.decode("latin-1")) in _REQUEST_IDS and (not exchange.request_id or word != "cf-ray"):
-                exchange.request_id = _printable(raw_value)
 
     @property
     def headers(self) -> dict[str, str]:

@@ -27,7 +27,7 @@ from diptych.protos.replies import Began, Ended, Event, Reply, Usage
 from .answer import MAX_BODY_BYTES, Answer
 from .auth import Auth, Sending, Shown
 from .metrics import Counts
-from .network import Network, Resolve, resolve
+from .network import Network, Pool, Resolve, resolve
 from .network_failures import before_headers, failed, one_line, too_late
 from .provider import Provider
 from .secrets import redacted
@@ -45,6 +45,7 @@ _READING_ERRORS: Final = (TypeError, ValueError, LookupError, AttributeError, Ar
 _TOLD_AT_ONCE: Final = frozenset((Content, Reasoning, Refusal, CallArguments))
 _USER_AGENT: Final = "diptych"
 _KEEPALIVE_S: Final = {"https": 30.0, "http": 4.0}  # uvicorn, which local servers use, closes after 5
+_JSON: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 _STREAM_TYPES: Final = {
     "sse": ("text/event-stream", "text/plain", ""),
     "aws": ("application/vnd.amazon.eventstream", ""),
@@ -95,7 +96,7 @@ class ProviderClient:
         self._origin = (parts.scheme.encode(), (parts.hostname or "").encode("idna"), parts.port)
         self._base_path = parts.path.rstrip("/")
         self._network = Network(resolve)
-        self._pool = httpcore2.AsyncConnectionPool(
+        self._pool = Pool(
             ssl_context=tls,
             proxy=_proxy(provider.proxy) if provider.proxy else None,
             max_connections=provider.max_connections,
@@ -268,16 +269,12 @@ class _Call:
     def _hide_keys(self) -> None:
         """In what is kept of the headers: a provider may write there what it likes."""
         exchange, secrets = self.exchange, self._shown.secrets
-        headers = self._answer.headers if exchange.keeps is not None and self._answer is not None else {}
-        exchange.headers = headers
-        known = (exchange.request_id, exchange.retry_after, *exchange.limits, *exchange.limits.values())
-        told = "\n".join((*known, *headers.values()))
+        told = "\n".join((exchange.request_id, exchange.retry_after, *exchange.limits, *exchange.limits.values()))
         if redacted(told, secrets) != told:
             exchange.request_id = redacted(exchange.request_id, secrets)
             exchange.retry_after = redacted(exchange.retry_after, secrets)
             limits = exchange.limits.items()
             exchange.limits = {redacted(name, secrets): redacted(text, secrets) for name, text in limits}
-            exchange.headers = {name: redacted(text, secrets) for name, text in headers.items()}
 
     async def _request(self, outgoing: Outgoing, is_stream: bool, limit_s: float) -> httpcore2.Request:
         client = self._client
@@ -374,7 +371,7 @@ def _proxy(url: str) -> httpcore2.Proxy:
 
 def _path(provider: Provider, outgoing: Outgoing) -> str:
     path = outgoing.path
-    if not path.startswith("/") or path.startswith("//") or not path.isascii() or any(c <= " " for c in path):
+    if not path.startswith("/") or path.startswith("//") or not path.isascii() or min(path) <= " ":
         words = f"{provider.name}: no address can be made of that model's name"
         raise failed(FailureKind.BAD_REQUEST, words, "path")
     return path
@@ -382,7 +379,7 @@ def _path(provider: Provider, outgoing: Outgoing) -> str:
 
 def _written(body: Mapping[str, Any]) -> bytes:
     try:
-        return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+        return _JSON.encode(body).encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which UTF-8 cannot carry
         return json.dumps(body, separators=(",", ":")).encode()
 

@@ -206,6 +206,16 @@ def tls_words(exc: Exception) -> str:
     return f"TLS failed: {reason}".replace("_", " ")
 
 
+class Pool(httpcore2.AsyncConnectionPool):
+    """Its connections; they are closed when there are some to close. httpcore2 looks twice for each request, and makes
+    a scope that cannot be cancelled even where it closes none: 30 us.
+    """
+
+    async def _close_connections(self, closing: list[httpcore2.AsyncConnectionInterface]) -> None:
+        if closing:
+            await super()._close_connections(closing)
+
+
 class Network(httpcore2.AsyncNetworkBackend):
     """Where a pool's connections come from. `open` are those that there are."""
 

@@ -116,6 +116,7 @@ class KeyReader:
 
     environ: Mapping[str, str] = field(repr=False)
     _files: dict[str, tuple[tuple[int, int, int], Secret]] = field(default_factory=dict, repr=False)
+    _variables: dict[str, Secret] = field(default_factory=dict, repr=False)
 
     def read(self, reference: KeyReference) -> Secret | None:
         """The key; None where the reference is to none, a variable is not set or a file is not there. Raises
@@ -127,9 +128,15 @@ class KeyReader:
             case "env":
                 values = (self.environ.get(name, "").strip() for name in reference.place.split("|"))
                 found = next(filter(None, values), "")
-                return _usable(found, str(reference)) if found else None
+                return self._of_variable(reference, found) if found else None
             case "file":
                 return self._of_file(reference.place)
+
+    def _of_variable(self, reference: KeyReference, text: str) -> Secret:
+        known = self._variables.get(reference.place)
+        if known is None or known.reveal() != text:
+            known = self._variables[reference.place] = _usable(text, str(reference))
+        return known
 
     def _of_file(self, place: str) -> Secret | None:
         try:
@@ -154,7 +161,7 @@ def _usable(text: str, place: str) -> Secret:
         raise KeyUnreadable(f"there is no key in {place}: it is empty")
     if len(text) > MAX_KEY_BYTES:
         raise KeyUnreadable(f"there is no key in {place}: it has more than {MAX_KEY_BYTES} bytes")
-    if not all("!" <= letter <= "~" for letter in text):
+    if not text.isascii() or not text.isprintable() or " " in text:
         raise KeyUnreadable(f"the key in {place} has spaces, line ends or letters that no header can carry")
     return Secret(text)
 

@@ -52,8 +52,8 @@ class Terms:
 class HttpExchange:
     """What is known of one attempt so far; times on the event loop's clock, None: not yet. `limits` are the headers
     that tell what is left of a rate limit, by their names in lower case. `first_token_at` is not told by a relay.
-    `keeps`, where the caller gives a list: the provider's own JSON, of the whole answer or of each event; then
-    `headers` has all of the answer's, too. A relay keeps nothing.
+    `keeps`, where the caller gives a list: the provider's own JSON, of the whole answer or of each event. A relay keeps
+    nothing.
     """
 
     status: int = 0
@@ -68,4 +68,3 @@ class HttpExchange:
     bytes_in: int = 0
     skipped_events: int = 0
     keeps: list[Any] | None = None
-    headers: dict[str, str] = field(default_factory=dict)

@@ -1,4 +1,7 @@
-"""Many calls of one function as a batch: typed results by id, progress, failures, and a job that outlives a program."""
+"""Many calls of one function as a batch: typed results by id, progress, failures, and a job that outlives a program.
+
+From a command line, with a line of JSON for each review: diptych batch submit batch.py:judge reviews.jsonl
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,7 @@ def main() -> None:
     assert [result.id for result in results] == list(reviews)
 
     job = llm.batch_begin(judge, ["Again, please."])
-    kept = job.to_json()  # another process goes on from here
-    again = llm.batch_resume(kept, judge)
+    again = llm.batch_resume(job.reference, judge)  # as any process does that knows where the prefix leads
     again.wait(poll_s=1.0)
     print(again.results())
 

@@ -24,7 +24,7 @@ from .claude_settings import Block, block_of, most_tokens, plan_thinking, sampli
 from .codec import JsonObject, Note, Outgoing
 from .conversation import begun, earlier_calls
 from .quirks import Quirks
-from .request_fields import Frame, finished, moved, put, unsaid, unsupported, user_of
+from .request_fields import NO_SCHEMA, Frame, finished, moved, put, unsaid, unsupported, user_of
 from .schema_documents import Inexpressible
 from .schemas import adapt_schema
 
@@ -153,7 +153,7 @@ class Encoding:
         if form.kind == "json_object":
             told = f"{self.name} has no form for any JSON object: send a schema (json_schema)"
         elif self.dialect == "none" or (claude is not None and not claude.structured):
-            told = "this model cannot be held to a schema"
+            told = NO_SCHEMA
         elif goes_on:
             told = "an answer that the last message begins has no form here"
         else:

@@ -23,7 +23,7 @@ from .claude_settings import Block, Plan, block_of, plan_thinking, sampling_of, 
 from .codec import JsonObject, Note, Outgoing
 from .conversation import begun, earlier_calls
 from .quirks import Quirks
-from .request_fields import Frame, finished, moved, put, unsaid, unsupported, user_of
+from .request_fields import NO_SCHEMA, Frame, finished, moved, put, unsaid, unsupported, user_of
 
 _FIXED = frozenset({"modelId", "messages", "system"})
 _SAID = frozenset({"temperature", "top_p", "top_k", "stop", "user", "safety_identifier"})
@@ -247,7 +247,7 @@ class Encoding:
         if form.kind == "json_object":
             told = f"{self.name} has no form for any JSON object: send a schema (json_schema)"
         elif self.dialect == "none" or not model.structured:
-            told = "this model cannot be held to a schema"
+            told = NO_SCHEMA
         elif goes_on:
             told = "an answer that the last message begins has no form here"
         else:

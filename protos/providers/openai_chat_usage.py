@@ -38,6 +38,7 @@ _PATHS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "web_searches": (("server_tool_use", "web_search_requests"),),
 }
+_COUNTS = [(name, frozenset(path[0] for path in paths), paths) for name, paths in _PATHS.items()]
 
 
 def read_usage(chunk: Mapping[str, Any], choice: Mapping[str, Any]) -> Usage | None:
@@ -50,8 +51,8 @@ def read_usage(chunk: Mapping[str, Any], choice: Mapping[str, Any]) -> Usage | N
 
 
 def _usage(told: Mapping[str, Any]) -> Usage:
-    counts = {name: _first(told, paths) for name, paths in _PATHS.items()}
-    given, said, thought = (counts[name] for name in ("input_tokens", "output_tokens", "reasoning_tokens"))
+    counts = {name: _first(told, paths) for name, keys, paths in _COUNTS if not keys.isdisjoint(told)}
+    given, said, thought = (counts.get(name) for name in ("input_tokens", "output_tokens", "reasoning_tokens"))
     total = _count(told.get("total_tokens"))
     if given is not None and said is not None and thought and total == given + said + thought:
         counts["output_tokens"] = said + thought  # xAI counts the reasoning apart

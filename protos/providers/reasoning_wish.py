@@ -36,6 +36,6 @@ def thinking(request: ChatRequest) -> Thinking:
             effort, path = "none", f"chat_template_kwargs.{name}"
     shown = request.include_reasoning
     if shown is None:
-        is_on = any(variables.get(name) is True for name in _SWITCHES)
+        is_on = bool(variables) and any(variables.get(name) is True for name in _SWITCHES)
         shown = is_on or request.reasoning_budget is not None or effort not in (None, "none")
     return Thinking(effort=effort, path=path, budget=request.reasoning_budget, is_shown=shown)

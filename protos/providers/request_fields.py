@@ -46,6 +46,9 @@ _NO_INSTRUCTIONS = frozenset({"user", "safety_identifier", "prompt_cache_key"})
 _REASONING = frozenset({"reasoning_effort", "enable_thinking", "thinking"})
 
 
+NO_SCHEMA = "this model cannot be held to a schema"  # to no schema at all; who asks may tell it in words
+
+
 def unsupported(path: str, words: str) -> Note:
     """The note of something that is not sent. What says for whom the request is made, or what is kept of its prompt,
     changes no answer: that alone is no reason to refuse it.

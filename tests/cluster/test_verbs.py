@@ -96,7 +96,8 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
         "models": where | {"--url"},
         "usage": where | {"--by", "--since", "--until", "--tenant", "--key", "--json", "--url"},
         "doctor": where | {"--json"},
-        "keys": set(),  # their own verbs are below
+        "batch": set(),  # their own verbs are below
+        "keys": set(),
         "providers": set(),
         "route": set(),
         "bench": set(),
@@ -113,10 +114,19 @@ def test_the_verbs_and_options_of_the_command_are_these() -> None:
     others = {
         group_name: {name: {o for p in verb.params for o in p.opts} for name, verb in verbs.commands.items()}  # type: ignore[attr-defined]
         for group_name, verbs in group.commands.items()
-        if group_name in ("providers", "route")
+        if group_name in ("batch", "providers", "route")
     }
     who = {"--tenant", "--key", "--session", "--tag", "--header"}
+    job = {"job", "target"}
     assert others == {
+        "batch": {
+            "submit": {"target", "items", "--id", "--model", "--window", "--state-file", "--wait", "--poll"},
+            "status": job | {"--json"},
+            "wait": job | {"--poll"},
+            "cancel": job,
+            "results": job,
+            "list": {"prefix", "target", "--limit", "--json"},
+        },
         "providers": {"list": where | {"--json"}, "test": where | {"target", "--timeout", "--json"}},
         "route": {"explain": where | who | {"--model", "--message", "--request", "--json", "--url"}},
     }

@@ -36,8 +36,8 @@ def test_a_floor_imports_only_the_floors_of_its_row(path: Path) -> None:
     own = path.parts[0]
     allowed = {own, *MAY_IMPORT[own], *(FLOORS[:5] if str(path).startswith(ENGINE) else ())}
     shared = AGENTS_TOO if own == "agents" else ()
-    if str(path) == "cluster/cli.py" or path.parts[:2] == ("cluster", "package"):
-        shared = ("diptych.agents",)  # `diptych run`; `diptych.llm`, published from here
+    if str(path) in ("cluster/cli.py", "cluster/batch_verbs.py") or path.parts[:2] == ("cluster", "package"):
+        shared = ("diptych.agents",)  # `diptych run` and `batch`; `diptych.llm`, published from here
     wrong = [
         f"{path}:{line} imports {m}"
         for line, m in imported_modules(path)

@@ -75,6 +75,8 @@ async def batches() -> None:
     assert_type(job.wait(poll_s=1.0), llm.BatchStatus)
     assert_type(await job.results.aio(), llm.BatchResults[Book])
     assert_type(llm.batch_resume(job.to_json(), book), llm.BatchJob[Book])
+    assert_type(llm.batch_resume(job.reference), llm.BatchJob[str])
+    assert_type(llm.batch_list("pool", limit=3), dict[str, llm.BatchStatus])
 
 
 def kit(tmp_path: Path) -> None:

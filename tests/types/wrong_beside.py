@@ -52,7 +52,9 @@ async def batches() -> None:
     llm.batch(book, ["x"])["item-0000"]  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     llm.batch_begin(book, ["x"], poll_s=1.0)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     llm.batch_begin(book, ["x"]).wait(poll="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    llm.batch_resume(3, book)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    llm.batch_resume(3, book)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    llm.batch_resume("pool/m@b", print)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    llm.batch_list("pool", limit="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     results: llm.BatchResults[str] = llm.batch(book, ["x"])  # type: ignore[arg-type]  # pyright: ignore[reportAssignmentType]
     print(results)
 

@@ -52,7 +52,10 @@ class ScriptedBatches:
         """See Place."""
         name = f"batch_{len(self._batches) + 1}"
         lines = yield from take(_Answering(self._model, requests))
-        status = BatchStatus(id=name, state="working", native="in_progress", total=len(requests))
+        told, model = metadata.get("diptych_call", ""), metadata.get("diptych_model", "")
+        status = BatchStatus(
+            id=name, state="working", native="in_progress", total=len(requests), call=told, model=model
+        )
         self._batches[name] = status, lines
         return name
 
@@ -69,12 +72,23 @@ class ScriptedBatches:
             self._batches[batch] = over, lines
         return told
 
+    def ids(self, status: BatchStatus) -> Machine[tuple[str, ...]]:
+        """See Place."""
+        yield from ()
+        return tuple(self._batches[status.id][1])
+
+    def listed(self, limit: int) -> Machine[list[BatchStatus]]:
+        """See Place."""
+        yield from ()
+        return [status for status, _ in reversed(self._batches.values())][:limit]
+
     def cancel(self, batch: str) -> Machine[BatchStatus]:
         """See Place."""
         told = yield from self.status(batch)
         if not told.is_over:
             told = replace(told, state="cancelled", native="cancelled")
-            self._batches[batch] = told, {}
+            lost = Line(failure=Failure(kind=FailureKind.CANCELLED, message="the batch was cancelled before it came"))
+            self._batches[batch] = told, dict.fromkeys(self._batches[batch][1], lost)
         return told
 
     def lines(self, status: BatchStatus) -> Machine[dict[str, Line]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import InvalidOutput, UsageError
 from ..hooks import AnswerCame, AttemptFailed, Hooks, RequestBegan
+from ..machine import is_async
 from ..usage import Spent
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class WrapHooks:
         """`handler` is called at each `name`; what it raises is logged and changes nothing. Raises UsageError."""
         if not callable(handler):
             raise UsageError(f"a handler of {_known(name)} is a function, not {handler!r}", "handler")
+        if is_async(handler):
+            raise UsageError(f"a handler of {_known(name)} is called, not awaited: write def, not async def", "handler")
         self._handlers.setdefault(_known(name), []).append(handler)
 
     def off(self, name: EventName, handler: Handler) -> None:

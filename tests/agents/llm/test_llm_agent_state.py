@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from diptych.agents import llm
 from diptych.agents.llm.message_json import messages_from_json, messages_to_json
-from diptych.agents.llm.testing import Said, ScriptedModel, registry_of
+from diptych.agents.llm.testing import Said, ScriptedModel, registry_of, tool_call
 from diptych.protos.messages import Media, Message, Reasoning, Refusal, Text, ToolCall, ToolResult
 
 _TEXT = st.text(st.characters(), max_size=8) | st.sampled_from(["", "USER:", "\x00", "\ud800", '{"a": NaN}', "{"])
@@ -168,7 +169,7 @@ _PROGRAM = '''
 import os, sys, threading
 from pathlib import Path
 from diptych.agents import llm
-from diptych.agents.llm.testing import Said, ScriptedModel, registry_of
+from diptych.agents.llm.testing import Said, ScriptedModel, registry_of, tool_call
 
 folder, mode = Path(sys.argv[1]), sys.argv[2]
 kept, is_paid = folder / "state.json", threading.Event()
@@ -261,3 +262,66 @@ def test_an_answer_that_is_not_to_its_call_is_refused() -> None:
     told["answered"][name]["parts"] = []
     with pytest.raises(llm.UsageError, match=f"answered.{name} is not the answer to that call"):
         llm.AgentState.from_dict(told)
+
+
+def test_whatever_ends_a_run_has_its_state() -> None:
+    """An error that was none of a call's left its caller without what the run had paid for."""
+    model = ScriptedModel([tool_call("look", n=1), "on another model"])
+    registry = registry_of(lab=model)
+    looked = []
+
+    @llm.tool
+    def look(n: int) -> str:
+        """Looks."""
+        looked.append(n)
+        return "seen"
+
+    class Breaks(llm.Processor):
+        def before(self, messages: Any, ctx: llm.ProcessorContext) -> Any:
+            if messages[0].role == "tool":
+                raise llm.Unsupported("no words for this", "top_k")
+            return messages
+
+    agent = llm.Agent("lab/m", name="clerk", registry=registry, tools=[look], before=[Breaks()])
+    with pytest.raises(llm.Unsupported) as caught:
+        agent.run("go")
+    assert caught.value.state is not None
+    assert (caught.value.state.turns, caught.value.state.spent.requests) == (1, 1)
+    assert pickle.loads(pickle.dumps(caught.value)).state == caught.value.state
+    state = llm.AgentState.from_json(caught.value.state.to_json())
+    calm = llm.Agent("lab/m", name="clerk", registry=registry, tools=[look])
+    run = calm.run(state=state)
+    assert (run.value, run.state.turns) == ("on another model", 2)
+
+
+def test_what_a_target_has_no_words_for_in_the_middle_of_a_run_can_be_gone_on_from_elsewhere() -> None:
+    texts = ScriptedModel([], then=tool_call("picture"))
+    texts.profile = replace(texts.profile, media=frozenset())
+    boss_model = ScriptedModel([tool_call("clerk", request="look")])
+    registry = registry_of(texts=texts, boss=boss_model, eyes=ScriptedModel(["a cat"]))
+
+    @llm.tool
+    def picture() -> Any:
+        """A picture."""
+        return llm.image(data=b"\x89PNG\r\n\x1a\n" + bytes(16))
+
+    agent = llm.Agent("texts/m", name="clerk", registry=registry, tools=[picture])
+    boss = llm.Agent("boss/m", name="boss", registry=registry, tools=[agent.as_tool()])
+    with pytest.raises(llm.Unsupported) as below:
+        boss.run("go")
+    assert below.value.state is not None
+    assert below.value.state.agent == "boss"
+    assert [one.agent for one in below.value.state.children.values()] == ["clerk"]
+    with pytest.raises(llm.Unsupported, match="takes no image") as caught:
+        list(agent.stream("what is it?"))
+    assert caught.value.state is not None
+    with llm.using("eyes/m"):
+        run = agent.run(state=caught.value.state)
+    assert (run.value, run.state.turns, run.state.tool_calls) == ("a cat", 2, 1)
+
+
+def test_what_is_wrong_before_a_run_begins_has_no_state() -> None:
+    agent = llm.Agent("lab/m", name="clerk", registry=registry_of(lab=ScriptedModel([])))
+    with pytest.raises(llm.UsageError) as caught:
+        agent.run()
+    assert caught.value.state is None

@@ -133,6 +133,40 @@ def test_agents_that_call_one_another_come_to_an_end(is_plain: bool) -> None:
     assert len(model.requests) < 12
 
 
+@pytest.mark.parametrize("is_two", [False, True])
+def test_agents_that_would_ask_one_another_for_ever_share_one_limit(is_two: bool) -> None:
+    """Ten turns at each of five depths were 111,110 requests."""
+    model = ScriptedModel([], then=tool_call("other", request="again"))
+    registry = registry_of(test=model)
+    kits: list[list[llm.Tool]] = [[], []]
+
+    class Late:
+        is_late = True
+
+        def __init__(self, at: int) -> None:
+            self.at = at
+
+        def now(self) -> Sequence[llm.Tool]:
+            return ()
+
+        async def tools(self) -> Sequence[llm.Tool]:
+            return kits[self.at]
+
+    here, there = (llm.Agent("test/m", name=f"a{at}", tools=[Late(at)], registry=registry) for at in range(2))
+    kits[0].append((there if is_two else here).as_tool(name="other"))
+    kits[1].append(here.as_tool(name="other"))
+    with pytest.raises(llm.BudgetExceeded, match=r"a0: the run's limit of 100 requests .*Limits\(requests=") as caught:
+        here.run("?")
+    assert caught.value.limit == "requests"
+    assert len(model.requests) == 100
+    assert caught.value.state is not None
+    assert (caught.value.state.agent, caught.value.state.spent.requests) == ("a0", 100)
+    before = len(model.requests)
+    with pytest.raises(llm.BudgetExceeded, match="limit of 103 requests"):
+        here.run(state=caught.value.state, limits=llm.Limits(requests=103))
+    assert len(model.requests) == before + 3
+
+
 def _down(body: dict[str, Any]) -> Any:
     return "up" if body["messages"][-1]["role"] == "tool" else tool_call("mirror", request="down")
 
@@ -377,14 +411,16 @@ async def test_cancelling_closes_streams_and_tools_of_all_of_them() -> None:
 
 @pytest.mark.parametrize("after", [llm.TurnBegan, llm.TextDelta, llm.ToolBegan, llm.ToolEnded])
 def test_leaving_a_stream_closes_it(after: type) -> None:
-    ended = threading.Event()
+    begun, ended = asyncio.Event(), threading.Event()
 
     async def slow(n: int) -> str:
         if n:
+            begun.set()
             try:
                 await asyncio.Event().wait()
             finally:
                 ended.set()
+        await begun.wait()
         return ""
 
     model = ScriptedModel([Said(text="I look", calls=(("slow", {"n": 0}), ("slow", {"n": 1})))])

@@ -515,3 +515,35 @@ def test_the_same_both_ways() -> None:
     reply = asyncio.run(again.aio("a book"))
     assert reply.value == Book(**OLD)
     assert sync_model.requests == async_model.requests
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        llm.Refused("no: " + "x" * 1_000_000, "x" * 1_000_000),
+        llm.Truncated("cut", "x" * 1_000_000, {"a": "x" * 1_000_000}),
+        llm.ProviderError(Failure(kind=FailureKind.SERVER, message="x" * 1_000_000), "a/m"),
+        llm.UsageError("x" * 1_000_000),
+        llm.Blocked("Check", "x" * 1_000_000),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_line_of_a_log_is_no_megabyte(error: llm.Error) -> None:
+    assert len(repr(error)) < 5_000
+    assert len(str(error)) < 5_000
+    assert repr(error).startswith(type(error).__name__)
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.args, again.message) == (error.args, error.message)
+
+
+def test_an_answer_that_is_wrong_is_whole_in_its_error_and_short_in_a_log() -> None:
+    answer = "x" * 1_000_000
+    ask, _ = asking([answer] * 3)
+    with pytest.raises(llm.InvalidOutput) as caught:
+        ask("a book")
+    error = caught.value
+    assert len(repr(error)) < 5_000
+    assert len(str(error)) < 5_000
+    assert len(repr(error.attempts)) < 20_000
+    assert len(repr(error.report)) < 5_000
+    assert error.text == error.report.text == error.attempts[0].text == answer

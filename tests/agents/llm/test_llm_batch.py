@@ -20,6 +20,7 @@ import pytest
 from pydantic import BaseModel
 
 from diptych.agents import llm
+from diptych.agents.llm import batch_places
 from diptych.agents.llm.testing import ScriptedModel, failure, tool_call
 from diptych.agents.llm.testing import registry_of as registry_with
 from diptych.cluster.api.testing import front_door
@@ -95,6 +96,64 @@ async def test_a_job_goes_on_in_another_process(bench: Bench) -> None:
             llm.batch_resume(wrong, call)
     with pytest.raises(llm.UsageError, match="the job is of repeat"):
         llm.batch_resume(told, shelve)
+
+
+async def test_a_reference_is_enough_to_go_on(bench: Bench) -> None:
+    """Of a machine that knows neither the items nor the job's text: order and ids are the place's."""
+    call = repeat.with_(registry=registry_of(bench))
+    job = await llm.batch_begin.aio(call, {"z": "abc", "a": "xyz"})
+    assert job.reference == f"pool/echo@{job.id}"
+    await bench.runner().start()
+    again = llm.batch_resume(job.reference, call)
+    async with asyncio.timeout(60):
+        assert (await again.wait.aio(poll_s=0.05)).call == "repeat"
+    ours, theirs = await job.results.aio(), await again.results.aio()
+    assert [(one.id, one.value) for one in ours] == [(one.id, one.value) for one in theirs]
+    with llm.using(registry=registry_of(bench)):
+        texts = await llm.batch_resume(job.reference).results.aio()
+        assert texts.values == ours.values
+        assert (await llm.batch_resume(f"pool/@{job.id}", call).results.aio()).values == ours.values
+    with pytest.raises(llm.UsageError, match=r"is of repeat, not of shelve"):
+        await llm.batch_resume(job.reference, shelve.with_(registry=registry_of(bench))).results.aio()
+    await bench.http.delete(f"/v1/files/{ours.status.raw['input_file_id']}")
+    assert (await again.results.aio()).values == ours.values
+    for wrong in ("pool@b", "pool/m", "pool/m@", "/m@b", ""):
+        with pytest.raises(llm.UsageError, match="PREFIX/MODEL@ID"):
+            llm.batch_resume(wrong, call)
+
+
+async def test_batches_of_a_place_are_listed_over_its_pages(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_places, "_MOST_LISTED", 2)
+    registry = registry_of(bench)
+    call = repeat.with_(registry=registry)
+    jobs = [await llm.batch_begin.aio(call, ["abc"], model=f"pool/m{at}") for at in range(5)]
+    listed = await llm.batch_list.aio(registry=registry)
+    assert set(listed) == {job.reference for job in jobs}
+    assert {(one.call, one.state) for one in listed.values()} == {("repeat", "working")}
+    assert all(one.created_at > 1.7e9 for one in listed.values())
+    assert list(await llm.batch_list.aio("pool", limit=3, registry=registry)) == list(listed)[:3]
+    with pytest.raises(llm.UsageError, match="limit is a number of batches above 0"):
+        llm.batch_list(limit=0)
+
+
+async def test_anthropics_batches_are_listed_over_their_pages_and_found_by_reference() -> None:
+    place = Anthropic({"b": message('{"title": "Emma"}'), "a": message('{"title": "Faust"}')}, num_asked=9)
+
+    def answer(method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
+        listing, _, query = path.partition("?")
+        if not listing.endswith("/messages/batches"):
+            return place.answer(method, path, headers, body)
+        assert headers["anthropic-version"]
+        ids = ["msgbatch_2"] if "after_id=msgbatch_3" in query else ["msgbatch_4", "msgbatch_3"]
+        told = [{"id": name, "processing_status": "ended", "created_at": "2026-01-02T03:04:05Z"} for name in ids]
+        return 200, json.dumps({"data": told, "has_more": len(told) == 2}).encode()
+
+    async with served(answer) as url, asyncio.timeout(60):
+        listed = await llm.batch_list.aio("claude", registry=claude_at(url))
+        assert list(listed) == ["claude/@msgbatch_4", "claude/@msgbatch_3", "claude/@msgbatch_2"]
+        assert listed["claude/@msgbatch_4"].created_at == 1767323045
+        results = await llm.batch_resume("claude/@msgbatch_4", shelve.with_(registry=claude_at(url))).results.aio()
+        assert results.values == {"a": Book(title="Faust"), "b": Book(title="Emma")}
 
 
 async def test_a_program_that_is_run_again_pays_once(bench: Bench, tmp_path: Path) -> None:

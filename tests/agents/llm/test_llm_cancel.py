@@ -15,12 +15,14 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from diptych.agents import llm
+from diptych.agents.llm import background as background_module
 from diptych.agents.llm.background import Background, background
 from diptych.agents.llm.call import Call
 from diptych.agents.llm.testing import Said, ScriptedModel, failure, registry_of
@@ -266,3 +268,76 @@ def test_work_that_was_interrupted_before_it_began_is_not_left() -> None:
     assert loops._thread is not None
     loops._thread.join(10)
     loops.loop.close()
+
+
+def test_an_interrupt_behind_the_end_of_the_work_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal's handler may run when the wait is over and its caller has not gone on: a second wait has no end."""
+    loops = Background()
+    num_waits = 0
+
+    class Interrupted(BaseException):
+        """As KeyboardInterrupt."""
+
+    class Latch:
+        """Raises when it was taken."""
+
+        def __init__(self) -> None:
+            self._lock = threading.Lock()
+            self._lock.acquire()
+
+        def acquire(self) -> bool:
+            nonlocal num_waits
+            num_waits += 1
+            assert num_waits == 1, "waits for what has been"
+            assert self._lock.acquire(timeout=10)
+            raise Interrupted
+
+        def release(self) -> None:
+            self._lock.release()
+
+    class Errand(background_module._Errand[str]):
+        """With that latch."""
+
+        __slots__ = ()
+
+        def __init__(self, work: Any) -> None:
+            super().__init__(work)
+            self.latch: Any = Latch()
+
+    async def work() -> str:
+        return "x"
+
+    assert loops.run(work()) == "x"
+    monkeypatch.setattr(background_module, "_Errand", Errand)
+    with pytest.raises(Interrupted):
+        loops.run(work())
+    monkeypatch.undo()
+    assert loops.run(work()) == "x"
+    assert loops.loop is not None
+    assert loops._thread is not None
+    loops.loop.call_soon_threadsafe(loops.loop.stop)
+    loops._thread.join(10)
+    loops.loop.close()
+
+
+def test_what_the_work_raised_keeps_nothing_alive() -> None:
+    """The error's traceback holds the frames of the wait: one that held the error would leave it to the collector."""
+
+    class Broken(Exception):
+        """Of the work."""
+
+    async def work() -> None:
+        raise Broken
+
+    gc.collect()
+    gc.disable()
+    try:
+        kept: list[weakref.ref[Broken]] = []
+        try:
+            background.run(work())
+        except Broken as exc:
+            kept.append(weakref.ref(exc))
+        background.run(asyncio.sleep(0))
+        assert kept[0]() is None
+    finally:
+        gc.enable()

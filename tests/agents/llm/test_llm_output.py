@@ -8,6 +8,7 @@ that takes quadratic time, and a failure of a validator's own call that passes f
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from jsonschema_rs import validator_for
 from pydantic import (
     AfterValidator,
     AliasChoices,
+    AnyUrl,
     BaseModel,
     ConfigDict,
     Field,
+    IPvAnyAddress,
     RootModel,
     ValidationInfo,
     field_validator,
@@ -35,7 +38,7 @@ from typing_extensions import TypedDict
 from diptych.agents import llm
 from diptych.agents.llm.json_text import last_json
 from diptych.agents.llm.output import Output
-from diptych.agents.llm.testing.scripted import Said, ScriptedModel
+from diptych.agents.llm.testing import Said, ScriptedModel, registry_of
 
 T = TypeVar("T")
 
@@ -501,3 +504,69 @@ def test_a_provider_that_cannot_hold_a_schema_names_the_type_and_is_told_in_word
     sent = ask.with_(on_unsupported="drop").request()
     assert '"$defs":{"Tree"' in json.dumps(sent["system"]).replace('\\"', '"')
     assert "output_config" not in sent
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "anthropic/claude-3-5-haiku-20241022",
+        "anthropic/claude-sonnet-4-20250514",
+        "bedrock/anthropic.claude-3-5-haiku-20241022-v1:0",
+    ],
+)
+def test_a_model_that_takes_no_schema_is_told_in_words(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As providers of that kind are, without being asked to: its answers are validated here, and asked for anew."""
+    environ = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
+    registry = llm.Registry(environ=environ, keys={"anthropic": "sk-0123456789"})
+
+    @llm.call(model, output=Person, registry=registry)
+    def ask() -> str:
+        return "Who?"
+
+    for way in ("error", "warn", "drop"):
+        sent = ask.with_(on_unsupported=way).request()
+        words = json.dumps(sent["system"]).replace('\\"', '"')
+        assert words.count("matches this JSON Schema") == 1
+        assert '"required":["name","age"]' in words
+        assert "output_config" not in sent
+    assert not caplog.records
+    with pytest.raises(llm.Unsupported, match=r"no words for seed .*leave it out"):
+        ask.with_(seed=1).request()
+
+
+def test_what_a_model_that_takes_no_schema_says_is_validated_and_asked_for_anew() -> None:
+    model = ScriptedModel(["Sure!", 'Here: {"name": "Ann", "age": 31}'], codec_name="anthropic.messages")
+    ask = llm.call("old/claude-3-5-haiku-latest", output=Person, registry=registry_of(old=model))(lambda: "Who?")
+    reply = ask()
+    assert (reply.value.name, [one.why for one in reply.attempts]) == ("Ann", ["first", "reask"])
+
+
+def test_a_pattern_that_looks_around_names_the_remedy_and_holds_with_it() -> None:
+    """No grammar expresses it: a cluster reports it as not enforced, and the value is asked for anew."""
+    plain: Any = Annotated[str, Field(pattern=r"(?<!a)b")]
+    with pytest.raises(llm.DefinitionError, match=r"look-around, .* not supported; give it compiled, .*re\.compile"):
+        llm.call("test/m", output=plain)(lambda: "go")
+    with pytest.raises(llm.DefinitionError, match=r"'text'.*give it compiled"):
+
+        @llm.tool
+        def say(text: Annotated[str, Field(pattern=r"(?<!a)b")]) -> str:
+            """Says it."""
+            return text
+
+    model = ScriptedModel(['"ab"', '"b"'])
+    kind: Any = Annotated[str, Field(pattern=re.compile(r"(?<!a)b"))]
+    reply = llm.call("test/m", output=kind, registry=registry_of(test=model))(lambda: "go")()
+    assert (reply.value, len(reply.attempts)) == ("b", 2)
+    assert "String should match pattern" in str(reply.attempts[0].error)
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "right"), [(IPvAnyAddress, "nope", "10.0.0.1"), (AnyUrl, "nope", "http://a.b/")]
+)
+def test_keys_that_no_grammar_holds_are_looked_at_here(key: Any, wrong: str, right: str) -> None:
+    model = ScriptedModel([{wrong: 1}, {right: 1}])
+    ask = llm.call("test/m", output=dict[key, int], registry=registry_of(test=model))(lambda: "go")
+    reply = ask()
+    assert {str(name): value for name, value in reply.value.items()} == {right: 1}
+    assert [one.why for one in reply.attempts] == ["first", "reask"]
+    assert f"/{wrong}: " in str(reply.attempts[0].error)

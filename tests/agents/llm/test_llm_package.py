@@ -16,22 +16,19 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-MOST_CPU_S = 0.4
+MOST_MODULES = 450  # bench/llm_overhead.py holds the time that they take
 MOST_RSS_MB = 60
 HEAVY = "torch ray transformers openai anthropic mcp jinja2 opentelemetry.sdk instructor numpy".split()
 
 LOOK = """
-import json, resource, sys, time
-began = time.process_time()
+import json, sys
 from diptych import llm
-cpu_s = time.process_time() - began
 peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))
 loaded = sorted(sys.modules)
 import diptych.agents.llm as inner
 import diptych.llm.testing, diptych.agents.llm.testing as inner_testing
 pairs = [(llm, inner), (llm.testing, inner_testing)]
 print(json.dumps({
-    "cpu_s": cpu_s,
     "rss_mb": int(peak.split()[1]) / 1024,
     "loaded": loaded,
     "published": sorted(name for name in sys.modules if name.startswith("diptych.llm")),
@@ -72,10 +69,10 @@ def test_every_public_name_is_the_same_object_in_the_checkout() -> None:
     check(look())
 
 
-def test_the_import_is_soon_done_and_small() -> None:
-    tries = [look() for _ in range(3)]
-    assert min(one["cpu_s"] for one in tries) < MOST_CPU_S
-    assert min(one["rss_mb"] for one in tries) < MOST_RSS_MB
+def test_the_import_is_small() -> None:
+    found = look()
+    assert len(found["loaded"]) <= MOST_MODULES
+    assert found["rss_mb"] < MOST_RSS_MB
 
 
 def test_the_packages_have_what_they_list() -> None:

@@ -83,6 +83,38 @@ async def test_one_connection_serves_answers_streams_and_errors() -> None:
     assert client.num_connections == 0
 
 
+async def test_a_connection_that_was_idle_for_too_long_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool closes what it drops, and only then has anything to close."""
+    monkeypatch.setattr(client_module, "_KEEPALIVE_S", {"http": 0.0, "https": 0.0})
+    async with w.wire(w.answers(w.REPLY), w.answers(w.REPLY)) as told, w.clients_of(told) as clients:
+        client = of(clients)
+        for _ in range(2):
+            assert await whole(client) == "hello"
+        await asyncio.sleep(0)  # the transport tells of its end a turn later
+        assert told.num_accepted == 2
+        assert client.num_connections <= 1
+
+
+@pytest.mark.parametrize("ray_is_first", [True, False])
+async def test_what_headers_tell_is_read_however_they_are_written(ray_is_first: bool) -> None:
+    """The proxy's id is the request's only where the provider gives none."""
+    ids = [b"CF-Ray: ray", b"X-Request-ID: r1"]
+    lines = [
+        *(ids if ray_is_first else ids[::-1]),
+        b"Content-Type: Application/JSON; charset=utf-8",
+        b"X-RateLimit-Remaining-Requests: 9",
+        b"Anthropic-Ratelimit-Tokens-Reset: 1ms",
+        b"Server: cloudflare",
+    ]
+    body = json.dumps(w.REPLY).encode()
+    head = b"\r\n".join([b"HTTP/1.1 200 OK", *lines, b"Content-Length: %d" % len(body), b"", b""])
+    async with w.wire(w.sends(head + body)) as told, w.clients_of(told) as clients:
+        exchange = HttpExchange()
+        await of(clients).whole(w.OUTGOING, w.terms(), exchange)
+    assert exchange.request_id == "r1"
+    assert exchange.limits == {"x-ratelimit-remaining-requests": "9", "anthropic-ratelimit-tokens-reset": "1ms"}
+
+
 WRONG_WHOLES = {
     "no json": (w.answers(b"{"), K.SERVER, "malformed"),
     "no object": (w.answers([1]), K.SERVER, "malformed"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import json
 import logging
@@ -167,6 +168,7 @@ def test_keys_are_read_when_they_are_used(tmp_path: Path) -> None:
     assert reader.read(either) == Secret("second")
     environ["A"] = "first"
     assert reader.read(either) == Secret("first")
+    assert reader.read(either) is reader.read(either)  # whose pieces are made once, not for each answer
     assert reader.read(kept) is None
     file.write_text("one\n")
     assert reader.read(kept) == reader.read(kept) == Secret("one")
@@ -187,6 +189,16 @@ def test_a_key_that_no_header_can_carry_is_told_by_its_place_alone(tmp_path: Pat
     assert "evil" not in str(caught.value)
     with pytest.raises(KeyUnreadable):
         KeyReader({}).read(KeyReference("file", str(tmp_path)))
+
+
+def test_a_key_has_the_letters_that_a_header_can_carry() -> None:
+    """Not one more: a line end would begin a header of the key's own."""
+    can = ""
+    for number in (*range(0x180), 0x2028, 0xFF01, 0x1F600):
+        with contextlib.suppress(KeyUnreadable):
+            KeyReader({"A": f"a{chr(number)}b"}).read(KeyReference("env", "A"))
+            can += chr(number)
+    assert can == "".join(chr(number) for number in range(0x21, 0x7F))
 
 
 async def test_a_missing_key_is_a_failure_that_says_what_to_set_and_how_to_do_without() -> None:
