@@ -10,8 +10,10 @@ import contextlib
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from concurrent.futures import Future
+from contextvars import copy_context
 from typing import Any, Generic, TypeVar
 
 from .errors import UsageError
@@ -26,6 +28,7 @@ class Background:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._inbox: _Inbox | None = None
         self._left_behind: tuple[asyncio.AbstractEventLoop | None, ...] = ()
 
     @property
@@ -50,12 +53,13 @@ class Background:
         """
         loop = self._started()
         self._check_thread(work)
-        errand = _Errand(work)
-        loop.call_soon_threadsafe(errand.begin)
+        inbox, errand = self._inbox, _Errand(work, loop)
+        assert inbox is not None
+        inbox.put(errand.begin)
         try:
             errand.latch.acquire()
         except BaseException:
-            loop.call_soon_threadsafe(errand.cancel)
+            inbox.put(errand.cancel)
             if not errand.is_over:  # else the latch may be taken already: the interrupt came behind that
                 errand.latch.acquire()
             raise
@@ -72,6 +76,7 @@ class Background:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
+                self._inbox = _Inbox(self._loop)
                 self._thread = threading.Thread(
                     target=_kept_running, args=(self._loop,), name="diptych-llm", daemon=True
                 )
@@ -83,7 +88,31 @@ class Background:
         that both processes still share.
         """
         self._left_behind = (*self._left_behind, self._loop)
-        self._lock, self._loop, self._thread = threading.Lock(), None, None
+        self._lock, self._loop, self._thread, self._inbox = threading.Lock(), None, None, None
+
+
+class _Inbox:
+    """What other threads want called on a loop, in their order. As `call_soon_threadsafe`, which reads its socket until
+    an exception tells that it is empty, and costs 0.04 ms more of a call.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._left: deque[Callable[[], None]] = deque()
+        self._read_end, self._write_end = os.pipe()  # for as long as the loop, which nothing closes
+        for end in (self._read_end, self._write_end):
+            os.set_blocking(end, False)
+        loop.add_reader(self._read_end, self._empty)
+
+    def put(self, wanted: Callable[[], None]) -> None:
+        """From any thread. `wanted` raises nothing."""
+        self._left.append(wanted)
+        with contextlib.suppress(BlockingIOError):  # so full that the loop will look anyway
+            os.write(self._write_end, b"x")
+
+    def _empty(self) -> None:
+        os.read(self._read_end, 4096)
+        while self._left:
+            self._left.popleft()()
 
 
 class _Errand(Generic[T]):
@@ -91,18 +120,20 @@ class _Errand(Generic[T]):
     Event, set in a callback of the task, costs 13 us more of CPU: more locks, and one more turn of the loop.
     """
 
-    __slots__ = ("_fault", "_found", "_task", "_work", "is_over", "latch")
+    __slots__ = ("_context", "_fault", "_found", "_loop", "_task", "_work", "is_over", "latch")
 
-    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
+    def __init__(self, work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> None:
         self.latch = threading.Lock()
         self.latch.acquire()
         self.is_over = False
         self._work = work
+        self._loop = loop
+        self._context = copy_context()
         self._fault: BaseException | None = None
 
     def begin(self) -> None:
         """On the loop."""
-        self._task = asyncio.get_running_loop().create_task(self._done())
+        self._task = self._loop.create_task(self._done(), context=self._context)
 
     def cancel(self) -> None:
         """On the loop, behind `begin`."""

@@ -17,6 +17,7 @@ import textwrap
 import threading
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -300,8 +301,8 @@ def test_an_interrupt_behind_the_end_of_the_work_waits_for_nothing(monkeypatch: 
 
         __slots__ = ()
 
-        def __init__(self, work: Any) -> None:
-            super().__init__(work)
+        def __init__(self, work: Any, loop: asyncio.AbstractEventLoop) -> None:
+            super().__init__(work, loop)
             self.latch: Any = Latch()
 
     async def work() -> str:
@@ -341,3 +342,31 @@ def test_what_the_work_raised_keeps_nothing_alive() -> None:
         assert kept[0]() is None
     finally:
         gc.enable()
+
+
+def test_work_of_many_threads_is_all_done_each_in_its_callers_context() -> None:
+    """A wake-up that is lost would leave one of them waiting for ever."""
+    loops = Background()
+    asked: ContextVar[int] = ContextVar("asked", default=-1)
+    seen: dict[int, list[tuple[int, int]]] = {number: [] for number in range(8)}
+
+    async def work(at: int) -> tuple[int, int]:
+        if at % 3 == 0:
+            await asyncio.sleep(0)
+        return asked.get(), at
+
+    def several(number: int) -> None:
+        asked.set(number)
+        seen[number] += [loops.run(work(at)) for at in range(300)]
+
+    threads = [threading.Thread(target=several, args=(number,), daemon=True) for number in seen]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert seen == {number: [(number, at) for at in range(300)] for number in seen}
+    assert loops.loop is not None
+    assert loops._thread is not None
+    loops.loop.call_soon_threadsafe(loops.loop.stop)
+    loops._thread.join(10)
+    loops.loop.close()
