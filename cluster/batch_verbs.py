@@ -13,9 +13,11 @@ Function = Annotated[str, typer.Argument(metavar="FILE:FUNCTION", help="A typed 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="PREFIX/MODEL@ID, as `submit` and `list` print it.")]
 Known = Annotated[
     str | None,
-    typer.Argument(metavar="[FILE:FUNCTION]", help="Whose batch it is; needed where its registry knows the prefix."),
+    typer.Argument(metavar="FILE:FUNCTION", help="Whose batch it is; needed where its registry knows the prefix."),
 ]
-Poll = Annotated[float, typer.Option("--poll", min=0.01, help="Seconds between two questions; more often at first.")]
+Poll = Annotated[
+    float, typer.Option("--poll", min=0.01, max=86_400, help="Seconds between two questions; more often at first.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 

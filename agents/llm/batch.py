@@ -7,11 +7,13 @@ batch_places.py. A job is data (to_json), so that another process can go on with
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
@@ -32,6 +34,7 @@ from .machine import Machine, Sleep, adrive, drive, take, verb
 from .profiles import Profile
 from .registry import POOL_NAME, Registry, current, default_registry
 from .reply import Reply
+from .tool_context import Context, Injection
 from .usage import spent_of
 
 T = TypeVar("T")
@@ -209,12 +212,26 @@ def _begun(
     state_file: str | os.PathLike[str] | None,
 ) -> Machine[BatchJob[T]]:
     """The job that is kept in `state_file`, or a new one, which is kept there."""
-    file = None if state_file is None else Path(state_file)
-    if file is not None:
-        _check_file(file)
     job, requests = yield from _prepared(fn, items, model)
-    if file is not None and file.exists():
+    if state_file is None:
+        return (yield from _submitted(job, requests, window))
+    file = Path(state_file)
+    if os.path.exists(file):  # Path's raises for a name that is too long
         return _kept(job, fn, file)
+    with _reserved(file) as beside:
+        if file.exists():  # another program was faster
+            return _kept(job, fn, file)
+        job = yield from _submitted(job, requests, window)
+        try:
+            beside.write_text(job.to_json())
+            beside.replace(file)
+        except OSError as exc:
+            exc.add_note(f"the batch is not lost: {job.reference}")
+            raise
+    return job
+
+
+def _submitted(job: BatchJob[T], requests: Mapping[str, Outgoing], window: str) -> Machine[BatchJob[T]]:
     place = place_of(job.draft.target()[0], job.model)
     place.check(job.ids)
     told = {"diptych_call": job.name[:_MOST_NAME], "diptych_digest": job.digest}
@@ -224,10 +241,7 @@ def _begun(
         found = yield from place.submit(requests, window, told)
     except ProviderFailure as exc:
         raise ProviderError(exc.failure, job.model) from exc
-    job = replace(job, id=found, created_at=time.time())
-    if file is not None:
-        _keep(job, file)
-    return job
+    return replace(job, id=found, created_at=time.time())
 
 
 def _prepared(
@@ -240,10 +254,12 @@ def _prepared(
     digest = hashlib.sha256()
     for name, item in _named(items):
         args, kwargs = _arguments(item)
+        _check_fits(call, name, args, kwargs)
         try:
             draft = yield from call.draft(*args, **kwargs)
-        except TypeError as exc:
-            raise UsageError(f"{call.__name__}: the item {name!r} does not fit its parameters: {exc}", "items") from exc
+        except Exception as exc:  # of the function's own code
+            exc.add_note(f"{call.__name__}: the item {name!r}")
+            raise
         sent = yield from prepared(draft)
         drafts[name], requests[name] = draft, sent.outgoing
         digest.update(json.dumps([name, sent.outgoing.body], sort_keys=True).encode())
@@ -283,6 +299,8 @@ def _named(items: Sequence[Any] | Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _arguments(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(item, inspect.BoundArguments):
+        return item.args, item.kwargs
     if isinstance(item, tuple):
         return item, {}
     if isinstance(item, dict):
@@ -298,11 +316,40 @@ def _check_waiting(poll_s: object, on_progress: object) -> None:
         raise UsageError(f"llm.batch: on_progress is a function of a BatchStatus, not {on_progress!r}", "on_progress")
 
 
-def _check_file(file: Path) -> None:
-    """A batch that cannot be kept is not begun: it would be paid for, and lost."""
-    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        why = "is a folder" if file.is_dir() else "is in no folder that can be written to"
-        raise UsageError(f"llm.batch: state_file: {file} {why}: give the path of a file in one that can", "state_file")
+def _check_fits(call: Call[..., Any, Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the function runs: a TypeError of its own code is another matter."""
+    injection = Injection.of(call.function, call.__name__)
+    if injection is not None:
+        args, kwargs = injection.filled(args, kwargs, Context(deps=None))
+    try:
+        inspect.signature(call.function).bind(*args, **kwargs)
+    except TypeError as exc:
+        raise UsageError(f"{call.__name__}: the item {name!r} does not fit its parameters: {exc}", "items") from exc
+
+
+@contextmanager
+def _reserved(file: Path) -> Iterator[Path]:
+    """The file beside it where the job is written first. A batch that cannot be kept is not begun, it would be paid for
+    and lost; neither is one that another program is beginning. Raises UsageError.
+    """
+    beside = file.with_name(f"{file.name}.new")
+    try:
+        beside.touch(exist_ok=False)
+    except FileExistsError as exc:
+        raise UsageError(
+            f"llm.batch: state_file: {beside} is there: another program begins the batch right now, or was ended while "
+            f"it did; where none runs, llm.batch_list tells whether there is a batch, and without the file it is begun",
+            "state_file",
+        ) from exc
+    except OSError as exc:
+        raise UsageError(
+            f"llm.batch: state_file: {file} cannot be written to ({exc.strerror}): give the path of a file that can",
+            "state_file",
+        ) from exc
+    try:
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _check_call(fn: object, where: str) -> None:
@@ -499,7 +546,7 @@ def _run(
 def _kept(job: BatchJob[T], fn: Call[..., Any, T], file: Path) -> BatchJob[T]:
     try:
         kept = batch_resume(file.read_text("utf-8"), fn)
-    except ValueError as exc:  # UsageError, or no text
+    except (OSError, ValueError) as exc:  # the latter of no text, or as UsageError
         raise UsageError(f"{file}: {exc}", "state_file") from exc
     if kept.digest != job.digest:
         raise UsageError(
@@ -508,10 +555,3 @@ def _kept(job: BatchJob[T], fn: Call[..., Any, T], file: Path) -> BatchJob[T]:
             "state_file",
         )
     return replace(job, id=kept.id, created_at=kept.created_at)
-
-
-def _keep(job: BatchJob[Any], file: Path) -> None:
-    """Whole or not at all."""
-    beside = file.with_name(f"{file.name}.{os.getpid()}.new")
-    beside.write_text(job.to_json())
-    beside.replace(file)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diptych.protos.failures import FailureKind
 
@@ -31,6 +31,7 @@ from .prompt import Prompt
 from .registry import using
 from .reply import Unset
 
+T = TypeVar("T")
 _JOB = re.compile(r"[^/@{]+/[^{]*@[^/@]+")
 
 
@@ -49,39 +50,40 @@ def submit(
     """
 
     def body() -> int:
-        with from_file(target, OWN) as found, using(model=model):
+        with redirect_stdout(sys.stderr), from_file(target, OWN) as found, using(model=model):
             call = _call(found, model)
             job = batch_begin(call, items_of(call, items, id_member), window=window, state_file=state_file)
-            if poll_s is None:
-                noted(f"{_of(len(job.ids), 'item')}; `diptych batch wait {job.reference}` waits for them")
-                print(job.reference)
-                return 0
-            noted(f"{_of(len(job.ids), 'item')} in {job.reference}")
-            _awaited(job, poll_s)
-            return _told(job.results())
+            if poll_s is not None:
+                noted(f"{_of(len(job.ids), 'item')} in {job.reference}")
+                _awaited(job, poll_s)
+                there = job.results()
+        if poll_s is not None:
+            return _told(there)
+        noted(f"{_of(len(job.ids), 'item')}; `diptych batch wait {job.reference}` waits for them")
+        print(job.reference)
+        return 0
 
     return ended(body, target, wrong=UsageError)
 
 
 def status(job: str, target: str | None = None, *, as_json: bool = False) -> int:
     """Prints how far it is. The exit code."""
-    return _on(job, target, lambda found: _shown(found.reference, _there(found, found.status), as_json=as_json))
+    return _on(job, target, lambda found: found.status(), lambda name, told: _shown(name, told, as_json=as_json))
 
 
 def wait(job: str, target: str | None = None, *, poll_s: float = 10.0) -> int:
     """Until it is over, with progress on stderr. The exit code: 1 where it did not come to its end."""
 
-    def body(found: BatchJob[Any]) -> int:
-        told = _there(found, lambda: _awaited(found, poll_s))
-        _shown(found.reference, told)
+    def shown(reference: str, told: BatchStatus) -> int:
+        _shown(reference, told)
         return 0 if told.state == "completed" else FAILED
 
-    return _on(job, target, body)
+    return _on(job, target, lambda found: _awaited(found, poll_s), shown)
 
 
 def cancel(job: str, target: str | None = None) -> int:
     """Stops it; what is answered stays. The exit code."""
-    return _on(job, target, lambda found: _shown(found.reference, _there(found, found.cancel)))
+    return _on(job, target, lambda found: found.cancel(), _shown)
 
 
 def results(job: str, target: str | None = None) -> int:
@@ -89,44 +91,57 @@ def results(job: str, target: str | None = None) -> int:
     failed, or it is not over.
     """
 
-    def body(found: BatchJob[Any]) -> int:
-        told = _there(found, found.status)
-        if told.is_over:
-            return _told(found.results())
-        noted(f"{_line(told)}: `diptych batch wait {found.reference}` waits for it")
+    def there(found: BatchJob[Any]) -> BatchStatus | BatchResults[Any]:
+        told = found.status()
+        return found.results() if told.is_over else told
+
+    def shown(reference: str, told: BatchStatus | BatchResults[Any]) -> int:
+        if isinstance(told, BatchResults):
+            return _told(told)
+        noted(f"{_line(told)}: `diptych batch wait {reference}` waits for it")
         return FAILED
 
-    return _on(job, target, body)
+    return _on(job, target, there, shown)
 
 
 def listed(prefix: str, target: str | None = None, *, limit: int = 20, as_json: bool = False) -> int:
     """The batches of a place, the newest first. The exit code."""
 
     def body() -> int:
-        with nullcontext() if target is None else from_file(target, OWN) as found:
+        with _file(target) as found:
             registry = None if found is None else _call(found, f"{prefix}/-").blank().registry
-            for reference, one in batch_list(prefix, limit=limit, registry=registry).items():
-                _shown(reference, one, as_json=as_json)
+            there = batch_list(prefix, limit=limit, registry=registry)
+        for reference, one in there.items():
+            _shown(reference, one, as_json=as_json)
         return 0
 
     return ended(body, target or "", wrong=UsageError)
 
 
-def _on(job: str, target: str | None, body: Callable[[BatchJob[Any]], int]) -> int:
-    def within() -> int:
+@contextmanager
+def _file(target: str | None) -> Iterator[FromFile | None]:
+    """While its surroundings hold. What its code prints goes to stderr: stdout is for programs."""
+    with redirect_stdout(sys.stderr), nullcontext() if target is None else from_file(target, OWN) as found:
+        yield found
+
+
+def _on(job: str, target: str | None, ask: Callable[[BatchJob[Any]], T], shown: Callable[[str, T], int]) -> int:
+    """What `ask` says of the job is handed to `shown` with its reference. The exit code."""
+
+    def body() -> int:
         if not _JOB.fullmatch(job):
             raise WrongArguments(f"{job!r} names no batch: write PREFIX/MODEL@ID, as `submit` and `list` print it")
-        if target is None:
-            return body(batch_resume(job))
-        with from_file(target, OWN) as found:
-            return body(batch_resume(job, _call(found, job.rpartition("@")[0])))
+        with _file(target) as found:
+            resumed = batch_resume(job, None if found is None else _call(found, job.rpartition("@")[0]))
+            told = _there(resumed, ask)
+        return shown(resumed.reference, told)
 
-    return ended(within, target or "", wrong=UsageError)
+    return ended(body, target or "", wrong=UsageError)
 
 
-def _there(job: BatchJob[Any], ask: Callable[[], BatchStatus]) -> BatchStatus:
+def _there(job: BatchJob[Any], ask: Callable[[BatchJob[Any]], T]) -> T:
     try:
-        return ask()
+        return ask(job)
     except ProviderError as exc:
         if exc.failure.kind is not FailureKind.NOT_FOUND:
             raise

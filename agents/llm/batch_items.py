@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 from codecs import BOM_UTF8
+from collections.abc import Mapping, Sequence
+from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,17 @@ from .call import Call
 from .command_arguments import WrongArguments, bound, members, parameters_of, rest_of
 from .tool_context import Injection
 
-Item = tuple[Any, ...] | dict[str, Any]
 
-
-def items_of(call: Call[..., Any, Any], source: str, id_member: str | None) -> list[Item] | dict[str, Item]:
+def items_of(
+    call: Call[..., Any, Any], source: str, id_member: str | None
+) -> Sequence[BoundArguments] | Mapping[str, BoundArguments]:
     """What llm.batch takes, of the file `source`, or of stdin where that is `-`: of each line that is not blank, an
     object of the call's arguments by name, or the one argument itself. `id_member` names the member that is the item's
     id; the call is given it only where it has such a parameter. Raises WrongArguments.
     """
     where = "stdin" if source == "-" else source
     reader = _Reader(call, id_member)
-    read: list[Item] = []
+    read: list[BoundArguments] = []
     lines: dict[str, int] = {}  # of ids
     for number, line in enumerate(_content(source).removeprefix(BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
@@ -36,7 +38,7 @@ def items_of(call: Call[..., Any, Any], source: str, id_member: str | None) -> l
         except WrongArguments as exc:
             raise WrongArguments(f"{where}: line {number}: {exc}", exc.field) from exc
         if name in lines:
-            raise WrongArguments(f"{where}: line {number}: the id {name!r} is that of line {lines[name]}")
+            raise WrongArguments(f"{where}: line {number}: the id {name!r:.80} is that of line {lines[name]}")
         lines[name or f"line {number}"] = number
         read.append(item)
     if not read:
@@ -46,15 +48,18 @@ def items_of(call: Call[..., Any, Any], source: str, id_member: str | None) -> l
 
 def _content(source: str) -> bytes:
     if source == "-":
+        if sys.stdin is None:
+            raise WrongArguments("stdin is closed: give a file with a line of JSON for each item")
         return sys.stdin.buffer.read()
     path = Path(source)
-    if not path.is_file() and not path.is_fifo():
-        why = "is a folder" if path.is_dir() else "is not there"
-        raise WrongArguments(f"the file {source!r} {why}: give one with a line of JSON for each item, or - for stdin")
     try:
         return path.read_bytes()
     except OSError as exc:
-        raise WrongArguments(f"the file {source!r} cannot be read: {exc.strerror}") from exc
+        why = {FileNotFoundError: "is not there", IsADirectoryError: "is a folder"}.get(type(exc))
+        raise WrongArguments(
+            f"the file {source!r} {why or f'cannot be read ({exc.strerror})'}: give one with a line of JSON for each "
+            f"item, or - for stdin"
+        ) from exc
 
 
 class _Reader:
@@ -68,7 +73,7 @@ class _Reader:
         self._call = call
         self._id_member = id_member
 
-    def item(self, line: bytes) -> tuple[str, Item]:
+    def item(self, line: bytes) -> tuple[str, BoundArguments]:
         """With its id, which is empty where ids are not asked for. Raises WrongArguments."""
         try:
             value = from_json(line, allow_inf_nan=False)
@@ -77,8 +82,7 @@ class _Reader:
         name = "" if self._id_member is None else self._id(value, self._id_member)
         given = value if isinstance(value, dict) else {self._only(value): value}
         values = members(self._call.__name__, self._takes, given, others=self._others)
-        found = bound(self._call.function, values, self._without)
-        return name, {**values} if found.kwargs else found.args
+        return name, bound(self._call.function, values, self._without)
 
     def _id(self, value: Any, member: str) -> str:
         if not isinstance(value, dict) or member not in value:

@@ -152,18 +152,14 @@ def bound(
     function: Callable[..., Any], values: Mapping[str, Any], without: str | None = None
 ) -> inspect.BoundArguments:
     """Values by their names as the function is called with them; `without` is one that somebody else gives."""
-    signature = inspect.signature(function)
-    takes, rest = signature.parameters, rest_of(function)
-    named = {
-        one.name: one.default
-        for one in takes.values()
-        if one.kind is one.POSITIONAL_ONLY and one.default is not one.empty and one.name != without
-    }
-    own = {one.name for one in takes.values() if one.kind in _NAMED and one.name != without}
+    signature, rest = inspect.signature(function), rest_of(function)
+    takes = [one for one in signature.parameters.values() if one.name != without]
+    named = {one.name: one.default for one in takes if one.kind is one.POSITIONAL_ONLY and one.default is not one.empty}
+    own = {one.name for one in takes if one.kind in _NAMED}
     named |= {key: value for key, value in values.items() if key in own}
     if rest is not None:
         named[rest.name] = {key: value for key, value in values.items() if key not in own}
-    return inspect.BoundArguments(signature, cast("Any", named))
+    return inspect.BoundArguments(signature.replace(parameters=takes), cast("Any", named))
 
 
 def _check_all_there(name: str, parameters: Mapping[str, Parameter], given: Container[str]) -> None:
@@ -177,7 +173,9 @@ def _unknown(name: str, said: str, parameters: Mapping[str, Parameter]) -> str:
     there = ", ".join(one.label for one in parameters.values())
     close = get_close_matches(said.replace("-", "_"), parameters, n=1)
     hint = f": did you mean {parameters[close[0]].label}?" if close else ""
-    return f"{name} has no parameter {said!r}{hint or ':'} {f'it takes {there}' if there else 'it takes none'}"
+    return (
+        f"{name} has no parameter {_short(repr(said))}{hint or ':'} {f'it takes {there}' if there else 'it takes none'}"
+    )
 
 
 def _told(one: Parameter) -> str:

@@ -5,13 +5,15 @@ command.py and batch_command.py run inside `ended`. It knows nothing of what the
 
 from __future__ import annotations
 
+import codecs
+import json
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from diptych.protos.errors import DiptychError
 
@@ -51,12 +53,15 @@ def noted(words: str) -> None:
 def json_of(value: Any, name: str, *, indent: int | None = None) -> bytes:
     """Raises UsageError that names what cannot be written."""
     try:
-        return to_json(value, indent=indent, by_alias=True, inf_nan_mode="strings", bytes_mode="base64")
+        told = to_json(value, indent=indent, by_alias=True, inf_nan_mode="strings", bytes_mode="base64")
     except (PydanticSerializationError, UnicodeError) as exc:
         raise UsageError(
             f"{name} gave what JSON cannot say, a value of the type {type(value).__name__} ({exc}): let it return "
             f"texts, numbers, lists, dicts, models or dataclasses"
         ) from exc
+    if told.isascii() or codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name.startswith("utf"):
+        return told
+    return json.dumps(from_json(told), indent=indent).encode()  # what stdout cannot write, as JSON escapes it
 
 
 def _said(words: str, code: int) -> int:

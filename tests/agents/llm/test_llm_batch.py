@@ -371,7 +371,7 @@ async def test_where_there_are_no_batches_nothing_is_sent() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"state_file": "no/such/folder/job.json"}, "is in no folder that can be written to"),
+        ({"state_file": "no/such/folder/job.json"}, "cannot be written to .No such file"),
         ({"poll_s": "1"}, "poll_s is a number of seconds above 0"),
         ({"poll_s": 0}, "poll_s is a number of seconds above 0"),
         ({"on_progress": 3}, "on_progress is a function"),
@@ -384,6 +384,40 @@ def test_what_would_lose_a_batch_is_told_before_it_is_paid_for(given: dict[str, 
     with pytest.raises(llm.UsageError, match=words):
         llm.batch(call, given.pop("items", ["a"]), **given)
     assert not model.requests
+
+
+def test_two_programs_that_begin_at_once_pay_once_and_a_job_that_cannot_be_kept_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "job.json"
+    second: list[BaseException] = []
+
+    class Slow(ScriptedModel):
+        async def whole(self, *given: Any) -> Any:
+            if not second:
+                second.append(RuntimeError("nobody"))
+                try:
+                    await llm.batch_begin.aio(call, ["a"], state_file=file)
+                except llm.UsageError as exc:
+                    second[0] = exc
+            return await super().whole(*given)
+
+    model = Slow(["x", "y", "z"])
+    call = repeat.with_("test/any", registry=registry_with(test=model))
+    job = llm.batch_begin(call, ["a"], state_file=file)
+    assert "another program begins the batch right now" in str(second[0])
+    assert [one.name for one in tmp_path.iterdir()] == ["job.json"]
+    assert llm.batch_begin(call, ["a"], state_file=file).id == job.id
+    assert model.left == 2
+
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space") as raised:
+        llm.batch_begin(call, ["b"], state_file=tmp_path / "other.json")
+    assert raised.value.__notes__ == ["the batch is not lost: test/any@batch_2"]
+    assert [one.name for one in tmp_path.iterdir()] == ["job.json"]
 
 
 def test_an_item_that_calls_tools_does_not_hide_the_values_of_others() -> None:

@@ -61,6 +61,17 @@ def positional(a: int, /, b: int, *, ctx: llm.Context[None]) -> str:
 
 
 @llm.call("pool/m")
+def mixed(ctx: llm.Context[None], a: int, /, b: int = 2, c: int = 3, *, d: int, **others: int) -> str:
+    print("looking on")
+    return f"{a} {b} {c} {d} {others} {type(ctx).__name__}"
+
+
+@llm.call("pool/m")
+def wrong(number: int) -> str:
+    return "number " + number
+
+
+@llm.call("pool/m")
 def anything(**names: int) -> str:
     return repr(names)
 
@@ -171,6 +182,7 @@ def test_values_alone_come_from_stdin_and_results_at_once(program: str) -> None:
 def test_every_kind_of_parameter_is_filled(program: str) -> None:
     for function, line, prompt in (
         ("positional", '{"b": 2, "a": "1"}', "1 2 Context"),
+        ("mixed", '{"a": 1, "c": 9, "d": 4, "e": 5}', "1 2 9 4 {'e': 5} Context"),
         ("anything", '{"x": 1, "y": 2}', "{'x': 1, 'y': 2}"),
         ("words", '"rain"', "words about rain"),
         ("sku", '{"id": 7}', "7"),
@@ -178,8 +190,38 @@ def test_every_kind_of_parameter_is_filled(program: str) -> None:
         model = answering("yes")
         Path("one.jsonl").write_text(line)
         more = ["--id", "id"] if function == "sku" else []
-        code, _, err = batch("submit", f"{program}:{function}", "one.jsonl", "--model", "pool/m", *more)
+        code, out, err = batch("submit", f"{program}:{function}", "one.jsonl", "--model", "pool/m", *more)
         assert (code, prompts(model)) == (0, [prompt]), err
+        assert out == "pool/m@batch_1\n"  # what a file prints is no part of it
+
+
+def test_an_error_of_the_functions_own_code_is_told_with_its_lines_and_the_item(program: str) -> None:
+    model = answering("never")
+    Path("items.jsonl").write_text("7\n")
+    code, out, err = batch("submit", f"{program}:wrong", "items.jsonl")
+    assert (code, out, model.requests) == (1, "", [])
+    assert 'return "number " + number' in err
+    assert "raised TypeError: can only concatenate str" in err
+    assert "the item 'item-0000'" in err
+
+
+def test_stdin_that_is_closed_is_a_mistake(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    err = io.StringIO()
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert batch_command.submit(f"{program}:repeat", "-") == 2
+    assert err.getvalue() == "diptych: stdin is closed: give a file with a line of JSON for each item\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_results_are_json_on_every_stdout(encoding: str, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering("caf\u00e9 \U0001f600")
+    Path("items.jsonl").write_text('"a"')
+    batch("submit", f"{program}:repeat", "items.jsonl", "--wait", "--poll", "0.05")
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding=encoding))
+    assert batch_command.results("pool/echo@batch_1") == 0
+    assert json.loads(content.getvalue().decode(encoding))["value"] == "caf\u00e9 \U0001f600"
 
 
 def test_a_state_file_makes_the_same_command_go_on(program: str) -> None:
@@ -193,6 +235,19 @@ def test_a_state_file_makes_the_same_command_go_on(program: str) -> None:
     code, _, err = batch("submit", f"{program}:repeat", "items.jsonl", "--state-file", "job.json")
     assert code == 2
     assert "has other requests than these items make" in err
+    Path("second.json.new").touch()  # of a command that begins it now
+    code, out, err = batch("submit", f"{program}:repeat", "items.jsonl", "--state-file", "second.json")
+    assert (code, out, model.left) == (2, "", 1)
+    assert "second.json.new is there: another program begins the batch right now" in err
+    assert sorted(path.name for path in Path().glob("*.json*")) == ["items.jsonl", "job.json", "second.json.new"]
+
+
+def test_a_pause_without_end_is_refused_before_anything_is_sent(program: str) -> None:
+    model = answering("never")
+    Path("items.jsonl").write_text('"a"\n')
+    for pause in ("inf", "nan", "0"):
+        code, out, _ = batch("submit", f"{program}:repeat", "items.jsonl", "--wait", "--poll", pause)
+        assert (code, out, model.requests) == (2, "", [])
 
 
 def test_batches_are_listed_and_cancelled(program: str) -> None:
@@ -247,7 +302,11 @@ MISTAKES = [
     ("repat", '"a"', [], "has no 'repat': did you mean repeat? there are: repeat, "),
     ("repeat", '"a"', ["--model", "nobody/m"], "there is no provider 'nobody'"),
     ("repeat", '"a"', ["--model", "m"], "'m' is no model: write PREFIX/MODEL"),
-    ("repeat", '"a"', ["--state-file", "no/such/job.json"], "is in no folder that can be written to"),
+    ("repeat", '"a"', ["--state-file", "x" * 250 + ".json"], "cannot be written to (File name too long)"),
+    ("repeat", '"a"', ["--state-file", "x" * 300], "cannot be written to (File name too long)"),
+    ("repeat", '"a"', ["--state-file", "."], "Is a directory"),
+    ("repeat", json.dumps({"x" * 500: 1}), [], f"repeat has no parameter '{'x' * 76}...: it takes text, mark"),
+    ("repeat", '"a"', ["--state-file", "no/such/job.json"], "cannot be written to (No such file or directory)"),
 ]
 
 
