@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.cluster.api.render import Renderer, ends_inside
+from diptych.cluster.api.template import MAX_RENDER_S, Budget, TooMuch
 from diptych.cluster.api.testing import TEMPLATE, byte_level_tokenizer
 from diptych.cluster.config import default_cache_dir
 from diptych.cluster.models import resolve
@@ -417,6 +419,21 @@ def test_a_template_that_a_client_makes_write_too_much_or_too_long_is_the_client
     call["tool_calls"][0]["function"]["arguments"] = json.dumps(wide)
     with pytest.raises(InvalidRequest, match="too much"):
         written("{{ messages[0].tool_calls[0].function | tojson(indent=16) }}", [call])
+
+
+def test_a_pass_of_the_collector_is_no_templates_time_but_buys_time_once_only() -> None:
+    """One short message among two hundred was refused as too much: the pass had run in its thread."""
+    now_s = 0.0
+    budget = Budget(0, lambda: now_s)
+    gc.collect()
+    now_s = MAX_RENDER_S * 1.5
+    budget.check()
+    now_s = MAX_RENDER_S * 2.25
+    budget.check()
+    gc.collect()
+    now_s = MAX_RENDER_S * 2.75
+    with pytest.raises(TooMuch):
+        budget.check()
 
 
 @pytest.mark.parametrize("where", ["tools", "messages[1].tool_calls", "messages[2].role == 'tool'"])
