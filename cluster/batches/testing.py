@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
 
-from diptych.cluster.api.testing import FrontDoor
+from diptych.cluster.api.testing import FrontDoor, front_door
 from diptych.cluster.keys import Key
 from diptych.protos.wire_checks import JsonObject
 
@@ -97,6 +98,16 @@ class Bench:
         reply = await self.http.get(f"/v1/files/{file_id}/content")
         assert reply.status_code == 200, reply.text
         return [json.loads(one) for one in reply.text.splitlines()]
+
+
+@asynccontextmanager
+async def batch_bench() -> AsyncIterator[Bench]:
+    """One before a new door; its runners are stopped at the end."""
+    async with front_door() as door, httpx2.AsyncClient(base_url=door.listener.url, timeout=20) as http:
+        bench = Bench(door, http)
+        yield bench
+        for runner in bench.runners:
+            await runner.stop()
 
 
 class Scripted:

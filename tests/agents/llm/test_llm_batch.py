@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from pydantic import BaseModel
 
@@ -23,8 +22,7 @@ from diptych.agents import llm
 from diptych.agents.llm import batch_places
 from diptych.agents.llm.testing import ScriptedModel, failure, tool_call
 from diptych.agents.llm.testing import registry_of as registry_with
-from diptych.cluster.api.testing import front_door
-from diptych.cluster.batches.testing import Bench
+from diptych.cluster.batches.testing import Bench, batch_bench
 
 
 class Book(BaseModel):
@@ -39,11 +37,8 @@ def repeat(text: str, mark: str = "!") -> str:
 
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
-    async with front_door() as door, httpx2.AsyncClient(base_url=door.listener.url, timeout=20) as http:
-        made = Bench(door, http)
+    async with batch_bench() as made:
         yield made
-        for runner in made.runners:
-            await runner.stop()
 
 
 def registry_of(bench: Bench) -> llm.Registry:

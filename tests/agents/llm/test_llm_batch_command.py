@@ -15,15 +15,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from typer.testing import CliRunner
 
 from diptych.agents import llm
 from diptych.agents.llm import Registry, batch_command, registry
 from diptych.agents.llm.testing import ScriptedModel, failure, tool_call
-from diptych.cluster.api.testing import front_door
-from diptych.cluster.batches.testing import Bench
+from diptych.cluster.batches.testing import Bench, batch_bench
 from diptych.cluster.cli import app
 
 PROGRAM = """
@@ -374,11 +372,8 @@ def test_ctrl_c_leaves_the_batch_and_says_how_to_go_on(
 
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
-    async with front_door() as door, httpx2.AsyncClient(base_url=door.listener.url, timeout=20) as http:
-        made = Bench(door, http)
+    async with batch_bench() as made:
         yield made
-        for runner in made.runners:
-            await runner.stop()
 
 
 async def test_another_process_goes_on_with_a_job_of_a_cluster(bench: Bench, program: str) -> None:
